@@ -1,0 +1,40 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer: they set up $(VENV) themselves.
+PYTHON  ?= python3
+VENV    ?= .venv
+IMAGE   ?=
+WORKERS ?= 2
+
+BIN     := $(VENV)/bin
+# The tests never reach for the network, and each worker keeps to one core.
+PYTEST  := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test quick check bench clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(VENV)/.has-demo  ## Look at a radiograph (IMAGE=path for your own)
+	$(BIN)/spcxr demo $(if $(IMAGE),"$(IMAGE)")
+
+test: $(VENV)/.has-test  ## Run every test
+	$(PYTEST)
+
+quick: $(VENV)/.has-test  ## Run the tests that take no time
+	$(PYTEST) -m "not slow"
+
+check: $(VENV)/.has-check  ## Style, types, import rules, model conventions
+	@.ci/check $(BIN)
+
+bench: $(VENV)/.has-train  ## Measure speed and memory
+	$(BIN)/python training_scripts/benchmark.py
+
+clean:  ## Remove the environment, the builds and the caches
+	rm -rf $(VENV) build dist *.egg-info .*_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(VENV)/.has-test: the package is installed with its `test` extra. Made again when pyproject.toml changes.
+$(VENV)/.has-%: pyproject.toml
+	@.ci/install "$(PYTHON)" "$(VENV)" "$*"
+	@touch $@

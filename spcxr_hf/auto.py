@@ -1,0 +1,47 @@
+"""Registers the SPCXR classes with the Auto classes of transformers. Importing `spcxr_hf` does it."""
+
+from __future__ import annotations
+
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    AutoModelForPreTraining,
+    AutoModelForSemanticSegmentation,
+)
+
+from .modeling.configuration_spcxr import SpcxrConfig
+from .modeling.image_processing_spcxr import SpcxrImageProcessor, SpcxrImageProcessorPil
+from .modeling.modeling_spcxr import (
+    SpcxrBackbone,
+    SpcxrForImageClassification,
+    SpcxrForPreTraining,
+    SpcxrForSemanticSegmentation,
+    SpcxrModel,
+)
+
+MODEL_CLASSES = {
+    AutoModel: SpcxrModel,
+    AutoModelForPreTraining: SpcxrForPreTraining,
+    AutoModelForMaskedImageModeling: SpcxrForPreTraining,
+    AutoModelForImageClassification: SpcxrForImageClassification,
+    AutoModelForSemanticSegmentation: SpcxrForSemanticSegmentation,
+    AutoBackbone: SpcxrBackbone,
+}
+
+
+def register() -> None:
+    """Make the Auto classes know `model_type: spcxr`, and every save carry the code that loads it elsewhere."""
+    AutoConfig.register(SpcxrConfig.model_type, SpcxrConfig, exist_ok=True)
+    for auto_class, model_class in MODEL_CLASSES.items():
+        auto_class.register(SpcxrConfig, model_class, exist_ok=True)
+        model_class.register_for_auto_class(auto_class.__name__)
+    AutoImageProcessor.register(
+        SpcxrConfig,
+        image_processor_classes={"torchvision": SpcxrImageProcessor, "pil": SpcxrImageProcessorPil},
+        exist_ok=True,
+    )
+    SpcxrImageProcessor.register_for_auto_class("AutoImageProcessor")

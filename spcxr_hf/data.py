@@ -1,0 +1,209 @@
+"""Sets of radiographs: from Parquet shards or a folder of pictures to decoded images in memory, and the order to see them.
+
+A set is small beside a machine's memory once its images are grey and 256 pixels wide (65 kB each), so it is decoded once
+and kept as one uint8 tensor; augmentation and corruption then work on whole batches, on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .errors import SpcxrError
+from .radiograph import read_radiograph
+
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".dcm", ".tif", ".tiff", ".bmp", ".webp"}
+
+
+@dataclass
+class RadiographTable:
+    """Rows of a set: encoded images and their labels, nothing decoded yet.
+
+    Attributes:
+        rows: One row per radiograph. `image` is a struct of `bytes` and `path` (the form that `datasets` writes), other
+            columns are labels, splits, patients, ...
+        name: What to call the set in messages.
+    """
+
+    rows: pa.Table
+    name: str
+
+    def __len__(self) -> int:
+        return self.rows.num_rows
+
+    def where(self, column: str, value: Any) -> RadiographTable:
+        """The rows that hold `value` in `column`.
+
+        Raises:
+            SpcxrError: there is no such column, or no such row.
+        """
+        if column not in self.rows.column_names:
+            raise SpcxrError(f"{self.name}: no column {column!r}; there are {', '.join(self.rows.column_names)}")
+        kept = self.rows.filter(pc.equal(self.rows[column], pa.scalar(value)))
+        if not kept.num_rows:
+            raise SpcxrError(f"{self.name}: no row has {column} = {value!r}")
+        return RadiographTable(kept, f"{self.name}[{column}={value}]")
+
+    def column(self, name: str) -> list:
+        """The values of one column.
+
+        Raises:
+            SpcxrError: there is no such column.
+        """
+        if name not in self.rows.column_names:
+            raise SpcxrError(f"{self.name}: no column {name!r}; there are {', '.join(self.rows.column_names)}")
+        return self.rows[name].to_pylist()
+
+
+def read_table(source: str | os.PathLike) -> RadiographTable:
+    """Read a set: one Parquet file, a folder of Parquet shards, or a folder of pictures (DICOM too, subfolders too).
+
+    Raises:
+        SpcxrError: nothing is there, or a shard is damaged, or holds no images; the message names the file.
+    """
+    path = Path(source)
+    if path.is_file():
+        return RadiographTable(_read_shard(path), path.name)
+    if not path.is_dir():
+        raise SpcxrError(f"{path}: no such file or folder")
+    shards = sorted(path.glob("*.parquet"))
+    if shards:
+        return RadiographTable(pa.concat_tables([_read_shard(shard) for shard in shards], promote_options="default"), path.name)
+    pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not pictures:
+        raise SpcxrError(f"{path}: no Parquet shards and no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) in this folder")
+    images = [{"bytes": None, "path": str(picture)} for picture in pictures]
+    names = [str(picture.relative_to(path)) for picture in pictures]
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return RadiographTable(pa.table({"image": pa.array(images, struct), "id": names}), path.name)
+
+
+def _read_shard(path: Path) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise SpcxrError(f"{path}: not a readable Parquet file ({error})") from error
+    if "image" not in table.column_names or not pa.types.is_struct(table.schema.field("image").type):
+        raise SpcxrError(f"{path}: no column `image` with the bytes of a picture")
+    return table.replace_schema_metadata(None)
+
+
+def open_image(cell: dict, name: str) -> Image.Image:
+    """The radiograph in one cell of the column `image`, as `read_radiograph` reads it.
+
+    Raises:
+        SpcxrError: it cannot be read; the message holds `name` and the cause.
+    """
+    if cell["bytes"] is None:
+        return read_radiograph(cell["path"])
+    stream = io.BytesIO(cell["bytes"])
+    stream.name = name  # what messages call it
+    return read_radiograph(stream)
+
+
+def decode_images(table: RadiographTable, size: int, cache: str | os.PathLike | None = None) -> torch.Tensor:
+    """Decode every image to grey, the whole picture at size x size: (n, 1, size, size) uint8.
+
+    Args:
+        cache: A folder to keep the result in, for the next start: one `.npy` file per set and size, mapped, not read.
+
+    Raises:
+        SpcxrError: an image cannot be read; the message names its row.
+    """
+
+    def decode(cell: dict, name: str) -> np.ndarray:
+        image = open_image(cell, name)
+        if image.mode != "L":  # deeper than 8 bits; 0 .. 65535
+            image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+
+    return _decode(table, "image", decode, size, cache)
+
+
+def decode_masks(table: RadiographTable, size: int) -> torch.Tensor:
+    """Decode every lung mask (column `lung_mask`), nearest neighbour: (n, size, size) booleans, true on the lungs.
+
+    Raises:
+        SpcxrError: a row has no mask, or one that cannot be read.
+    """
+
+    def decode(cell: dict | None, name: str) -> np.ndarray:
+        if cell is None or cell["bytes"] is None:
+            raise SpcxrError(f"{name}: no lung mask in this row")
+        with Image.open(io.BytesIO(cell["bytes"])) as mask:
+            return np.asarray(mask.convert("L").resize((size, size), Image.Resampling.NEAREST))
+
+    return _decode(table, "lung_mask", decode, size, None).squeeze(1) > 127
+
+
+def _decode(
+    table: RadiographTable, column: str, decode: Callable[[Any, str], np.ndarray], size: int, cache: str | os.PathLike | None
+) -> torch.Tensor:
+    names = table.column("id") if "id" in table.rows.column_names else [str(row) for row in range(len(table))]
+    file = None if cache is None else Path(cache) / f"{_fingerprint(table, names)}-{column}-{size}.npy"
+    if file is not None and file.is_file():
+        return torch.from_numpy(np.load(file, mmap_mode="c"))
+    pixels = np.empty((len(table), 1, size, size), dtype=np.uint8)
+
+    def fill(row: int) -> None:
+        pixels[row, 0] = decode(table.rows[column][row].as_py(), f"{table.name}: {names[row]}")
+
+    # Threads, not processes: Pillow decodes and resizes outside the interpreter's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in tqdm(pool.map(fill, range(len(table))), total=len(table), desc=f"decoding {table.name}", unit="image"):
+            pass
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("wb") as stream:
+            np.save(stream, pixels)
+        partial.replace(file)
+    return torch.from_numpy(pixels)
+
+
+def _fingerprint(table: RadiographTable, names: list[str]) -> str:
+    """Names the rows, so that a cache of other rows is never taken for theirs."""
+    sizes = [len(cell["bytes"] or b"") for cell in table.rows["image"].to_pylist()] if len(table) < 2000 else []
+    return hashlib.sha256(json.dumps([table.name, names, sizes]).encode()).hexdigest()[:16]
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of everything random in one optimiser step. A resumed run needs no other state to go on as if never stopped."""
+    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def batches(count: int, batch_size: int, seed: int, first_step: int, last_step: int) -> Iterator[torch.Tensor]:
+    """Row numbers of each step's batch, (batch_size,), from `first_step` up to `last_step` (excluded).
+
+    Every epoch is a new permutation of 0 .. count - 1 that follows from the seed and the epoch alone; its incomplete last
+    batch is dropped.
+
+    Raises:
+        SpcxrError: there are fewer images than one batch holds.
+    """
+    per_epoch = count // batch_size
+    if per_epoch == 0:
+        raise SpcxrError(f"a batch of {batch_size} is larger than the set of {count} images")
+    epoch, order = -1, torch.empty(0)
+    for step in range(first_step, last_step):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(step_seed(seed, -1 - epoch)))
+        start = (step % per_epoch) * batch_size
+        yield order[start : start + batch_size]

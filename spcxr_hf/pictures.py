@@ -1,0 +1,53 @@
+"""PNG pictures: grids of radiographs, masks over them, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+MASK_COLOUR = (0.15, 0.65, 1.0)
+
+
+def to_grey(pixel_values: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """Normalised (B, 1, H, W) or (B, 3, H, W) -> grey values in 0 .. 1, (B, H, W)."""
+    return (pixel_values.float().mean(dim=1) * std + mean).clamp(0, 1)
+
+
+def overlay(grey: torch.Tensor, mask: torch.Tensor, opacity: float = 0.35) -> torch.Tensor:
+    """Tint where `mask` (H, W) is true: grey (H, W) in 0 .. 1 -> colour (H, W, 3) in 0 .. 1."""
+    colour = grey.unsqueeze(-1).repeat(1, 1, 3)
+    tinted = (1 - opacity) * colour + opacity * torch.tensor(MASK_COLOUR)
+    return torch.where(mask.unsqueeze(-1), tinted, colour)
+
+
+def save_grid(rows: Sequence[Sequence[torch.Tensor]], path: Path, gap: int = 4) -> None:
+    """Write a grid of equally sized pictures, each (H, W) grey or (H, W, 3) colour in 0 .. 1, as one PNG."""
+    colour = [[tile if tile.dim() == 3 else tile.unsqueeze(-1).repeat(1, 1, 3) for tile in row] for row in rows]
+    height, width = colour[0][0].shape[:2]
+    canvas = np.full((len(rows) * (height + gap) - gap, len(rows[0]) * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for y, row in enumerate(colour):
+        for x, tile in enumerate(row):
+            top, left = y * (height + gap), x * (width + gap)
+            canvas[top : top + height, left : left + width] = (tile.cpu().clamp(0, 1).numpy() * 255).round()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(canvas).save(path)
+
+
+def save_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, x_label: str, y_label: str) -> None:
+    """Write named curves of (x, y) points as one PNG."""
+    from matplotlib.figure import Figure  # an extra; a figure of its own touches no global state
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), label=name) if points else None
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

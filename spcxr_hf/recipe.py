@@ -1,0 +1,80 @@
+"""A command line is a typed dataclass plus a YAML recipe: `script.py recipe.yaml --learning_rate 1e-3`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from .errors import SpcxrError
+
+Arguments = TypeVar("Arguments")
+
+
+def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
+    """Parse a command line: an optional recipe first, then flags, which win over the recipe.
+
+    The recipe's values go through the same parser as the flags, so both are typed and refused alike.
+
+    Args:
+        arguments_class: A dataclass; its fields are the flags, their metadata's "help" the help text.
+        argv: The words of the command line without the program's name; those of the process by default.
+
+    Raises:
+        SpcxrError: the recipe cannot be read, or has a key that is no field; the message names both.
+        SystemExit: a flag is unknown or its value of the wrong type, as in every command line.
+    """
+    parser = HfArgumentParser(arguments_class, description=(arguments_class.__doc__ or "").strip())
+    parser.add_argument("recipe", nargs="?", type=Path, help="YAML file with values for the flags below")
+    namespace, _ = parser.parse_known_args(argv)
+    if namespace.recipe is None:
+        (arguments,) = parser.parse_args_into_dataclasses(argv)[:1]
+        return arguments
+    words = list(argv) if argv is not None else None
+    if words is None:
+        import sys
+
+        words = sys.argv[1:]
+    # Flags of the recipe go first: of two equal flags, argparse keeps the last.
+    words = [*_recipe_words(arguments_class, namespace.recipe), *words]
+    (arguments,) = parser.parse_args_into_dataclasses(words)[:1]
+    return arguments
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML recipe.
+
+    Raises:
+        SpcxrError: the file is missing, is not YAML, or holds something else than keys and values.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpcxrError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise SpcxrError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise SpcxrError(f"{path}: a recipe holds `key: value` lines; found {type(values).__name__}")
+    return values
+
+
+def save_recipe(arguments: Any, path: Path) -> None:
+    """Write the resolved values of a dataclass as a recipe that gives them back."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(arguments), sort_keys=False), encoding="utf-8")
+
+
+def _recipe_words(arguments_class: type, path: Path) -> list[str]:
+    known = {field.name for field in dataclasses.fields(arguments_class)}
+    words: list[str] = []
+    for key, value in read_recipe(path).items():
+        if key not in known:
+            raise SpcxrError(f"{path}: unknown key {key!r}; known keys: {', '.join(sorted(known))}")
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{key}", *(str(item) for item in values)]
+    return words

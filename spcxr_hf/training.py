@@ -1,0 +1,152 @@
+"""What the training scripts share: parameter groups, schedules, and checkpoints that a killed run goes on from.
+
+A checkpoint is a folder `checkpoint-<step>` that `from_pretrained` loads, with the optimiser's state beside the weights,
+in safetensors. It is written under another name and renamed, so that a folder of that name is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .errors import SpcxrError
+
+STATE_FILE = "training_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """Linear warm-up from 0 to `peak`, then a cosine down (or up) to `final` at `total_steps`."""
+
+    peak: float
+    final: float
+    warmup_steps: int
+    total_steps: int
+
+    def __call__(self, step: int) -> float:
+        """The value for the optimiser step number `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.final + (self.peak - self.final) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """Two groups for AdamW: weights, which decay, and biases, norms, CLS and positions, which do not."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        keep = parameter.dim() < 2 or name.endswith(("cls_token", "position_embeddings"))
+        (plain if keep else decayed).append(parameter)
+    return [{"params": decayed, "decays": True}, {"params": plain, "decays": False, "weight_decay": 0.0}]
+
+
+def set_schedule(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
+    """Give every group the step's learning rate (times the group's own "scale"), and the decayed ones the weight decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("scale", 1.0)
+        if group["decays"]:
+            group["weight_decay"] = weight_decay
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int = 2
+) -> Path:
+    """Write `folder/checkpoint-<step>` whole or not at all, then delete all but the newest `keep`.
+
+    Args:
+        state: What else the run needs to go on, as JSON; `step` is added.
+
+    Raises:
+        SpcxrError: the disk is full or not writable; the checkpoints before it stay as they are.
+    """
+    target = folder / f"checkpoint-{step}"
+    partial = folder / f".checkpoint-{step}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER_FILE)
+        (partial / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SpcxrError(f"{target}: the checkpoint could not be written ({error}); earlier ones are untouched") from error
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    numbered = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    return [path for _, path in sorted(numbered)]
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Give model and optimiser the state that `save_checkpoint` wrote, and return the rest of it.
+
+    Raises:
+        SpcxrError: a file is missing or damaged, or belongs to another model; the message names it.
+    """
+    try:
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        weights = load_file(checkpoint / "model.safetensors")
+        moments = load_file(checkpoint / OPTIMIZER_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SpcxrError(f"{checkpoint}: damaged checkpoint ({error})") from error
+    try:
+        model.load_state_dict(weights)
+        _restore_optimizer(model, optimizer, moments)
+    except (RuntimeError, KeyError) as error:
+        raise SpcxrError(f"{checkpoint}: holds another model than this run's ({error})") from error
+    return state
+
+
+def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:
+    """Load the newest checkpoint of a folder that is whole; None where there is none to go on from.
+
+    A damaged one is named on the console and the one before it is used.
+    """
+    for checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            return load_checkpoint(checkpoint, model, optimizer)
+        except SpcxrError as error:
+            print(f"{error}; trying the one before it", flush=True)
+    return None
+
+
+def _named_trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's moments and step counts by parameter name, since safetensors holds named tensors and nothing else."""
+    return {
+        f"{name}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        for name, parameter in _named_trainable(model)
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    for name, parameter in _named_trainable(model):
+        # A copy: a tensor that is mapped from the file would change when the file does.
+        moments = {key: tensors[f"{name}/{key}"].clone() for key in ("exp_avg", "exp_avg_sq", "step")}
+        on_device = {key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()}
+        if optimizer.defaults.get("fused"):  # the fused AdamW counts its steps on the device
+            on_device["step"] = moments["step"].to(parameter.device)
+        optimizer.state[parameter] = on_device
