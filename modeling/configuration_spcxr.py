@@ -1,7 +1,23 @@
+# Copyright 2026 The SPCXR on the Hub authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
 """Configuration of the SPCXR vision transformer."""
 
+import math
 from typing import Any, Literal
 
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig, strict
 
@@ -13,8 +29,8 @@ SIZES: dict[str, dict[str, int]] = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 
-# A checkpoint of any task names every class, so that each Auto class loads it by remote code: on save, transformers adds
-# only the class that is being saved.
+# A checkpoint of any task names every class, so that each Auto class loads it by remote code: on save, transformers
+# adds only the class that is being saved.
 AUTO_MAP: dict[str, str] = {
     "AutoConfig": "configuration_spcxr.SpcxrConfig",
     "AutoModel": "modeling_spcxr.SpcxrModel",
@@ -25,10 +41,22 @@ AUTO_MAP: dict[str, str] = {
     "AutoBackbone": "modeling_spcxr.SpcxrBackbone",
 }
 
+# Sizes that are at least 1.
+POSITIVE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "image_size",
+    "patch_size",
+    "segmentation_hidden_size",
+)
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
 
 @strict
 class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
-    r"""Configuration of [`SpcxrModel`] and of the heads over it; the defaults are ViT-S/16 at 224 px on one grey channel.
+    r"""Configuration of [`SpcxrModel`] and its heads; the defaults are ViT-S/16 at 224 px on one grey channel.
 
     Args:
         hidden_size (`int`, defaults to 384): Width of the tokens; a multiple of `num_attention_heads`.
@@ -47,10 +75,10 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
         patch_size (`int`, defaults to 16): Side of a patch in pixels.
         num_channels (`int`, defaults to 1): 1 (grey) or 3.
         qkv_bias (`bool`, defaults to `True`): Whether queries, keys and values have a bias.
-        pooling (`"mean"` or `"cls"`, defaults to `"mean"`): What `pooler_output` is: the mean of the patch tokens, or the
-            CLS token. The GMML loss never touches CLS, hence "mean".
-        reconstruction_layers (`list[int]`, *optional*): Blocks, counted from 1, whose mean output is reconstructed from.
-            By default four of them, evenly spread over the second half of the network: 6, 8, 10, 12 of 12.
+        pooling (`"mean"` or `"cls"`, defaults to `"mean"`): What `pooler_output` is: the mean of the patch tokens, or
+            the CLS token. The GMML loss never touches CLS, hence "mean".
+        reconstruction_layers (`list[int]`, *optional*): Blocks, counted from 1, from whose mean output the image is
+            reconstructed. By default four, evenly spread over the second half of the network: 6, 8, 10, 12 of 12.
         reconstruction_depth (`int`, defaults to 3): Number of (Linear + activation) layers of the reconstruction head.
         segmentation_layers (`list[int]`, *optional*): Blocks, counted from 1, that the segmentation decoder reads.
             By default four of them, evenly spread over the network: 3, 6, 9, 12 of 12.
@@ -60,8 +88,9 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features, out_indices: Which blocks [`SpcxrBackbone`] returns: `"stem"`, `"stage1"`, ... or their indices.
 
     Raises:
-        `huggingface_hub.errors.StrictDataclassError` (its field errors are also `ValueError`s or `TypeError`s in cause):
-            a value of the wrong type or out of range; the message names the field.
+        `huggingface_hub.errors.StrictDataclassError`: a value of the wrong type or out of range; the message names the
+            field, and the cause is a `TypeError` or `ValueError`.
+        ValueError: `out_features` or `out_indices` names no block.
 
     Example:
 
@@ -114,7 +143,7 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_size(cls, size: Literal["tiny", "small", "base"], **overrides: Any) -> "SpcxrConfig":
-        """The preset of that name: "tiny" (192 wide, 5.5 M parameters), "small" (384, 21.6 M) or "base" (768, 85.7 M).
+        """The preset of that name: "tiny" (192 wide, 5.4 M parameters), "small" (384, 21.5 M) or "base" (768, 85.4 M).
 
         Raises:
             ValueError: `size` is none of the three.
@@ -130,18 +159,16 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
 
     # Methods named validate_* are run by @strict after the fields' types have been checked.
 
-    def validate_positive_sizes(self) -> None:
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size",
-                     "patch_size", "segmentation_hidden_size"):  # fmt: skip
+    def validate_geometry(self) -> None:
+        for name in POSITIVE:  # first: the rest divides by them
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.reconstruction_depth < 0:
             raise ValueError(f"reconstruction_depth must be at least 0; got {self.reconstruction_depth}")
-
-    def validate_geometry(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads ({self.num_attention_heads})"
+                f"hidden_size ({self.hidden_size}) must be a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})"
             )
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})")
@@ -155,13 +182,20 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
         for name in ("initializer_range", "layer_norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite; got {getattr(self, name)}")
+
+    def validate_names(self) -> None:
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}; got {self.hidden_act!r}")
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}; got {self.problem_type!r}")
 
     def validate_layers(self) -> None:
         for name in ("reconstruction_layers", "segmentation_layers"):
             layers = getattr(self, name)
-            if not layers or layers != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= self.num_hidden_layers:
+            rising = bool(layers) and layers == sorted(set(layers))
+            if not (rising and layers[0] >= 1 and layers[-1] <= self.num_hidden_layers):
                 raise ValueError(
                     f"{name} must be rising block numbers between 1 and num_hidden_layers ({self.num_hidden_layers}); "
                     f"got {layers}"

@@ -1,13 +1,29 @@
+# Copyright 2026 The SPCXR on the Hub authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
 """The SPCXR vision transformer: embeddings, block, encoder, and the heads over it, read from top to bottom.
 
 The encoder is the ViT of arXiv 2010.11929 in the pre-norm form of DeiT (arXiv 2012.12877). What is particular to SPCXR
-(arXiv 2211.12944) is how it learns: `SpcxrForPreTraining` sees a radiograph of which groups of neighbouring patches were
-corrupted in pixel space (GMML, arXiv 2205.14986) and reconstructs the pixels. Every patch, corrupted or not, goes through
-the encoder, and no mask token exists. The corruption is an input here, so every forward is deterministic in evaluation.
+(arXiv 2211.12944) is how it learns: `SpcxrForPreTraining` sees a radiograph of which groups of neighbouring patches
+were corrupted in pixel space (GMML, arXiv 2205.14986) and reconstructs the pixels. Every patch, corrupted or not, goes
+through the encoder, and no mask token exists. The corruption is an input here, so every forward is deterministic in
+evaluation.
 
 Shapes: B images, C channels, H x W pixels, N = (H / patch_size) * (W / patch_size) patches, D = hidden_size.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,7 +43,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_spcxr import SpcxrConfig
+from .configuration_spcxr import AUTO_MAP, SpcxrConfig
 
 
 @dataclass
@@ -35,17 +51,17 @@ class SpcxrModelOutput(BaseModelOutputWithPooling):
     """Output of [`SpcxrModel`].
 
     Attributes:
-        last_hidden_state: (B, 1 + N, D), after the final LayerNorm; position 0 is CLS, the rest are the patches row by row.
+        last_hidden_state: (B, 1 + N, D), after the final LayerNorm; first CLS, then the patches row by row.
         pooler_output: (B, D), the image's embedding: mean of the patch tokens or CLS, as `config.pooling` says.
-        hidden_states: `num_hidden_layers + 1` tensors (B, 1 + N, D): the embeddings, then every block's output, before the
-            final LayerNorm. Only with `output_hidden_states=True`.
+        hidden_states: `num_hidden_layers + 1` tensors (B, 1 + N, D): the embeddings, then every block's output, before
+            the final LayerNorm. Only with `output_hidden_states=True`.
         attentions: `num_hidden_layers` tensors (B, heads, 1 + N, 1 + N), rows summing to 1. Only with
             `output_attentions=True`.
     """
 
     @property
     def cls_token(self) -> torch.Tensor:
-        """(B, D): the CLS token. GMML does not train it; it carries meaning only after fine-tuning with `pooling="cls"`."""
+        """(B, D): the CLS token. GMML does not train it: it means something after fine-tuning with `pooling="cls"`."""
         return self.last_hidden_state[:, 0]
 
     @property
@@ -107,7 +123,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention, spelled out; the only implementation that returns its weights. Inputs (B, heads, 1 + N, D / heads)."""
+    """Softmax attention, spelled out, and the only one to return its weights. Inputs (B, heads, 1 + N, D / heads)."""
     weights = (query @ key.transpose(-2, -1)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -132,13 +148,13 @@ class SpcxrAttention(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool = False
+        self, hidden_states: torch.Tensor, need_weights: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_size))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, 1 + N, D / heads)
 
         attend: Callable = eager_attention_forward
-        if not output_attentions:  # the fused implementations never hold the weights, so a request for them goes eager
+        if not need_weights:  # the fused implementations never hold the weights: a request for them goes eager
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         context, weights = attend(
             self, query, key, value, None, scaling=self.scaling, dropout=self.dropout if self.training else 0.0
@@ -190,16 +206,16 @@ class SpcxrLayer(GradientCheckpointingLayer):
         self.drop_path = SpcxrDropPath(drop_path_rate)
 
     def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool = False
+        self, hidden_states: torch.Tensor, need_weights: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        context, attention = self.attention(self.norm1(hidden_states), output_attentions)
+        context, attention = self.attention(self.norm1(hidden_states), need_weights)
         hidden_states = hidden_states + self.drop_path(self.dropout(context))
         hidden_states = hidden_states + self.drop_path(self.dropout(self.mlp(self.norm2(hidden_states))))
         return hidden_states, attention
 
 
 class SpcxrEncoder(nn.Module):
-    """The stack of blocks. Returns the hidden states before the first block and after each, and each block's attention."""
+    """The stack of blocks. Returns the hidden states before the first and after each, and each block's attention."""
 
     def __init__(self, config: SpcxrConfig):
         super().__init__()
@@ -209,11 +225,11 @@ class SpcxrEncoder(nn.Module):
         )
 
     def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool = False
+        self, hidden_states: torch.Tensor, need_weights: bool = False
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
         all_hidden_states, all_attentions = [hidden_states], []
         for layer in self.layers:
-            hidden_states, attention = layer(hidden_states, output_attentions)
+            hidden_states, attention = layer(hidden_states, need_weights)
             all_hidden_states.append(hidden_states)
             all_attentions.append(attention)
         return tuple(all_hidden_states), tuple(all_attentions)
@@ -225,7 +241,7 @@ class SpcxrPreTrainedModel(PreTrainedModel):
     config_class = SpcxrConfig
     base_model_prefix = "spcxr"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["SpcxrEmbeddings", "SpcxrLayer"]
     _supports_sdpa = True
@@ -240,6 +256,12 @@ class SpcxrPreTrainedModel(PreTrainedModel):
         if isinstance(module, SpcxrEmbeddings):  # its bare parameters belong to no layer
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Save weights, configuration and code, so that the folder loads by itself."""
+        # What came from the Hub names its code "user/repository--file.Class"; from here on it is the code saved beside.
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def _requested(self, name: str, value: bool | None) -> bool:
         """A per-call flag, or else the configuration's (`output_hidden_states`, `output_attentions`)."""
@@ -259,6 +281,7 @@ class SpcxrModel(SpcxrPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.projection
 
+    # trf-ignore: TRF045 (written out, so that they are seen; and a request for attentions switches to eager)
     @can_return_tuple
     def forward(
         self,
@@ -280,10 +303,11 @@ class SpcxrModel(SpcxrPreTrainedModel):
         output_attentions = self._requested("output_attentions", output_attentions)
         hidden_states, attentions = self.encoder(self.embeddings(pixel_values), output_attentions)
         last_hidden_state = self.layernorm(hidden_states[-1])
-        patch_tokens, cls_token = last_hidden_state[:, 1:], last_hidden_state[:, 0]
+        # CODEPATH: "mean" in whatever GMML alone has trained; "cls" where fine-tuning has given CLS a meaning.
+        by_mean = self.config.pooling == "mean"
         return SpcxrModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=patch_tokens.mean(dim=1) if self.config.pooling == "mean" else cls_token,
+            pooler_output=last_hidden_state[:, 1:].mean(dim=1) if by_mean else last_hidden_state[:, 0],
             hidden_states=hidden_states if self._requested("output_hidden_states", output_hidden_states) else None,
             attentions=attentions if output_attentions else None,
         )
@@ -319,6 +343,7 @@ class SpcxrForPreTraining(SpcxrPreTrainedModel):
         self.reconstruction_head = SpcxrReconstructionHead(config)
         self.post_init()
 
+    # trf-ignore: TRF045 (written out, so that they are seen; and a request for attentions switches to eager)
     @can_return_tuple
     def forward(
         self,
@@ -348,6 +373,7 @@ class SpcxrForPreTraining(SpcxrPreTrainedModel):
         Raises:
             ValueError: `bool_masked_pos` or `labels` has another shape.
         """
+        output_hidden_states = self._requested("output_hidden_states", output_hidden_states)
         mask = None if bool_masked_pos is None else self._pixel_mask(bool_masked_pos, pixel_values)
         if labels is None and mask is not None:
             labels, pixel_values = pixel_values, pixel_values.masked_fill(mask, 0.0)
@@ -366,7 +392,7 @@ class SpcxrForPreTraining(SpcxrPreTrainedModel):
         return MaskedImageModelingOutput(
             loss=None if labels is None else self._reconstruction_loss(reconstruction, labels, mask),
             reconstruction=reconstruction,
-            hidden_states=outputs.hidden_states if self._requested("output_hidden_states", output_hidden_states) else None,
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
             attentions=outputs.attentions,
         )
 
@@ -391,12 +417,12 @@ class SpcxrForPreTraining(SpcxrPreTrainedModel):
     ) -> torch.Tensor:
         if labels.shape != reconstruction.shape:
             raise ValueError(f"labels has shape {tuple(labels.shape)}; expected {tuple(reconstruction.shape)}")
-        error = (reconstruction.float() - labels.float()).abs()
+        error = reconstruction.float() - labels.float()
         if mask is None:
-            return error.mean()
+            return error.abs().mean()
         count = mask.sum() * error.shape[1]
-        # where, not a product: whatever stands at an uncorrupted pixel, infinite or not, leaves the loss as it is.
-        return torch.where(mask, error, 0.0).sum() / count.clamp(min=1)
+        # where, not a product, and before abs: no uncorrupted pixel, be it NaN, reaches the loss or its gradient.
+        return torch.where(mask, error, 0.0).abs().sum() / count.clamp(min=1)
 
 
 class SpcxrForImageClassification(SpcxrPreTrainedModel):
@@ -409,6 +435,7 @@ class SpcxrForImageClassification(SpcxrPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    # trf-ignore: TRF045 (written out, so that they are seen; and a request for attentions switches to eager)
     @can_return_tuple
     def forward(
         self,
@@ -482,7 +509,7 @@ class SpcxrSegmentationDecoder(nn.Module):
         super().__init__()
         width = config.segmentation_hidden_size
         self.projections = nn.ModuleList(nn.Linear(config.hidden_size, width) for _ in config.segmentation_layers)
-        self.upsampling = nn.Sequential(*self._doubling(width, width // 2), *self._doubling(width // 2, width // 4))
+        self.upsampling = nn.ModuleList(self._doubling(width, width // 2) + self._doubling(width // 2, width // 4))
         self.classifier = nn.Conv2d(width // 4, config.num_labels, kernel_size=1)
 
     @staticmethod
@@ -499,7 +526,9 @@ class SpcxrSegmentationDecoder(nn.Module):
     def forward(self, blocks: list[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
         tokens = sum(projection(block) for projection, block in zip(self.projections, blocks, strict=True))
         features = tokens.transpose(1, 2).unflatten(2, grid)  # (B, width, H / patch, W / patch)
-        return self.classifier(self.upsampling(features))
+        for layer in self.upsampling:
+            features = layer(features)
+        return self.classifier(features)  # (B, num_labels, 4 H / patch, 4 W / patch)
 
 
 class SpcxrForSemanticSegmentation(SpcxrPreTrainedModel):
@@ -512,6 +541,7 @@ class SpcxrForSemanticSegmentation(SpcxrPreTrainedModel):
         self.decoder = SpcxrSegmentationDecoder(config)
         self.post_init()
 
+    # trf-ignore: TRF045 (written out, so that they are seen; and a request for attentions switches to eager)
     @can_return_tuple
     def forward(
         self,
@@ -529,18 +559,20 @@ class SpcxrForSemanticSegmentation(SpcxrPreTrainedModel):
 
         Returns:
             `loss` where `labels` is given: cross-entropy plus soft Dice loss (arXiv 1606.04797), equally weighted.
-            `logits`: (B, num_labels, H, W), the input's resolution.
+            `logits`: (B, num_labels, H, W), the input's resolution, in float32.
 
         Raises:
             ValueError: `labels` is not (B, H, W).
         """
+        output_hidden_states = self._requested("output_hidden_states", output_hidden_states)
         outputs = self.spcxr(
             pixel_values,
             output_hidden_states=True,
             output_attentions=self._requested("output_attentions", output_attentions),
             return_dict=True,
         )
-        blocks = [self.spcxr.layernorm(outputs.hidden_states[layer])[:, 1:] for layer in self.config.segmentation_layers]
+        layers = self.config.segmentation_layers
+        blocks = [self.spcxr.layernorm(outputs.hidden_states[layer])[:, 1:] for layer in layers]
         grid = tuple(side // self.config.patch_size for side in pixel_values.shape[-2:])
         logits = self.decoder(blocks, grid)
         logits = nn.functional.interpolate(
@@ -549,7 +581,7 @@ class SpcxrForSemanticSegmentation(SpcxrPreTrainedModel):
         return SemanticSegmenterOutput(
             loss=None if labels is None else self._segmentation_loss(logits, labels),
             logits=logits,
-            hidden_states=outputs.hidden_states if self._requested("output_hidden_states", output_hidden_states) else None,
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
             attentions=outputs.attentions,
         )
 
@@ -585,6 +617,7 @@ class SpcxrBackbone(BackboneMixin, SpcxrPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.projection
 
+    # trf-ignore: TRF045 (written out, so that they are seen; and a request for attentions switches to eager)
     @can_return_tuple
     def forward(
         self,
@@ -605,6 +638,7 @@ class SpcxrBackbone(BackboneMixin, SpcxrPreTrainedModel):
         feature_maps = []
         for stage, tokens in zip(self.stage_names, hidden_states, strict=True):
             if stage in self.out_features:
+                # CODEPATH: every checkpoint normalises; without it, a predictor that brings its own norm takes over.
                 tokens = self.layernorm(tokens) if self.config.apply_layernorm else tokens
                 feature_maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous())
         return BackboneOutput(

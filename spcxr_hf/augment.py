@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import SpcxrError
+from .modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class Views:
             raise SpcxrError(f"ratio must rise and be positive; got {self.ratio}")
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise SpcxrError(f"blur_sigma must rise and be positive; got {self.blur_sigma}")
+        self._check_shares()
+
+    def _check_shares(self) -> None:
         for name in ("flip", "blur"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SpcxrError(f"{name} is a probability in [0, 1]; got {getattr(self, name)}")
@@ -102,6 +106,11 @@ class Views:
         )
 
 
+def normalise(grey: torch.Tensor) -> torch.Tensor:
+    """Grey values in 0 .. 1 -> what the image processor hands to the model: mean 0, standard deviation 1 over the pool."""
+    return (grey - RADIOGRAPH_MEAN[0]) / RADIOGRAPH_STD[0]
+
+
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """The whole image at size x size, (B, C, H, W) -> (B, C, size, size) float32, by the same weights as the views."""
     batch, _, height, width = images.shape
@@ -116,7 +125,7 @@ def resampling_weights(
 ) -> torch.Tensor:
     """(B, size_out, size_in): how much of each input pixel goes into each output pixel along one axis.
 
-    Antialiased bilinear interpolation: a triangle as wide as an output pixel, and at least as an input pixel. `start` and
+    Antialiased bilinear interpolation: a triangle as wide as an output pixel, at least as an input pixel. `start` and
     `length` (B,) give the part of the axis to show, in input pixels; `flipped` (B,) says where to mirror it.
     """
     device = start.device

@@ -36,6 +36,7 @@ MODEL_CLASSES = {
 def register() -> None:
     """Make the Auto classes know `model_type: spcxr`, and every save carry the code that loads it elsewhere."""
     AutoConfig.register(SpcxrConfig.model_type, SpcxrConfig, exist_ok=True)
+    SpcxrConfig.register_for_auto_class()
     for auto_class, model_class in MODEL_CLASSES.items():
         auto_class.register(SpcxrConfig, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_class.__name__)

@@ -1,7 +1,7 @@
-"""Sets of radiographs: from Parquet shards or a folder of pictures to decoded images in memory, and the order to see them.
+"""Sets of radiographs: from Parquet shards or a folder of pictures to decoded images in memory, and their order.
 
-A set is small beside a machine's memory once its images are grey and 256 pixels wide (65 kB each), so it is decoded once
-and kept as one uint8 tensor; augmentation and corruption then work on whole batches, on the device.
+A set is small beside a machine's memory once its images are grey and 256 pixels wide (65 kB each), so it is decoded
+once and kept as one uint8 tensor; augmentation and corruption then work on whole batches, on the device.
 """
 
 from __future__ import annotations
@@ -83,10 +83,14 @@ def read_table(source: str | os.PathLike) -> RadiographTable:
         raise SpcxrError(f"{path}: no such file or folder")
     shards = sorted(path.glob("*.parquet"))
     if shards:
-        return RadiographTable(pa.concat_tables([_read_shard(shard) for shard in shards], promote_options="default"), path.name)
+        return RadiographTable(
+            pa.concat_tables([_read_shard(shard) for shard in shards], promote_options="default"), path.name
+        )
     pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     if not pictures:
-        raise SpcxrError(f"{path}: no Parquet shards and no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) in this folder")
+        raise SpcxrError(
+            f"{path}: no Parquet shards and no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) in this folder"
+        )
     images = [{"bytes": None, "path": str(picture)} for picture in pictures]
     names = [str(picture.relative_to(path)) for picture in pictures]
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -116,6 +120,21 @@ def open_image(cell: dict, name: str) -> Image.Image:
     return read_radiograph(stream)
 
 
+def open_mask(cell: dict | None, name: str) -> Image.Image:
+    """The lung mask in one cell of the column `lung_mask`, mode L: 255 on the lungs, 0 elsewhere.
+
+    Raises:
+        SpcxrError: there is none, or it cannot be read; the message holds `name`.
+    """
+    if cell is None or cell["bytes"] is None:
+        raise SpcxrError(f"{name}: no lung mask in this row")
+    try:
+        with Image.open(io.BytesIO(cell["bytes"])) as mask:
+            return mask.convert("L").point(lambda value: 255 * (value > 127))
+    except (OSError, ValueError) as error:
+        raise SpcxrError(f"{name}: the lung mask cannot be read ({error})") from error
+
+
 def decode_images(table: RadiographTable, size: int, cache: str | os.PathLike | None = None) -> torch.Tensor:
     """Decode every image to grey, the whole picture at size x size: (n, 1, size, size) uint8.
 
@@ -143,16 +162,17 @@ def decode_masks(table: RadiographTable, size: int) -> torch.Tensor:
     """
 
     def decode(cell: dict | None, name: str) -> np.ndarray:
-        if cell is None or cell["bytes"] is None:
-            raise SpcxrError(f"{name}: no lung mask in this row")
-        with Image.open(io.BytesIO(cell["bytes"])) as mask:
-            return np.asarray(mask.convert("L").resize((size, size), Image.Resampling.NEAREST))
+        return np.asarray(open_mask(cell, name).resize((size, size), Image.Resampling.NEAREST))
 
     return _decode(table, "lung_mask", decode, size, None).squeeze(1) > 127
 
 
 def _decode(
-    table: RadiographTable, column: str, decode: Callable[[Any, str], np.ndarray], size: int, cache: str | os.PathLike | None
+    table: RadiographTable,
+    column: str,
+    decode: Callable[[Any, str], np.ndarray],
+    size: int,
+    cache: str | os.PathLike | None,
 ) -> torch.Tensor:
     names = table.column("id") if "id" in table.rows.column_names else [str(row) for row in range(len(table))]
     file = None if cache is None else Path(cache) / f"{_fingerprint(table, names)}-{column}-{size}.npy"
@@ -183,7 +203,7 @@ def _fingerprint(table: RadiographTable, names: list[str]) -> str:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of everything random in one optimiser step. A resumed run needs no other state to go on as if never stopped."""
+    """The seed of everything random in one optimiser step: a resumed run needs no other state to go on as it would."""
     digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
     return int.from_bytes(digest[:7], "little")
 
@@ -191,8 +211,8 @@ def step_seed(seed: int, step: int) -> int:
 def batches(count: int, batch_size: int, seed: int, first_step: int, last_step: int) -> Iterator[torch.Tensor]:
     """Row numbers of each step's batch, (batch_size,), from `first_step` up to `last_step` (excluded).
 
-    Every epoch is a new permutation of 0 .. count - 1 that follows from the seed and the epoch alone; its incomplete last
-    batch is dropped.
+    Every epoch is a new permutation of 0 .. count - 1 that follows from the seed and the epoch alone; its incomplete
+    last batch is dropped.
 
     Raises:
         SpcxrError: there are fewer images than one batch holds.

@@ -34,7 +34,7 @@ FLOORS = {
     1: {"labels", "metrics", "errors"},
     2: {"radiograph", "corruption", "augment", "recipe", "auto", "convert", "pictures"},
     3: {"data", "training", "hub"},
-    4: {"cli"},
+    4: {"cli", "demo"},
 }
 GROUND, DOORS = 1, 4
 MODELING_MAY_IMPORT = {"torch", "transformers"} | sys.stdlib_module_names

@@ -7,8 +7,8 @@ Started again with the same command, it goes on from its newest checkpoint.
 
 from __future__ import annotations
 
-import csv
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,13 +17,14 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
-from spcxr_hf.augment import Views
+from spcxr_hf.augment import Views, normalise, resize
 from spcxr_hf.convert import change_image_size
-from spcxr_hf.corruption import GroupMasking
+from spcxr_hf.corruption import Corrupted, GroupMasking
 from spcxr_hf.data import batches, decode_images, read_table, step_seed
-from spcxr_hf.pictures import save_curves, save_grid, to_grey
+from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
+from spcxr_hf.pictures import save_grid, to_grey
 from spcxr_hf.recipe import parse_arguments, save_recipe
-from spcxr_hf.training import CosineSchedule, parameter_groups, resume, save_checkpoint, set_schedule
+from spcxr_hf.training import CosineSchedule, StepLog, parameter_groups, resume, save_checkpoint, set_schedule
 
 
 @dataclass
@@ -63,8 +64,8 @@ class Arguments:
     device_cache: bool = field(default=True, metadata={"help": "keep the decoded images on the accelerator"})
 
 
-def main() -> None:
-    arguments = parse_arguments(Arguments)
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(Arguments, argv)
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     output = Path(arguments.output)
     if accelerator.is_main_process:
@@ -74,12 +75,12 @@ def main() -> None:
     images = load_images(arguments, accelerator)
     model = build_model(arguments)
     optimizer = torch.optim.AdamW(parameter_groups(model), betas=(0.9, arguments.adam_beta2), fused=True)
-    state = resume(output, model, optimizer) or {"step": 0, "images_seen": seen_before(arguments), "seconds": 0.0}
+    state = resume(output, model, optimizer) or {"step": 0, "seconds": 0.0, "images_seen": model.config.images_seen}
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    train(arguments, accelerator, images, model, optimizer, state, output)
+    train(arguments, accelerator, images, model, optimizer, state)
     if accelerator.is_main_process:
-        finish(arguments, accelerator.unwrap_model(model), images, output)
+        finish(arguments, accelerator.unwrap_model(model, keep_fp32_wrapper=False))
     accelerator.end_training()
 
 
@@ -106,15 +107,9 @@ def build_model(arguments: Arguments) -> SpcxrForPreTraining:
             arguments.init_from, drop_path_rate=arguments.drop_path_rate, dtype=torch.float32
         )
         change_image_size(model, arguments.image_size)
+    model.config.images_seen = getattr(model.config, "images_seen", 0)  # travels with every checkpoint
     model.set_attn_implementation(arguments.attention)
     return model.train()
-
-
-def seen_before(arguments: Arguments) -> int:
-    """How many images the checkpoint to start from had seen."""
-    if arguments.init_from is None:
-        return 0
-    return getattr(SpcxrConfig.from_pretrained(arguments.init_from), "images_seen", 0)
 
 
 def train(
@@ -124,120 +119,102 @@ def train(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     state: dict,
-    output: Path,
 ) -> None:
-    """The loop: view, corrupt, reconstruct, step."""
-    learning_rate = CosineSchedule(
-        arguments.learning_rate, arguments.final_learning_rate, arguments.warmup_steps, arguments.steps
-    )
-    weight_decay = CosineSchedule(arguments.weight_decay, arguments.final_weight_decay, 0, arguments.steps)
-    make_views = Views(size=arguments.image_size, scale=tuple(arguments.crop_scale))
-    corrupt = masking(arguments)
-    processor = SpcxrImageProcessor()
-    mean, std = processor.image_mean[0], processor.image_std[0]
+    """The loop: view, corrupt, reconstruct, step; now and then a checkpoint and pictures."""
+    learning_rates, weight_decays = schedules(arguments)
     step_model = torch.compile(model) if arguments.compile else model
-    generator = torch.Generator(images.device)
+    first_step, seen = state["step"], state["images_seen"]
     progress = tqdm(
         total=arguments.steps * arguments.batch_size,
-        initial=state["step"] * arguments.batch_size,
+        initial=first_step * arguments.batch_size,
         unit="image",
         disable=not accelerator.is_main_process,
     )
-    log = StepLog(output / "log.csv", state["step"])
+    log = StepLog(Path(arguments.output) / "log.csv", first_step)
     started = time.perf_counter() - state["seconds"]
-    seen_at_start = state["images_seen"] - state["step"] * arguments.batch_size
 
-    for step, rows in enumerate(
-        batches(len(images), arguments.batch_size, arguments.seed, state["step"], arguments.steps), state["step"]
-    ):
+    order = batches(len(images), arguments.batch_size, arguments.seed, first_step, arguments.steps)
+    for done, rows in enumerate(order, first_step + 1):
         rows = rows[accelerator.process_index :: accelerator.num_processes]
-        seed = step_seed(arguments.seed, step) + accelerator.process_index
-        generator.manual_seed(seed)
-        torch.manual_seed(seed)  # stochastic depth
-        views = (make_views(images[rows.to(images.device)], generator) - mean) / std
-        corrupted = corrupt(views, generator)
-
-        set_schedule(optimizer, learning_rate(step), weight_decay(step))
+        clean, corrupted = draw_views(arguments, images, rows, step_seed(arguments.seed, done - 1) + accelerator.process_index)
+        set_schedule(optimizer, learning_rates(done - 1), weight_decays(done - 1))
         with accelerator.autocast():
             loss = step_model(
                 pixel_values=corrupted.pixel_values.to(accelerator.device),
                 bool_masked_pos=corrupted.mask.to(accelerator.device),
-                labels=views.to(accelerator.device),
+                labels=clean.to(accelerator.device),
             ).loss
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
+        seen += arguments.batch_size
         progress.update(arguments.batch_size)
-        done = step + 1
         if not accelerator.is_main_process:
             continue
-        if done % arguments.log_every == 0 or done == arguments.steps:
-            log.add(step=done, loss=round(loss.item(), 5), learning_rate=f"{learning_rate(step):.3g}")
-            progress.set_postfix(loss=f"{loss.item():.4f}", lr=f"{learning_rate(step):.2g}")
-        if done % arguments.save_every == 0 or done == arguments.steps:
-            bare = accelerator.unwrap_model(model)
-            bare.config.images_seen = seen_at_start + done * arguments.batch_size
-            state = {"images_seen": bare.config.images_seen, "seconds": round(time.perf_counter() - started, 1)}
-            save_checkpoint(output, done, bare, optimizer, state)
-            draw(arguments, bare, images, output)
-            log.draw(output / "loss.png")
+        due = done % arguments.save_every == 0 or done == arguments.steps
+        if due or done % arguments.log_every == 0:
+            row = {"loss": round(loss.item(), 5), "learning_rate": f"{learning_rates(done - 1):.3g}"}
+            progress.set_postfix(row)
+            log.add(step=done, **row)
+        if due:
+            bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            bare.config.images_seen = seen
+            seconds = round(time.perf_counter() - started, 1)
+            save_checkpoint(Path(arguments.output), done, bare, optimizer, {"seconds": seconds, "images_seen": seen})
+            draw(arguments, bare, images)
+            log.draw(Path(arguments.output) / "loss.png", {"L1 over corrupted pixels": "loss"})
+
+
+def schedules(arguments: Arguments) -> tuple[CosineSchedule, CosineSchedule]:
+    """Learning rate and weight decay over the steps."""
+    learning_rate = CosineSchedule(
+        arguments.learning_rate, arguments.final_learning_rate, arguments.warmup_steps, arguments.steps
+    )
+    return learning_rate, CosineSchedule(arguments.weight_decay, arguments.final_weight_decay, 0, arguments.steps)
+
+
+def draw_views(
+    arguments: Arguments, images: torch.Tensor, rows: torch.Tensor, seed: int
+) -> tuple[torch.Tensor, Corrupted]:
+    """Random views of these rows, normalised (B, 1, S, S), and their corruption."""
+    torch.manual_seed(seed)  # stochastic depth
+    generator = torch.Generator(images.device).manual_seed(seed)
+    make_views = Views(size=arguments.image_size, scale=(arguments.crop_scale[0], arguments.crop_scale[1]))
+    clean = normalise(make_views(images[rows.to(images.device)], generator))
+    return clean, masking(arguments)(clean, generator)
 
 
 def masking(arguments: Arguments) -> GroupMasking:
     return GroupMasking(
         fills=tuple(arguments.fills),
-        drop_share=tuple(arguments.drop_share),
+        drop_share=(arguments.drop_share[0], arguments.drop_share[1]),
         replace_share=arguments.replace_share,
         max_side=arguments.max_side,
         align=arguments.align,
     )
 
 
-class StepLog:
-    """A CSV file with a row per logged step; on resume, rows after the checkpoint are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        self.rows: list[dict] = []
-        if path.is_file() and step:
-            with path.open(newline="", encoding="utf-8") as stream:
-                self.rows = [row for row in csv.DictReader(stream) if int(row["step"]) <= step]
-
-    def add(self, **row) -> None:
-        self.rows.append(row)
-        with self.path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-    def draw(self, path: Path) -> None:
-        points = [(int(row["step"]), float(row["loss"])) for row in self.rows]
-        save_curves({"L1 over corrupted pixels": points}, path, "step", "loss")
-
-
 @torch.no_grad()
-def draw(arguments: Arguments, model: SpcxrForPreTraining, images: torch.Tensor, output: Path) -> None:
+def draw(arguments: Arguments, model: SpcxrForPreTraining, images: torch.Tensor) -> None:
     """Write `reconstruction.png`: clean, corrupted, reconstructed and mask, a row for each of four images."""
-    processor = SpcxrImageProcessor()
-    mean, std = processor.image_mean[0], processor.image_std[0]
-    generator = torch.Generator(images.device).manual_seed(arguments.seed)
     count = min(4, len(images))
-    views = Views(size=arguments.image_size, scale=(1, 1), ratio=(1, 1), flip=0, brightness=0, contrast=0, blur=0)
-    clean = (views(images[:: max(1, len(images) // count)][:count], generator) - mean) / std
+    generator = torch.Generator(images.device).manual_seed(arguments.seed)
+    grey = resize(images[:: len(images) // count][:count], arguments.image_size) / 255
+    clean = normalise(grey)
     corrupted = masking(arguments)(clean, generator)
     model.eval()
     reconstruction = model(corrupted.pixel_values.to(model.device)).reconstruction.to(clean.device)
     model.train()
-    columns = [to_grey(values, mean, std) for values in (clean, corrupted.pixel_values, reconstruction)]
+    columns = [to_grey(values, RADIOGRAPH_MEAN[0], RADIOGRAPH_STD[0]) for values in (clean, corrupted.pixel_values, reconstruction)]
     columns.append(corrupted.mask.squeeze(1).float())
-    save_grid(list(zip(*columns, strict=True)), output / "reconstruction.png")
+    save_grid(list(zip(*columns, strict=True)), Path(arguments.output) / "reconstruction.png")
 
 
-def finish(arguments: Arguments, model: SpcxrForPreTraining, images: torch.Tensor, output: Path) -> None:
-    """Write the final model, with its image processor, into `output/final`."""
-    final = output / "final"
+def finish(arguments: Arguments, model: SpcxrForPreTraining) -> None:
+    """Write the final model, with its image processor and recipe, into `output/final`."""
+    final = Path(arguments.output) / "final"
     model.eval().set_attn_implementation("sdpa")
     model.save_pretrained(final)
     size = {"height": arguments.image_size, "width": arguments.image_size}

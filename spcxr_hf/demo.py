@@ -1,0 +1,386 @@
+"""The main job: one radiograph through the bundled models, to numbers and one picture.
+
+run_demo -> example_radiograph, describe_file    what is looked at
+         -> install_checkpoints, load            the models, by id, out of the local Hub cache; no network
+         -> encode, reconstruct, segment_lungs   what the models see
+         -> compose_panels, draw                 the picture
+         -> report                               the text
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForPreTraining,
+    AutoModelForSemanticSegmentation,
+    BatchFeature,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from .corruption import GroupMasking
+from .errors import SpcxrError
+from .hub import Installed, install_checkpoints
+from .pictures import overlay, to_grey
+from .radiograph import PICTURE_FORMATS, read_radiograph
+
+BASE, LUNGS = "spcxr/base", "spcxr/lung-segmentation"
+EXAMPLE = "RG1_UNCR.dcm"  # a chest radiograph, postero-anterior, in the package pydicom-data
+GET_DEMO = 'pip install "spcxr-hf[demo]"'
+
+SEED = 0
+SMALLEST_LUNG = 0.1  # of the larger one; a second region below that is no lung but an island
+PANEL_INCHES, DOTS_PER_INCH = 3.2, 110
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode and its image processor."""
+
+    repo_id: str
+    model: PreTrainedModel
+    processor: Any
+
+
+class Encoded(NamedTuple):
+    """`embedding` (1, D), and `attention` (rows, columns): how much each patch enters it, 1 being the average."""
+
+    embedding: torch.Tensor
+    attention: torch.Tensor
+
+
+class Reconstructed(NamedTuple):
+    """Grey values (H, W) in 0..1 at the model's size; `composed` has the reconstruction where `mask` (H, W) is true."""
+
+    corrupted: torch.Tensor
+    composed: torch.Tensor
+    mask: torch.Tensor
+    error: float  # mean absolute error over the corrupted pixels, on the scale 0..1
+
+
+class LungAreas(NamedTuple):
+    """Shares of the image, 0..1: all that is lung, and the two lungs by the side of the image that they lie on."""
+
+    total: float
+    image_left: float
+    image_right: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that the demo prints or draws."""
+
+    file: str
+    models: list[tuple[Loaded, Installed]]
+    encoded: Encoded
+    reconstructed: Reconstructed
+    lungs: LungAreas
+    panels: dict[str, np.ndarray]  # by title, each (h, w) or (h, w, 3) in 0..1
+    output: Path
+    seconds: float
+
+
+def run_demo(
+    image: Path | None = None, output: Path = Path("spcxr_demo.png"), checkpoints: Path | None = None
+) -> Findings:
+    """Look at a radiograph: print what is found, write one PNG.
+
+    Args:
+        image: PNG, JPEG or DICOM; by default the chest DICOM of pydicom-data.
+        output: the PNG.
+        checkpoints: folder with the checkpoints `base` and `lung-segmentation`; by default the source tree's own.
+
+    Raises:
+        SpcxrError: the image, a checkpoint or the output cannot be used, or the extra `demo` is not installed.
+    """
+    started = time.perf_counter()
+    check_output(output)
+    path = example_radiograph() if image is None else Path(image)
+    radiograph = read_radiograph(path, full_depth=True)
+    installed = {checkpoint.repo_id: checkpoint for checkpoint in install_checkpoints(checkpoints)}
+    base = load(AutoModelForPreTraining, BASE, installed)
+    lungs = load(AutoModelForSemanticSegmentation, LUNGS, installed)
+
+    encoded = encode(base, radiograph)
+    reconstructed = reconstruct(base, radiograph)
+    lung_mask = segment_lungs(lungs, radiograph)
+    panels = compose_panels(radiograph, lung_mask, encoded.attention, reconstructed)
+    draw(panels, radiograph.size, output)
+    findings = Findings(
+        file=describe_file(path, radiograph),
+        models=[(one, installed[one.repo_id]) for one in (base, lungs)],
+        encoded=encoded,
+        reconstructed=reconstructed,
+        lungs=measure_lungs(lung_mask.numpy()),
+        panels=panels,
+        output=output,
+        seconds=time.perf_counter() - started,
+    )
+    print(report(findings))
+    return findings
+
+
+# ---- what is looked at -------------------------------------------------------------------------------------------
+
+
+def check_output(output: Path) -> None:
+    """Refuse early what would fail after the work."""
+    if output.suffix.lower() != ".png":
+        raise SpcxrError(f"{output}: the picture is a PNG; give a name that ends in .png")
+    if not output.resolve().parent.is_dir():
+        raise SpcxrError(f"{output}: no such folder to write it to")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise SpcxrError(f"the picture needs matplotlib: {GET_DEMO}") from error
+
+
+def example_radiograph() -> Path:
+    """The path of the radiograph that pydicom-data has installed; it is never downloaded."""
+    try:
+        from pydicom.data import get_testdata_file
+    except ImportError as error:
+        raise SpcxrError(f"the example radiograph needs pydicom: {GET_DEMO}, or give a file of your own") from error
+    path = get_testdata_file(EXAMPLE, download=False)
+    if path is None:
+        raise SpcxrError(f"the example radiograph comes with pydicom-data: {GET_DEMO}, or give a file of your own")
+    return Path(path)
+
+
+def describe_file(path: Path, radiograph: Image.Image) -> str:
+    """Name, kind, size and depth. Of a DICOM's header only what says how its pixels are stored."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    kind = next((name for name, first_bytes in PICTURE_FORMATS.items() if head.startswith(first_bytes)), "DICOM")
+    bits = 16 if radiograph.mode == "I;16" else 8
+    if kind == "DICOM":
+        import pydicom
+
+        technical = ["BitsStored", "PhotometricInterpretation"]
+        header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=technical)
+        kind, bits = f"DICOM {header.PhotometricInterpretation}", header.BitsStored
+    return f"{path.name}  {kind}, {radiograph.width} x {radiograph.height} pixels, {bits} bits"
+
+
+# ---- the models --------------------------------------------------------------------------------------------------
+
+
+def load(auto_class: Any, repo_id: str, installed: dict[str, Installed]) -> Loaded:
+    """Model and image processor by id, out of the local Hub cache alone."""
+    if repo_id not in installed:
+        raise SpcxrError(f"the demo needs the checkpoint {repo_id}; installed are {', '.join(installed)}")
+    try:
+        with _no_progress_bar():
+            model, loading = auto_class.from_pretrained(repo_id, local_files_only=True, output_loading_info=True)
+            processor = AutoImageProcessor.from_pretrained(repo_id, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise SpcxrError(f"{repo_id} in the local Hub cache cannot be loaded: {cause}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise SpcxrError(f"{repo_id} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} among them")
+    return Loaded(repo_id, model.eval(), processor)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """A bar over a hundred weights that are there in an instant says nothing."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
+@torch.inference_mode()
+def encode(base: Loaded, radiograph: Image.Image) -> Encoded:
+    """The embedding, and where it comes from.
+
+    The embedding is the mean of the patch tokens. In the last block, a token is a sum over all patches, weighted by its
+    attention to each: so the attention to a patch, averaged over the tokens and the heads, is the weight with which
+    that patch's content enters the embedding there. It tells where the block looks, not what it concludes.
+    """
+    pixel_values = base.processor(radiograph, return_tensors="pt").pixel_values  # (1, C, H, W)
+    outputs = base.model.base_model(pixel_values, output_attentions=True)
+    weights = outputs.attentions[-1].mean(dim=1)[0, 1:, 1:].mean(dim=0)  # (N,), CLS left out on both sides
+    patch = base.model.config.patch_size
+    rows, columns = (side // patch for side in pixel_values.shape[-2:])
+    return Encoded(outputs.pooler_output, (weights / weights.mean()).reshape(rows, columns))
+
+
+@torch.inference_mode()
+def reconstruct(base: Loaded, radiograph: Image.Image) -> Reconstructed:
+    """Corrupt groups of pixels by noise, the same ones at every start, and let the model fill them in."""
+    clean = base.processor(radiograph, return_tensors="pt").pixel_values
+    # "replace", the other fill of the pretraining, takes pixels from a second image.
+    corrupted, mask = GroupMasking(fills=("noise",))(clean, torch.Generator().manual_seed(SEED))
+    reconstruction = base.model(corrupted).reconstruction
+    composed = torch.where(mask, reconstruction, clean)
+    mean, std = base.processor.image_mean[0], base.processor.image_std[0]
+    grey, corrupted_grey, composed_grey = (to_grey(values, mean, std)[0] for values in (clean, corrupted, composed))
+    pixel_mask = mask[0, 0]
+    error = (composed_grey - grey).abs()[pixel_mask].mean().item()
+    return Reconstructed(corrupted_grey, composed_grey, pixel_mask, error)
+
+
+@torch.inference_mode()
+def segment_lungs(lungs: Loaded, radiograph: Image.Image) -> torch.Tensor:
+    """True where lung is, (height, width) of the radiograph itself."""
+    label = lungs.model.config.label2id.get("lung")
+    if label is None:
+        raise SpcxrError(f"{lungs.repo_id} names no label 'lung'; it has {', '.join(lungs.model.config.label2id)}")
+    inputs: BatchFeature = lungs.processor(radiograph, return_tensors="pt")
+    outputs = lungs.model(**inputs)
+    size = (radiograph.height, radiograph.width)
+    return lungs.processor.post_process_semantic_segmentation(outputs, target_sizes=[size])[0] == label
+
+
+# ---- areas -------------------------------------------------------------------------------------------------------
+
+
+def measure_lungs(mask: np.ndarray) -> LungAreas:
+    """The area of the mask (height, width), boolean, and of the two lungs in it.
+
+    The lungs are the two largest connected regions. Where there is one, or the second is a mere island, as when the two
+    have grown together, the column through the mask's centre of mass parts them instead.
+    """
+    total = int(mask.sum())
+    if total == 0:
+        return LungAreas(0.0, 0.0, 0.0)
+    areas, centres = connected_regions(mask)
+    largest = np.argsort(areas)[::-1][:2]
+    if len(largest) == 2 and areas[largest[1]] >= SMALLEST_LUNG * areas[largest[0]]:
+        first, second = sorted(largest, key=lambda region: centres[region])
+        left, right = areas[first], areas[second]
+    else:
+        middle = round((mask.sum(axis=0) * (np.arange(mask.shape[1]) + 0.5)).sum() / total)
+        left, right = mask[:, :middle].sum(), mask[:, middle:].sum()
+    return LungAreas(total / mask.size, float(left) / mask.size, float(right) / mask.size)
+
+
+def connected_regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Area in pixels and mean column of each region of a boolean mask (height, width) whose pixels touch by a side.
+
+    Row by row: a row is a few runs of true pixels, and a run belongs to the regions of the runs that it touches in the
+    row above.
+    """
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, starts = np.nonzero(edges == 1)
+    ends = np.nonzero(edges == -1)[1]  # exclusive; in the same order
+    regions = _join_runs(rows.tolist(), starts.tolist(), ends.tolist())
+    _, region = np.unique(regions, return_inverse=True)
+    lengths = ends - starts
+    areas = np.bincount(region, weights=lengths)
+    return areas, np.bincount(region, weights=lengths * (starts + ends) / 2) / areas
+
+
+def _join_runs(rows: list[int], starts: list[int], ends: list[int]) -> list[int]:
+    """For each run, sorted by row and start, the index of a run that stands for its region."""
+    parents = list(range(len(rows)))
+
+    def representative(run: int) -> int:
+        while parents[run] != run:
+            parents[run] = run = parents[parents[run]]
+        return run
+
+    above = 0  # the first run of the row above that is not wholly left of this one
+    for run, row in enumerate(rows):
+        while rows[above] < row - 1 or (rows[above] == row - 1 and ends[above] <= starts[run]):
+            above += 1
+        touching = above
+        while rows[touching] == row - 1 and starts[touching] < ends[run]:
+            parents[representative(touching)] = representative(run)
+            touching += 1
+    return [representative(run) for run in range(len(rows))]
+
+
+# ---- the picture -------------------------------------------------------------------------------------------------
+
+
+def compose_panels(
+    radiograph: Image.Image, lung_mask: torch.Tensor, attention: torch.Tensor, reconstructed: Reconstructed
+) -> dict[str, np.ndarray]:
+    """Title -> panel, (h, w) or (h, w, 3) in 0..1."""
+    white = 65535 if radiograph.mode == "I;16" else 255
+    grey = torch.from_numpy(np.asarray(radiograph, dtype=np.float32) / white)
+    share = reconstructed.mask.float().mean().item()
+    panels = {
+        "radiograph": grey,
+        "lung mask": overlay(grey, lung_mask),
+        f"attention, last block\n(at most {attention.max():.1f} x the average)": heat_map(grey, attention),
+        f"group-masked\n({share:.0%} of the pixels)": reconstructed.corrupted,
+        "reconstructed\n(in the masked groups)": reconstructed.composed,
+    }
+    return {title: panel.numpy() for title, panel in panels.items()}
+
+
+def heat_map(grey: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """The attention (rows, columns), from none to its largest value, in colour over grey (h, w) -> (h, w, 3)."""
+    from matplotlib import colormaps
+
+    heat = torch.nn.functional.interpolate(attention[None, None], size=grey.shape, mode="bilinear", align_corners=False)
+    heat = heat[0, 0] / attention.max()
+    colour = torch.from_numpy(colormaps["inferno"](heat.numpy())[..., :3]).float()
+    return 0.5 * grey.unsqueeze(-1) + 0.5 * colour
+
+
+def draw(panels: dict[str, np.ndarray], size: tuple[int, int], output: Path) -> None:
+    """Write the panels in a row, each in the proportions of `size` (width, height)."""
+    from matplotlib.figure import Figure  # a figure of its own touches no global state
+
+    width, height = size
+    panel_height = min(max(PANEL_INCHES * height / width, 1.5), 3 * PANEL_INCHES)
+    figure = Figure(figsize=(PANEL_INCHES * len(panels), panel_height + 0.7), dpi=DOTS_PER_INCH, layout="constrained")
+    for axes, (title, panel) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        # The model sees a square; the extent gives its pictures the radiograph's proportions back.
+        axes.imshow(panel, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
+        axes.set_title(title, fontsize=10)
+        axes.set_axis_off()
+    try:
+        figure.savefig(output)
+    except OSError as error:
+        raise SpcxrError(f"{output}: {error.strerror or type(error).__name__}") from error
+
+
+# ---- the text ----------------------------------------------------------------------------------------------------
+
+
+def report(findings: Findings) -> str:
+    """The findings as aligned lines."""
+    rows = [("radiograph", findings.file)]
+    for loaded, installed in findings.models:
+        millions = loaded.model.num_parameters() / 1e6
+        what = f"{type(loaded.model).__name__}, {millions:.1f} M parameters, revision {installed.revision[:12]}"
+        rows.append(("model", f"{loaded.repo_id}  {what}"))
+    embedding = findings.encoded.embedding
+    rows.append(("embedding", f"shape {tuple(embedding.shape)}, L2 norm {embedding.norm():.3f}"))
+    rows += _lung_rows(findings.lungs)
+    masked, error = findings.reconstructed.mask.float().mean().item(), findings.reconstructed.error
+    rows.append(("reconstruction", f"{masked:.1%} of the pixels masked, mean absolute error {error:.3f} (grey 0..1)"))
+    rows.append(("picture", f"{findings.output}"))
+    rows.append(("time", f"{findings.seconds:.1f} s"))
+    return "\n".join([*(f"{name:<16}{value}" for name, value in rows), "", "Research software: not for clinical use."])
+
+
+def _lung_rows(lungs: LungAreas) -> list[tuple[str, str]]:
+    if not lungs.total:
+        return [("lung area", "none found")]
+    rows = [("lung area", f"{lungs.total:6.2%} of the image")]
+    sides = (("left", "right", lungs.image_left), ("right", "left", lungs.image_right))
+    for side, patient_side, area in sides:
+        share = f"{area:6.2%} of the image, {area / lungs.total:5.1%} of the lung area"
+        rows.append((f"  image {side}", f"{share} (the patient's {patient_side} in a frontal view)"))
+    islands = lungs.total - lungs.image_left - lungs.image_right
+    if islands > 1e-4:
+        rows.append(("  in islands", f"{islands:6.2%} of the image, {islands / lungs.total:5.1%} of the lung area"))
+    return rows

@@ -1,0 +1,187 @@
+"""Sets of radiographs: reading, decoding, the cache, the order of the batches."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from spcxr_hf import data
+from spcxr_hf.data import batches, decode_images, decode_masks, open_mask, read_table, step_seed
+from spcxr_hf.errors import SpcxrError
+from tests.made_up import STRUCT, encoded, picture, write_set
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("set") / "one.parquet", ["train"] * 6 + ["val"] * 2)
+
+
+# Reading
+
+
+def test_a_shard(shard):
+    table = read_table(shard)
+    assert len(table) == 8
+    assert table.name == "one.parquet"
+    assert table.column("id")[:2] == ["row-0", "row-1"]
+    assert len(table.where("lung_split", "val")) == 2
+    assert len(table.where("pretrain", True)) == 6
+
+
+def test_a_folder_of_shards_whose_columns_differ(tmp_path):
+    write_set(tmp_path / "b.parquet", ["train"] * 2)
+    pq.write_table(
+        pa.table({"image": pa.array([encoded(picture(9)[0])], STRUCT), "id": ["first"]}), tmp_path / "a.parquet"
+    )
+    table = read_table(tmp_path)
+    assert table.column("id") == ["first", "row-0", "row-1"]
+    assert table.column("lung_split") == [None, "train", "train"]
+    assert decode_images(table, 16).shape == (3, 1, 16, 16)
+
+
+def test_a_folder_of_pictures(tmp_path):
+    (tmp_path / "inner").mkdir()
+    for name in ("b.png", "inner/a.PNG"):
+        Image.fromarray(picture(1)[0]).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    table = read_table(tmp_path)
+    assert table.column("id") == ["b.png", "inner/a.PNG"]
+    pixels = decode_images(table, 16)
+    assert torch.equal(pixels[0], pixels[1])
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(SpcxrError, match="missing: no such file or folder"):
+        read_table(tmp_path / "missing")
+    with pytest.raises(SpcxrError, match="no Parquet shards and no pictures"):
+        read_table(tmp_path)
+
+
+def test_a_damaged_shard_is_named(tmp_path, shard):
+    (tmp_path / "good.parquet").write_bytes(shard.read_bytes())
+    (tmp_path / "worse.parquet").write_bytes(shard.read_bytes()[:500])
+    with pytest.raises(SpcxrError, match=r"worse\.parquet: not a readable Parquet file"):
+        read_table(tmp_path)
+
+
+@pytest.mark.parametrize("columns", [{"id": ["a"]}, {"image": ["a string"]}])
+def test_a_shard_without_images(tmp_path, columns):
+    pq.write_table(pa.table(columns), tmp_path / "odd.parquet")
+    with pytest.raises(SpcxrError, match=r"odd\.parquet: no column `image`"):
+        read_table(tmp_path)
+
+
+def test_unknown_columns_and_values(shard):
+    table = read_table(shard)
+    with pytest.raises(SpcxrError, match=r"one\.parquet: no column 'colour'; there are image, "):
+        table.column("colour")
+    with pytest.raises(SpcxrError, match=r"one\.parquet: no column 'colour'"):
+        table.where("colour", "grey")
+    with pytest.raises(SpcxrError, match=r"one\.parquet: no row has lung_split = 'shift'"):
+        table.where("lung_split", "shift")
+
+
+# Decoding
+
+
+def test_images(shard):
+    pixels = decode_images(read_table(shard), 40)
+    assert pixels.shape == (8, 1, 40, 40)
+    assert pixels.dtype == torch.uint8
+    assert np.array_equal(pixels[0, 0].numpy(), picture(0, size=40)[0])
+
+
+def test_deep_images_keep_their_grey_values(tmp_path):
+    grey = picture(3)[0]
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "b.png")
+    shallow, deep = decode_images(read_table(tmp_path), 48)
+    assert torch.equal(shallow, deep)
+
+
+def test_masks(shard):
+    masks = decode_masks(read_table(shard), 40)
+    assert masks.shape == (8, 40, 40)
+    assert masks.dtype == torch.bool
+    assert np.array_equal(masks[0].numpy(), picture(0, size=40)[1] > 0)
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    table = read_table(write_set(tmp_path / "set.parquet", ["train", "val"], unreadable=["val"]))
+    with pytest.raises(SpcxrError, match=r"set\.parquet: row-1"):
+        decode_images(table, 16)
+    with pytest.raises(SpcxrError, match=r"set\.parquet: row-1: the lung mask cannot be read"):
+        decode_masks(table, 16)
+
+
+@pytest.mark.parametrize("cell", [None, {"bytes": None, "path": None}])
+def test_a_row_without_a_mask(cell):
+    with pytest.raises(SpcxrError, match="row-7: no lung mask in this row"):
+        open_mask(cell, "row-7")
+
+
+def test_masks_of_any_depth_become_black_and_white():
+    expected = picture(0)[1]
+    for pixels in (expected, expected.astype(bool), np.stack([expected] * 3, axis=2)):
+        assert np.array_equal(np.asarray(open_mask(encoded(pixels), "mask")), expected)
+
+
+def test_the_cache_is_read_instead(shard, tmp_path, monkeypatch):
+    table = read_table(shard)
+    first = decode_images(table, 16, cache=tmp_path)
+    assert [file.suffix for file in tmp_path.iterdir()] == [".npy"]
+
+    def refuse(cell, name):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(data, "open_image", refuse)
+    again = decode_images(table, 16, cache=tmp_path)
+    assert torch.equal(first, again)
+    for changed, size in ((table.where("lung_split", "train"), 16), (table, 24)):
+        with pytest.raises(AssertionError, match="decoded again"):
+            decode_images(changed, size, cache=tmp_path)
+
+
+def test_the_cache_is_not_written_through(shard, tmp_path):
+    table = read_table(shard)
+    first = decode_images(table, 16, cache=tmp_path).clone()
+    decode_images(table, 16, cache=tmp_path).zero_()
+    assert torch.equal(decode_images(table, 16, cache=tmp_path), first)
+
+
+# Order
+
+
+def test_batches_follow_from_the_seed():
+    order = torch.stack(list(batches(23, 4, seed=5, first_step=0, last_step=20)))
+    assert order.shape == (20, 4)
+    assert torch.equal(order, torch.stack(list(batches(23, 4, 5, 0, 20))))
+    assert not torch.equal(order, torch.stack(list(batches(23, 4, 6, 0, 20))))
+
+
+@pytest.mark.parametrize("first_step", [1, 4, 5, 6, 13])
+def test_batches_go_on_where_they_stopped(first_step):
+    order = list(batches(23, 4, 5, 0, 20))
+    assert torch.equal(torch.stack(order[first_step:]), torch.stack(list(batches(23, 4, 5, first_step, 20))))
+
+
+def test_no_image_twice_in_an_epoch():
+    order = torch.stack(list(batches(23, 4, 5, 0, 15)))
+    epochs = order.reshape(3, -1)  # 5 batches of 4 each
+    assert all(len(set(epoch.tolist())) == 20 for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert order.min() >= 0
+    assert order.max() < 23
+
+
+def test_a_batch_larger_than_the_set():
+    with pytest.raises(SpcxrError, match="a batch of 5 is larger than the set of 4 images"):
+        list(batches(4, 5, 0, 0, 1))
+
+
+def test_step_seeds_are_distinct_and_fit_a_generator():
+    seeds = {step_seed(seed, step) for seed in range(3) for step in range(-5, 100)}
+    assert len(seeds) == 3 * 105
+    torch.Generator().manual_seed(max(seeds))
