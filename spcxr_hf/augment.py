@@ -107,7 +107,7 @@ class Views:
 
 
 def normalise(grey: torch.Tensor) -> torch.Tensor:
-    """Grey values in 0 .. 1 -> what the image processor hands to the model: mean 0, standard deviation 1 over the pool."""
+    """Grey values in 0 .. 1 -> what the image processor hands to the model: mean 0 and deviation 1 over the pool."""
     return (grey - RADIOGRAPH_MEAN[0]) / RADIOGRAPH_STD[0]
 
 

@@ -1,25 +1,26 @@
 """GMML: corrupt groups of neighbouring pixels of a whole batch at once, on its device.
 
-The algorithm (arXiv 2205.14986; SPCXR, arXiv 2211.12944): rectangles of random place and size ("groups") are added to an
-image until their union covers a target share of it. What the groups hold then follows one of these fills, drawn per image:
+The algorithm (arXiv 2205.14986; SPCXR, arXiv 2211.12944): rectangles of random place and size ("groups") are added to
+an image until their union covers a target share of it. What they hold follows one of these fills, drawn per image:
 
 - "noise", "zeros", "block" (*drop*, target share drawn from `drop_share`): N(0, 1) noise, zeros, or, for each group, a
   block from elsewhere in the same image;
 - "replace" (target share `replace_share`): the same place in another image of the batch.
 
-Every image needs another number of groups. A loop per image would add one, measure the union, and so on. Here a round of
-groups is drawn for every image at once, and two facts replace the loop:
+Every image needs another number of groups. A loop per image would add one, measure the union, and so on. Here a round
+of groups is drawn for every image at once, and two facts replace the loop:
 
-- Which group covers a pixel first? A group is (rows it spans) x (columns it spans), so a sum over the groups is a matrix
-  product. Weigh group k with 2^-k, and the exponent of the sum is the first group. From the first groups follows the
-  union after every group, hence how many to keep. It is measured on a lattice of pixels, which is unbiased.
-- Where is the union of the kept groups? Each column of each group is a run of pixels: +1 at its start, -1 behind its end,
-  and the running sum down the column is above 0 inside the union.
+- Which group covers a pixel first? A group is (rows it spans) x (columns it spans), so a sum over the groups is a
+  matrix product. Weigh group k with 2^-k, and the exponent of the sum is the first group. From the first groups follows
+  the union after every group, hence how many to keep. It is measured on a lattice of pixels, which is unbiased.
+- Where is the union of the kept groups? Each column of each group is a run of pixels: +1 at its start, -1 behind its
+  end, and the running sum down the column is above 0 inside the union.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class GroupMasking:
     """The corruption of group-masked model learning. Call it with a batch of normalised images.
 
     Attributes:
-        fills: Which of "noise", "zeros", "block" and "replace" to draw from, each as likely as the others, one per image.
+        fills: Which of "noise", "zeros", "block" and "replace" to draw from, each as likely as the others.
         drop_share: Least and largest target share of the image for the first three, each in (0, 0.95].
         replace_share: Target share for "replace", in (0, 0.95].
         max_side: Largest side of a group as a share of the image's side, in (0, 1].
@@ -87,11 +88,11 @@ class GroupMasking:
 
         Args:
             images: (B, C, H, W), floating point; H and W multiples of `align`.
-            generator: Where every random number comes from, on the device of `images`. The same state and the same batch
+            generator: Where every random number comes from, on the device of `images`. The same state and batch
                 give the same corruption.
 
         Raises:
-            SpcxrError: `images` has another form, is too small for a group, or "replace" has no other image to take from.
+            SpcxrError: `images` has another form, is too small for a group, or "replace" has no other image.
         """
         self._check(images)
         batch, _, height, width = images.shape
@@ -287,7 +288,7 @@ def _running_sum(values: torch.Tensor) -> torch.Tensor:
     if values.device.type != "cpu":
         return values.cumsum(dim=0, dtype=torch.int8)
     rows = values.unbind(0)
-    for above, row in zip(rows, rows[1:], strict=False):  # vectorised additions; torch.cumsum takes 20 times as long here
+    for above, row in pairwise(rows):  # vectorised additions; torch.cumsum takes 20 times as long here
         row.add_(above)
     return values
 
@@ -295,7 +296,7 @@ def _running_sum(values: torch.Tensor) -> torch.Tensor:
 def _shift_to_blocks(
     vertical: _Spans, horizontal: _Spans, grid: tuple[int, int], generator: torch.Generator | None
 ) -> torch.Tensor:
-    """(n, rows, columns): how far, in cells counted row by row, each cell's block is away; it belongs to the first group."""
+    """(n, rows, columns): how far away, in cells counted row by row, the block of each cell's first group is."""
     rows, columns = grid
     shift = _draw_shift(vertical, rows, generator) * columns + _draw_shift(horizontal, columns, generator)
     inside = [_inside(spans.start, spans.length, size, 1) for spans, size in ((vertical, rows), (horizontal, columns))]

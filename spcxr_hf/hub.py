@@ -41,7 +41,8 @@ WEIGHTS = "model.safetensors"
 REQUIRED = ("config.json", WEIGHTS)
 # Formats that are pickles, or may hold one: loading them can run code.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
-# Optional files. Where the cache says that they do not exist, nobody tries for a minute to reach a Hub that is not there.
+# Optional files. Where the cache says that they do not exist, nobody tries for a minute to reach a Hub that is not
+# there.
 OPTIONAL = ("adapter_config.json", "processor_config.json")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -28,20 +29,13 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None
         SpcxrError: the recipe cannot be read, or has a key that is no field; the message names both.
         SystemExit: a flag is unknown or its value of the wrong type, as in every command line.
     """
-    parser = HfArgumentParser(arguments_class, description=(arguments_class.__doc__ or "").strip())
-    parser.add_argument("recipe", nargs="?", type=Path, help="YAML file with values for the flags below")
-    namespace, _ = parser.parse_known_args(argv)
-    if namespace.recipe is None:
-        (arguments,) = parser.parse_args_into_dataclasses(argv)[:1]
-        return arguments
-    words = list(argv) if argv is not None else None
-    if words is None:
-        import sys
-
-        words = sys.argv[1:]
-    # Flags of the recipe go first: of two equal flags, argparse keeps the last.
-    words = [*_recipe_words(arguments_class, namespace.recipe), *words]
-    (arguments,) = parser.parse_args_into_dataclasses(words)[:1]
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(cast(Any, arguments_class), description=(arguments_class.__doc__ or "").strip())
+    parser.usage = "%(prog)s [RECIPE.yaml] [--flag value ...]"
+    if words and not words[0].startswith("-"):
+        # The recipe's flags go first: of two equal flags, argparse keeps the last.
+        words = [*_recipe_words(arguments_class, Path(words[0])), *words[1:]]
+    (arguments,) = parser.parse_args_into_dataclasses(words)
     return arguments
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,6 +27,23 @@ from .pictures import save_curves
 
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+def start_accelerator(mixed_precision: str) -> Accelerator:
+    """The processes that this run consists of.
+
+    Raises:
+        SpcxrError: several processes were started and do not know of each other: each would train on all the data and
+            write over the others' checkpoints.
+    """
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise SpcxrError(
+            f"{started} processes were started but each runs alone; "
+            "on a CPU start them by `accelerate launch --cpu --num_processes N`, or set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
 
 
 @dataclass(frozen=True)
@@ -145,6 +164,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
+        if not (partial / "model.safetensors").is_file():
+            raise OSError("the model wrote no weights; is another process writing to the same folder?")
         save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER_FILE)
         (partial / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)

@@ -98,6 +98,29 @@ class TestSpcxrModel(ModelContract):
         assert output.last_hidden_state.dtype == torch.bfloat16
 
 
+def test_block_agrees_with_torch():
+    """The pre-norm block of torch, given the same weights: this also fixes what our tensors' layout means."""
+    model = build(SpcxrModel)
+    theirs = nn.TransformerEncoderLayer(
+        WIDTH, nhead=2, dim_feedforward=64, dropout=0.0, activation="gelu", layer_norm_eps=1e-6,
+        batch_first=True, norm_first=True,
+    )  # fmt: skip
+    names = {
+        "attention.qkv.weight": "self_attn.in_proj_weight",
+        "attention.qkv.bias": "self_attn.in_proj_bias",
+        "attention.projection.": "self_attn.out_proj.",
+        "mlp.fc1.": "linear1.",
+        "mlp.fc2.": "linear2.",
+    }
+    weights = model.encoder.layers[0].state_dict()
+    for ours, torchs in names.items():
+        weights = {name.replace(ours, torchs): tensor for name, tensor in weights.items()}
+    theirs.load_state_dict(weights)
+    with torch.no_grad():
+        states = model(pixels(), output_hidden_states=True).hidden_states
+        assert_same(states[1], theirs(states[0]), rtol=1e-4, atol=1e-5)
+
+
 class TestPositionEmbeddings:
     def embeddings(self):
         return build(SpcxrModel).embeddings

@@ -167,7 +167,7 @@ def test_as_a_command_with_the_smoke_recipe(shard, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(shard, pretrained, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(SCRIPTS / "finetune_segmentation.py"), "--data", shard, "--output", str(tmp_path / "run")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

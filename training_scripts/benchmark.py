@@ -1,6 +1,6 @@
 """Measure what is fast and what is not: ratios of ours to a peer or to a plain version, interleaved, medians.
 
-    python training_scripts/benchmark.py --output benchmark.json
+python training_scripts/benchmark.py --output benchmark.json
 """
 
 from __future__ import annotations

@@ -25,7 +25,15 @@ from spcxr_hf.data import RadiographTable, batches, decode_images, decode_masks,
 from spcxr_hf.metrics import dice
 from spcxr_hf.pictures import overlay, save_grid
 from spcxr_hf.recipe import parse_arguments, save_recipe
-from spcxr_hf.training import CosineSchedule, StepLog, layerwise_groups, resume, save_checkpoint, set_schedule
+from spcxr_hf.training import (
+    CosineSchedule,
+    StepLog,
+    layerwise_groups,
+    resume,
+    save_checkpoint,
+    set_schedule,
+    start_accelerator,
+)
 
 LABELS = {0: "background", 1: "lung"}
 CURVES = {"cross-entropy + Dice loss": "loss", "Dice on val": "val_dice"}  # name -> column of the log
@@ -89,7 +97,7 @@ class LungSet:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(Arguments, argv)
     check(arguments)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    accelerator = start_accelerator(arguments.mixed_precision)
     output = Path(arguments.output)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)

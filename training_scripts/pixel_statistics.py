@@ -1,6 +1,6 @@
 """Mean and standard deviation of the grey values of a set, for the image processor: over all pixels, on 0 .. 1.
 
-    python training_scripts/pixel_statistics.py --data ../shared/data --output modeling_statistics.json
+python training_scripts/pixel_statistics.py --data ../shared/data --output modeling_statistics.json
 """
 
 from __future__ import annotations

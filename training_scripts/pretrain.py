@@ -1,6 +1,6 @@
 """Pretrain the encoder by group-masked model learning (GMML): reconstruct radiographs from their corrupted versions.
 
-    accelerate launch training_scripts/pretrain.py training_scripts/recipes/pretrain_small_112.yaml --data ../shared/data
+    accelerate launch training_scripts/pretrain.py training_scripts/recipes/pretrain_small_224.yaml --data DATA
 
 Started again with the same command, it goes on from its newest checkpoint.
 """
@@ -24,7 +24,15 @@ from spcxr_hf.data import batches, decode_images, read_table, step_seed
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
 from spcxr_hf.pictures import save_grid, to_grey
 from spcxr_hf.recipe import parse_arguments, save_recipe
-from spcxr_hf.training import CosineSchedule, StepLog, parameter_groups, resume, save_checkpoint, set_schedule
+from spcxr_hf.training import (
+    CosineSchedule,
+    StepLog,
+    parameter_groups,
+    resume,
+    save_checkpoint,
+    set_schedule,
+    start_accelerator,
+)
 
 
 @dataclass
@@ -39,7 +47,9 @@ class Arguments:
     size: str = field(default="small", metadata={"help": "tiny, small or base"})
     image_size: int = field(default=224, metadata={"help": "side of a view in pixels, a multiple of 16"})
     init_from: str | None = field(default=None, metadata={"help": "checkpoint to start from, of any image size"})
-    attention: str = field(default="sdpa", metadata={"help": "attention implementation; eager is faster on a CPU below 224 px"})
+    attention: str = field(
+        default="sdpa", metadata={"help": "attention implementation; eager is faster on a CPU below 224 px"}
+    )
     drop_path_rate: float = field(default=0.1, metadata={"help": "stochastic depth of the last block"})
     steps: int = field(default=1000, metadata={"help": "optimiser steps in all"})
     batch_size: int = field(default=64, metadata={"help": "images per optimiser step over all processes"})
@@ -50,9 +60,15 @@ class Arguments:
     final_weight_decay: float = field(default=0.4, metadata={"help": "weight decay at the end of its cosine"})
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta"})
     max_grad_norm: float = field(default=3.0, metadata={"help": "gradients are clipped to this norm"})
-    crop_scale: list[float] = field(default_factory=lambda: [0.25, 1.0], metadata={"help": "area of a crop, least and largest"})
-    fills: list[str] = field(default_factory=lambda: ["noise", "replace"], metadata={"help": "noise, zeros, block, replace"})
-    drop_share: list[float] = field(default_factory=lambda: [0.5, 0.75], metadata={"help": "share to corrupt, least and largest"})
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.25, 1.0], metadata={"help": "area of a crop, least and largest"}
+    )
+    fills: list[str] = field(
+        default_factory=lambda: ["noise", "replace"], metadata={"help": "noise, zeros, block, replace"}
+    )
+    drop_share: list[float] = field(
+        default_factory=lambda: [0.5, 0.75], metadata={"help": "share to corrupt, least and largest"}
+    )
     replace_share: float = field(default=0.3, metadata={"help": "share to replace from another image"})
     max_side: float = field(default=0.3, metadata={"help": "largest side of a group as a share of the image's"})
     align: int = field(default=1, metadata={"help": "groups keep to multiples of this many pixels"})
@@ -66,7 +82,7 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(Arguments, argv)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    accelerator = start_accelerator(arguments.mixed_precision)
     output = Path(arguments.output)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -136,7 +152,9 @@ def train(
     order = batches(len(images), arguments.batch_size, arguments.seed, first_step, arguments.steps)
     for done, rows in enumerate(order, first_step + 1):
         rows = rows[accelerator.process_index :: accelerator.num_processes]
-        clean, corrupted = draw_views(arguments, images, rows, step_seed(arguments.seed, done - 1) + accelerator.process_index)
+        clean, corrupted = draw_views(
+            arguments, images, rows, step_seed(arguments.seed, done - 1) + accelerator.process_index
+        )
         set_schedule(optimizer, learning_rates(done - 1), weight_decays(done - 1))
         with accelerator.autocast():
             loss = step_model(
@@ -207,7 +225,10 @@ def draw(arguments: Arguments, model: SpcxrForPreTraining, images: torch.Tensor)
     model.eval()
     reconstruction = model(corrupted.pixel_values.to(model.device)).reconstruction.to(clean.device)
     model.train()
-    columns = [to_grey(values, RADIOGRAPH_MEAN[0], RADIOGRAPH_STD[0]) for values in (clean, corrupted.pixel_values, reconstruction)]
+    columns = [
+        to_grey(values, RADIOGRAPH_MEAN[0], RADIOGRAPH_STD[0])
+        for values in (clean, corrupted.pixel_values, reconstruction)
+    ]
     columns.append(corrupted.mask.squeeze(1).float())
     save_grid(list(zip(*columns, strict=True)), Path(arguments.output) / "reconstruction.png")
 

@@ -1,0 +1,173 @@
+"""The pretraining script on a few made-up radiographs: it runs, learns, resumes exactly, writes what it promises."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
+
+from spcxr_hf import SpcxrError
+from spcxr_hf.training import start_accelerator
+from tests.made_up import picture, write_set
+from training_scripts import pretrain
+
+SCRIPT = Path(pretrain.__file__)
+SMOKE = str(SCRIPT.parent / "recipes" / "pretrain_smoke.yaml")
+BRIEF = ["--size", "tiny", "--image_size", "32", "--stored_size", "40", "--batch_size", "4", "--warmup_steps", "1"]
+BRIEF += ["--steps", "4", "--save_every", "2", "--log_every", "1"]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    return str(write_set(tmp_path_factory.mktemp("set") / "set.parquet", ["train"] * 10 + ["val"] * 3))
+
+
+@pytest.fixture(scope="module")
+def finished(shard, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        pretrain.main(["--data", shard, "--output", str(output), *BRIEF])
+    return output
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_what_a_run_leaves_behind(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "checkpoint-2",
+        "checkpoint-4",
+        "final",
+        "log.csv",
+        "loss.png",
+        "reconstruction.png",
+        "recipe.yaml",
+    }
+    assert (finished / "final" / "recipe.yaml").read_text() == (finished / "recipe.yaml").read_text()
+    assert len((finished / "log.csv").read_text().splitlines()) == 1 + 4
+    assert Image.open(finished / "reconstruction.png").size == (4 * 32 + 3 * 4, 4 * 32 + 3 * 4)
+
+
+def test_the_final_model_loads(finished):
+    model = AutoModelForPreTraining.from_pretrained(finished / "final")
+    assert model.config.images_seen == 4 * 4
+    assert model.config.image_size == 32
+    processor = AutoImageProcessor.from_pretrained(finished / "final")
+    inputs = processor(Image.new("L", (50, 60)), return_tensors="pt")
+    assert model(**inputs).reconstruction.shape == (1, 1, 32, 32)
+    assert AutoModel.from_pretrained(finished / "final")(**inputs).pooler_output.shape == (1, 192)
+
+
+def test_only_the_rows_for_pretraining_are_read(tmp_path):
+    shard = write_set(tmp_path / "set.parquet", ["train"] * 8 + ["test"] * 4, unreadable=["test"])
+    pretrain.main(["--data", str(shard), "--output", str(tmp_path / "run"), *BRIEF, "--steps", "1"])
+    with pytest.raises(SpcxrError, match=r"set\.parquet.*row-8"):
+        pretrain.main(["--data", str(shard), "--output", str(tmp_path / "all"), *BRIEF, "--pretrain_only", "false"])
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(shard, finished, tmp_path, monkeypatch):
+    steps = 0
+    draw_views = pretrain.draw_views
+
+    def killed_in_the_fourth_step(*arguments):
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise KeyboardInterrupt
+        return draw_views(*arguments)
+
+    command = ["--data", shard, "--output", str(tmp_path), *BRIEF]
+    monkeypatch.setattr(pretrain, "draw_views", killed_in_the_fourth_step)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(command)
+    assert not (tmp_path / "final").exists()
+    monkeypatch.setattr(pretrain, "draw_views", draw_views)
+    pretrain.main(command)
+    assert weights(tmp_path / "final") == weights(finished / "final")
+    assert (tmp_path / "log.csv").read_text() == (finished / "log.csv").read_text()
+    state = json.loads((tmp_path / "checkpoint-4" / "training_state.json").read_text())
+    assert state["step"] == 4 and state["images_seen"] == 16
+
+
+def test_another_image_size_goes_on_from_a_checkpoint(shard, finished, tmp_path):
+    flags = ["--init_from", str(finished / "final"), *BRIEF, "--image_size", "48"]
+    pretrain.main(["--data", shard, "--output", str(tmp_path), *flags])
+    model = AutoModelForPreTraining.from_pretrained(tmp_path / "final")
+    assert model.config.image_size == 48
+    assert model.config.images_seen == 32  # the checkpoint's and these
+    assert model.spcxr.embeddings.position_embeddings.shape == (1, 1 + 9, 192)
+
+
+def test_it_learns(shard, tmp_path):
+    flags = [*BRIEF, "--steps", "60", "--save_every", "60", "--learning_rate", "1e-3", "--fills", "zeros"]
+    pretrain.main(["--data", shard, "--output", str(tmp_path), *flags])
+    losses = [float(line.split(",")[1]) for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
+    first, last = sum(losses[:5]) / 5, sum(losses[-20:]) / 20  # means: four images a step make a noisy loss
+    assert last < 0.95 * first
+
+
+def test_a_folder_of_pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(4):
+        Image.fromarray(picture(seed)[0]).save(folder / f"{seed}.png")
+    flags = [*BRIEF, "--steps", "1", "--pretrain_only", "false"]
+    pretrain.main(["--data", str(folder), "--output", str(tmp_path / "run"), *flags])
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_size", "11"], "batch of 11 is larger than the set of 10"),
+        (["--fills", "blur"], "blur"),
+        (["--image_size", "30"], "multiple of patch_size"),
+        (["--init_from", "no/such/folder"], "no/such/folder"),
+        (["--size", "huge"], "huge"),
+    ],
+)
+def test_refusals(shard, tmp_path, flags, message):
+    with pytest.raises((SpcxrError, ValueError, OSError), match=message):
+        pretrain.main(["--data", shard, "--output", str(tmp_path), *BRIEF, *flags])
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("spcxr_hf.training.Accelerator", lambda **_: type("Alone", (), {"num_processes": 1}))
+    with pytest.raises(SpcxrError, match="2 processes were started but each runs alone"):
+        start_accelerator("no")
+
+
+def test_as_a_command_with_the_smoke_recipe(shard, tmp_path):
+    command = [sys.executable, str(SCRIPT), SMOKE, "--output", str(tmp_path / "run"), *BRIEF, "--steps", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*command, "--data", shard], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "image/s" in done.stderr and "loss=" in done.stderr
+    wrong = subprocess.run([*command, "--data", "no-such-set"], capture_output=True, text=True, env=environment)
+    assert wrong.returncode == 1
+    assert wrong.stderr.splitlines()[-1] == "error: no-such-set: no such file or folder"
+
+
+@pytest.mark.slow
+def test_two_processes(shard, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += [str(SCRIPT), "--data", shard, "--output", str(tmp_path / "run"), *BRIEF]
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved ") == 1  # one main process, not two that know nothing of each other
+    assert torch.isfinite(AutoModel.from_pretrained(tmp_path / "run" / "final").layernorm.weight).all()
