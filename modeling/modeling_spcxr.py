@@ -417,12 +417,12 @@ class SpcxrForPreTraining(SpcxrPreTrainedModel):
     ) -> torch.Tensor:
         if labels.shape != reconstruction.shape:
             raise ValueError(f"labels has shape {tuple(labels.shape)}; expected {tuple(reconstruction.shape)}")
-        error = reconstruction.float() - labels.float()
+        error = (reconstruction.float() - labels.float()).abs()
         if mask is None:
-            return error.abs().mean()
+            return error.mean()
         count = mask.sum() * error.shape[1]
-        # where, not a product, and before abs: no uncorrupted pixel, be it NaN, reaches the loss or its gradient.
-        return torch.where(mask, error, 0.0).abs().sum() / count.clamp(min=1)
+        # where, not a product: whatever stands at an uncorrupted pixel, infinite or NaN, leaves the loss as it is.
+        return torch.where(mask, error, 0.0).sum() / count.clamp(min=1)
 
 
 class SpcxrForImageClassification(SpcxrPreTrainedModel):

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
+from spcxr_hf.data import open_mask
 from tests.made_up import write_set
 from training_scripts import evaluate_segmentation, finetune_segmentation, linear_probe
 
@@ -196,9 +198,8 @@ def test_report(shard, finished, tmp_path):
 
 def test_a_model_that_draws_the_human_masks_has_dice_1(shard, finished, monkeypatch):
     def human_masks(arguments, model, processor, table):
-        cells = table.column("lung_mask")
-        return (torch.tensor(list(evaluate_segmentation.open_mask(cell, "").getdata())).reshape(size, size) > 127
-                for cell in cells for size in [evaluate_segmentation.open_mask(cell, "").width])  # fmt: skip
+        for cell in table.column("lung_mask"):
+            yield torch.from_numpy(np.array(open_mask(cell, ""))) > 127
 
     monkeypatch.setattr(evaluate_segmentation, "predict", human_masks)
     result = evaluate_segmentation.main(["--model", str(finished / "final"), "--data", shard, "--baseline", "false"])
@@ -255,9 +256,9 @@ def test_pooling(pretrained):
 
 
 def test_labels_are_drawn_in_proportion():
-    classes = linear_probe.np.repeat([0, 1, 2], [100, 200, 3])
+    classes = np.repeat([0, 1, 2], [100, 200, 3])
     rows = linear_probe.draw_labels(classes, 0.1, seed=0)
-    assert linear_probe.np.bincount(classes[rows]).tolist() == [10, 20, 2]
+    assert np.bincount(classes[rows]).tolist() == [10, 20, 2]
     assert len(set(rows)) == 32
     assert (rows == linear_probe.draw_labels(classes, 0.1, seed=0)).all()
     assert (rows != linear_probe.draw_labels(classes, 0.1, seed=1)).any()
