@@ -256,6 +256,11 @@ class SpcxrPreTrainedModel(PreTrainedModel):
         if isinstance(module, SpcxrEmbeddings):  # its bare parameters belong to no layer
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+        if isinstance(module, SpcxrReconstructionHead):
+            # No residual and no norm carries the signal through these layers: at initializer_range each would shrink it
+            # five times, and the head would learn nothing but the mean of a patch for a long time (arXiv 1502.01852).
+            for layer in module.layers:
+                init.normal_(layer.weight, std=(2 / self.config.hidden_size) ** 0.5)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save weights, configuration and code, so that the folder loads by itself."""

@@ -39,7 +39,9 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 def demo(
     image: Annotated[
         Path | None,
-        typer.Argument(help="PNG, JPEG or DICOM; left out, a public chest radiograph that pydicom-data carries."),
+        typer.Argument(
+            metavar="IMAGE", help="PNG, JPEG or DICOM; left out, a public chest radiograph that pydicom-data carries."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(metavar="PNG", help="The picture to write.")] = Path("spcxr_demo.png"),
     checkpoints: CheckpointsOption = None,

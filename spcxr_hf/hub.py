@@ -9,7 +9,7 @@ What is written is the cache's own layout, so that every library of the Hub find
         blobs/<sha256 of a file>          the content, a copy: it outlives the tree it came from
         snapshots/<revision>/<file>       a link to it (the file itself, where links cannot be made)
         refs/main                         the revision that `from_pretrained("spcxr/base")` loads
-        .no_exist/<revision>/<file>       empty: what `from_pretrained` asks for and would look for on the Hub
+        .no_exist/<revision>/<file>       empty: says that the checkpoint has no such file
 
 The revision is a hash of all names and contents. So the same checkpoint is the same revision on every machine, and
 installing it again changes nothing; another content is another revision, and `main` moves on to it. The one before
@@ -41,8 +41,7 @@ WEIGHTS = "model.safetensors"
 REQUIRED = ("config.json", WEIGHTS)
 # Formats that are pickles, or may hold one: loading them can run code.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
-# Optional files. Where the cache says that they do not exist, nobody tries for a minute to reach a Hub that is not
-# there.
+# Optional files. Where the cache says that they do not exist, nobody spends a minute on a Hub that cannot be reached.
 OPTIONAL = ("adapter_config.json", "processor_config.json")
 
 
@@ -228,8 +227,8 @@ def _install(checkpoint: _Checkpoint, repository: Path) -> Installed:
         _add_file(checkpoint.folder / name, repository / "blobs" / digest, snapshot / name)
     for name in set(OPTIONAL) - checkpoint.hashes.keys():
         absent = repository / ".no_exist" / checkpoint.revision / name
+        absent.parent.mkdir(parents=True, exist_ok=True)
         if not absent.exists():
-            absent.parent.mkdir(parents=True, exist_ok=True)
             absent.touch()
     is_new = _main(repository) != checkpoint.revision
     if is_new:

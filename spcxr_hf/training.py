@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from .errors import SpcxrError
 from .pictures import save_curves
@@ -65,13 +66,14 @@ class CosineSchedule:
 
 def parameter_groups(model: nn.Module) -> list[dict]:
     """Two groups for AdamW: weights, which decay, and biases, norms, CLS and positions, which do not."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in _named_trainable(model):
         (decayed if _decays(name, parameter) else plain).append(parameter)
     return [{"params": decayed, "decays": True}, {"params": plain, "decays": False, "weight_decay": 0.0}]
 
 
-def layerwise_groups(model: nn.Module, layer_decay: float) -> list[dict]:
+def layerwise_groups(model: PreTrainedModel, layer_decay: float) -> list[dict]:
     """The groups of `parameter_groups`, split by depth: a block learns `layer_decay` times as fast as the one above.
 
     Layer-wise learning-rate decay as BEiT (arXiv 2106.08254) fine-tunes with it. The final norm and the head have the
@@ -89,7 +91,7 @@ def layerwise_groups(model: nn.Module, layer_decay: float) -> list[dict]:
     """
     if not 0 < layer_decay <= 1:
         raise SpcxrError(f"layer_decay must lie in (0, 1]; got {layer_decay}")
-    depth = len(model.base_model.encoder.layers)
+    depth = model.config.num_hidden_layers
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in _named_trainable(model):
         below_head, decays = depth + 1 - _level(name, depth), _decays(name, parameter)
@@ -148,7 +150,7 @@ class StepLog:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int = 2
+    folder: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict, keep: int = 2
 ) -> Path:
     """Write `folder/checkpoint-<step>` whole or not at all, then delete all but the newest `keep`.
 

@@ -208,6 +208,15 @@ def test_a_model_that_draws_the_human_masks_has_dice_1(shard, finished, monkeypa
     assert "mean_training_mask" not in result["splits"]["val"]
 
 
+def test_a_model_without_lungs_is_refused(shard, pretrained, finished, tmp_path):
+    model = AutoModelForSemanticSegmentation.from_pretrained(finished / "final")
+    model.config.id2label, model.config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
+    model.save_pretrained(tmp_path)
+    SpcxrImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(SpcxrError, match="there is no 'lung' among them"):
+        evaluate_segmentation.main(["--model", str(tmp_path), "--data", shard])
+
+
 # Linear probe
 
 

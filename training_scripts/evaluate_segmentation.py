@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.data import RadiographTable, decode_masks, open_image, open_mask, read_table
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         rows = table.where("lung_split", split)
         targets = [open_mask(cell, f"{rows.name}, row {row}") for row, cell in enumerate(rows.column("lung_mask"))]
         patients = name_patients(rows)
-        entry = {"images": len(rows), "patients": len(set(patients))}
+        entry: dict = {"images": len(rows), "patients": len(set(patients))}
         entry["model"] = report(predict(arguments, model, processor, rows), targets, patients)
         if mean_mask is not None:
             entry["mean_training_mask"] = report(
@@ -78,8 +78,11 @@ def name_patients(table: RadiographTable) -> list[str]:
 
 
 @torch.no_grad()
-def predict(arguments: Arguments, model: torch.nn.Module, processor, table: RadiographTable):
+def predict(arguments: Arguments, model: PreTrainedModel, processor, table: RadiographTable):
     """Yield each row's lung mask, (H, W) booleans, at the resolution of its image."""
+    lung = dict(model.config.label2id or {}).get("lung")
+    if lung is None:
+        raise SpcxrError(f"{arguments.model}: its labels are {model.config.label2id}; there is no 'lung' among them")
     cells = table.column("image")
     for start in tqdm(range(0, len(table), arguments.batch_size), desc=table.name, unit="batch"):
         part = cells[start : start + arguments.batch_size]
@@ -89,7 +92,7 @@ def predict(arguments: Arguments, model: torch.nn.Module, processor, table: Radi
             outputs = model(**inputs)
         sizes = [(image.height, image.width) for image in images]
         for labels in processor.post_process_semantic_segmentation(outputs, sizes):
-            yield (labels == model.config.label2id["lung"]).cpu()
+            yield (labels == lung).cpu()
 
 
 def at_size(mean_mask: torch.Tensor, target: Image.Image) -> torch.Tensor:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -51,7 +52,7 @@ class Arguments:
     from_scratch: bool = field(
         default=False, metadata={"help": "random weights; of `init_from` only the config is used"}
     )
-    size: str = field(
+    size: Literal["tiny", "small", "base"] = field(
         default="small", metadata={"help": "tiny, small or base: from scratch, where there is no init_from"}
     )
     image_size: int = field(default=224, metadata={"help": "side of the input in pixels, a multiple of 16"})
@@ -137,7 +138,7 @@ def load_set(arguments: Arguments, table: RadiographTable) -> LungSet:
 def build_model(arguments: Arguments) -> SpcxrForSemanticSegmentation:
     """The pretrained encoder, or a new one, under a new decoder, at this run's image size."""
     torch.manual_seed(arguments.seed)
-    values = {
+    values: dict[str, Any] = {
         "drop_path_rate": arguments.drop_path_rate,
         "id2label": LABELS,
         "label2id": {label: index for index, label in LABELS.items()},
@@ -211,7 +212,7 @@ def train(
 def augmentation(arguments: Arguments) -> Views:
     return Views(
         size=arguments.image_size,
-        scale=tuple(arguments.crop_scale),
+        scale=(arguments.crop_scale[0], arguments.crop_scale[1]),
         flip=arguments.flip,
         brightness=arguments.brightness,
         contrast=arguments.contrast,
@@ -226,6 +227,7 @@ def draw_views(
     torch.manual_seed(seed)  # stochastic depth
     generator = torch.Generator(training.images.device).manual_seed(seed)
     views, masks = make_views.with_masks(training.images[rows], training.masks[rows], generator)
+    assert masks is not None  # they come back as they are given
     return normalise(views), masks.long()
 
 
