@@ -40,7 +40,7 @@ GET_DEMO = 'pip install "spcxr-hf[demo]"'
 
 SEED = 0
 SMALLEST_LUNG = 0.1  # of the larger one; a second region below that is no lung but an island
-PANEL_INCHES, DOTS_PER_INCH = 3.2, 110
+PANEL_INCHES, TITLE_INCHES, DOTS_PER_INCH = 3.2, 0.6, 110
 
 
 class Loaded(NamedTuple):
@@ -236,13 +236,13 @@ def reconstruct(base: Loaded, radiograph: Image.Image) -> Reconstructed:
 @torch.inference_mode()
 def segment_lungs(lungs: Loaded, radiograph: Image.Image) -> torch.Tensor:
     """True where lung is, (height, width) of the radiograph itself."""
-    label = lungs.model.config.label2id.get("lung")
-    if label is None:
-        raise SpcxrError(f"{lungs.repo_id} names no label 'lung'; it has {', '.join(lungs.model.config.label2id)}")
+    labels = lungs.model.config.label2id or {}
+    if "lung" not in labels:
+        raise SpcxrError(f"{lungs.repo_id} names no label 'lung'; it has {', '.join(labels)}")
     inputs: BatchFeature = lungs.processor(radiograph, return_tensors="pt")
     outputs = lungs.model(**inputs)
     size = (radiograph.height, radiograph.width)
-    return lungs.processor.post_process_semantic_segmentation(outputs, target_sizes=[size])[0] == label
+    return lungs.processor.post_process_semantic_segmentation(outputs, target_sizes=[size])[0] == labels["lung"]
 
 
 # ---- areas -------------------------------------------------------------------------------------------------------
@@ -340,12 +340,15 @@ def draw(panels: dict[str, np.ndarray], size: tuple[int, int], output: Path) -> 
 
     width, height = size
     panel_height = min(max(PANEL_INCHES * height / width, 1.5), 3 * PANEL_INCHES)
-    figure = Figure(figsize=(PANEL_INCHES * len(panels), panel_height + 0.7), dpi=DOTS_PER_INCH, layout="constrained")
+    figure = Figure(
+        figsize=(PANEL_INCHES * len(panels), panel_height + TITLE_INCHES), dpi=DOTS_PER_INCH, layout="constrained"
+    )
     for axes, (title, panel) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         # The model sees a square; the extent gives its pictures the radiograph's proportions back.
         axes.imshow(panel, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
         axes.set_title(title, fontsize=10)
         axes.set_axis_off()
+        axes.set_anchor("S")  # what is left over goes above, to the titles
     try:
         figure.savefig(output)
     except OSError as error:

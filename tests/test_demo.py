@@ -50,7 +50,7 @@ def check_picture(findings: demo.Findings, size: tuple[int, int]) -> None:
     assert image.format == "PNG"
     panel_height = demo.PANEL_INCHES * height / width
     assert image.width == pytest.approx(5 * demo.PANEL_INCHES * demo.DOTS_PER_INCH, abs=2)
-    assert image.height == pytest.approx((panel_height + 0.7) * demo.DOTS_PER_INCH, abs=2)
+    assert image.height == pytest.approx((panel_height + demo.TITLE_INCHES) * demo.DOTS_PER_INCH, abs=2)
     assert len(findings.panels) == 5
     for title, panel in findings.panels.items():
         assert 0 <= panel.min() < panel.max() <= 1, title

@@ -81,6 +81,7 @@ def test_prepare(tmp_path, monkeypatch):
     folder = cards / "toy"
     assert (folder / "README.md").read_text() == "0.75 (0.7–0.8) after 3 steps"
     assert (folder / "recipe.yaml").read_text() == "steps: 3\n"
+    assert {path.name for path in folder.glob("*.py")} == CODE
     loaded = SpcxrForPreTraining.from_pretrained(folder)
     assert loaded.dtype == torch.float32
     for name, tensor in trained.state_dict().items():

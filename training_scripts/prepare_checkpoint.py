@@ -3,7 +3,7 @@
     python training_scripts/prepare_checkpoint.py --name base --model runs/pretrain/final --results runs/probe.json
 
 The card is rendered from `training_scripts/cards/<name>.md`, in which `{{ probe/tasks/pneumonia/metric }}` stands for
-that entry of the results file `probe.json`. `--card_only true` renders it again from the results in the folder.
+that entry of the results file `probe.json`. `--card_only true` renews card and code and leaves the weights alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Arguments:
     model: str | None = field(default=None, metadata={"help": "folder `final` of the training run"})
     results: list[str] = field(default_factory=list, metadata={"help": "JSON files with the figures on the card"})
     cards: str = field(default=str(REPOSITORY / "model_cards"), metadata={"help": "where the folder is made"})
-    card_only: bool = field(default=False, metadata={"help": "only render the card again"})
+    card_only: bool = field(default=False, metadata={"help": "renew the card and the code alone"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         copy_model(Path(arguments.model), folder)
         copy_recipe(Path(arguments.model), folder)
         copy_results([Path(result) for result in arguments.results], folder)
+    copy_code(folder)
     (folder / "README.md").write_text(render_card(arguments.name, folder), encoding="utf-8")
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
@@ -68,6 +69,12 @@ def copy_model(source: Path, folder: Path) -> None:
     size = (folder / "model.safetensors").stat().st_size
     if size > LARGEST_FILE:
         raise SpcxrError(f"{folder / 'model.safetensors'}: {size} bytes; a file may have {LARGEST_FILE}")
+
+
+def copy_code(folder: Path) -> None:
+    """The files that load the weights elsewhere, as they are in the tree now."""
+    for source in (REPOSITORY / "modeling").glob("*_spcxr.py"):
+        shutil.copyfile(source, folder / source.name)
 
 
 def copy_recipe(source: Path, folder: Path) -> None:
