@@ -153,6 +153,7 @@ class GroupMasking:
         if name == "replace":
             # The batch is in random order already, so the next image is another image at random.
             return images.index_select(0, (chosen + 1) % images.shape[0])
+        assert groups.source is not None  # drawn wherever "block" is among the fills
         return self._blocks(images[chosen], groups.source[chosen])
 
     def _blocks(self, images: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

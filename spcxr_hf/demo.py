@@ -40,7 +40,7 @@ GET_DEMO = 'pip install "spcxr-hf[demo]"'
 
 SEED = 0
 SMALLEST_LUNG = 0.1  # of the larger one; a second region below that is no lung but an island
-PANEL_INCHES, TITLE_INCHES, DOTS_PER_INCH = 3.2, 0.6, 110
+PANEL_INCHES, TITLE_INCHES, DOTS_PER_INCH = 3.2, 0.45, 110
 
 
 class Loaded(NamedTuple):

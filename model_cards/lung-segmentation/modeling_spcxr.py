@@ -256,11 +256,10 @@ class SpcxrPreTrainedModel(PreTrainedModel):
         if isinstance(module, SpcxrEmbeddings):  # its bare parameters belong to no layer
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
-        if isinstance(module, SpcxrReconstructionHead):
+        if isinstance(module, SpcxrReconstructionLayer):
             # No residual and no norm carries the signal through these layers: at initializer_range each would shrink it
             # five times, and the head would learn nothing but the mean of a patch for a long time (arXiv 1502.01852).
-            for layer in module.layers:
-                init.normal_(layer.weight, std=(2 / self.config.hidden_size) ** 0.5)
+            init.normal_(module.weight, std=(2 / module.in_features) ** 0.5)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save weights, configuration and code, so that the folder loads by itself."""
@@ -318,13 +317,17 @@ class SpcxrModel(SpcxrPreTrainedModel):
         )
 
 
+class SpcxrReconstructionLayer(nn.Linear):
+    """A layer of the head, for `_init_weights`: of custom code, it sees only modules that own parameters themselves."""
+
+
 class SpcxrReconstructionHead(nn.Module):
     """(B, N, D) tokens -> (B, C, H, W) pixels: (Linear + activation) layers, then one transposed convolution."""
 
     def __init__(self, config: SpcxrConfig):
         super().__init__()
         width = config.hidden_size
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(config.reconstruction_depth))
+        self.layers = nn.ModuleList(SpcxrReconstructionLayer(width, width) for _ in range(config.reconstruction_depth))
         self.activation = ACT2FN[config.hidden_act]
         self.projection = nn.ConvTranspose2d(
             width, config.num_channels, kernel_size=config.patch_size, stride=config.patch_size
