@@ -15,15 +15,18 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import SpcxrError
+from .modeling.configuration_spcxr import SpcxrConfig
 from .pictures import save_curves
 
 STATE_FILE = "training_state.json"
@@ -45,6 +48,18 @@ def start_accelerator(mixed_precision: str) -> Accelerator:
             "on a CPU start them by `accelerate launch --cpu --num_processes N`, or set ACCELERATE_USE_CPU=true"
         )
     return accelerator
+
+
+def new_config(size: str, **overrides: Any) -> SpcxrConfig:
+    """The preset of that name with other values.
+
+    Raises:
+        SpcxrError: the size or a value is refused; the message names it.
+    """
+    try:
+        return SpcxrConfig.from_size(cast(Any, size), **overrides)
+    except (StrictDataclassError, ValueError) as error:
+        raise SpcxrError(str(error.__cause__ or error)) from error
 
 
 @dataclass(frozen=True)

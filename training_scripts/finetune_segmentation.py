@@ -30,6 +30,7 @@ from spcxr_hf.training import (
     CosineSchedule,
     StepLog,
     layerwise_groups,
+    new_config,
     resume,
     save_checkpoint,
     set_schedule,
@@ -151,7 +152,7 @@ def build_model(arguments: Arguments) -> SpcxrForSemanticSegmentation:
         model = SpcxrForSemanticSegmentation(SpcxrConfig.from_pretrained(arguments.init_from, **values))
     else:
         values["image_size"] = arguments.image_size
-        model = SpcxrForSemanticSegmentation(SpcxrConfig.from_size(arguments.size, **values))
+        model = SpcxrForSemanticSegmentation(new_config(arguments.size, **values))
     model.set_attn_implementation(arguments.attention)
     return model.train()
 

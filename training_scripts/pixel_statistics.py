@@ -32,7 +32,7 @@ def main() -> None:
     if arguments.pretrain_only:
         table = table.where("pretrain", True)
     images = decode_images(table, arguments.size, arguments.cache)
-    counts = sum(torch.bincount(chunk.flatten().int(), minlength=256) for chunk in images.split(512))
+    counts = torch.stack([torch.bincount(chunk.flatten().int(), minlength=256) for chunk in images.split(512)]).sum(0)
     grey = torch.arange(256, dtype=torch.float64) / 255
     mean = (counts * grey).sum() / counts.sum()
     std = ((counts * (grey - mean) ** 2).sum() / counts.sum()).sqrt()

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
+from spcxr_hf import SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
 from spcxr_hf.augment import Views, normalise, resize
 from spcxr_hf.convert import change_image_size
 from spcxr_hf.corruption import Corrupted, GroupMasking
@@ -27,6 +27,7 @@ from spcxr_hf.recipe import parse_arguments, save_recipe
 from spcxr_hf.training import (
     CosineSchedule,
     StepLog,
+    new_config,
     parameter_groups,
     resume,
     save_checkpoint,
@@ -114,9 +115,7 @@ def build_model(arguments: Arguments) -> SpcxrForPreTraining:
     """A new model, or the one to start from, at this run's image size."""
     torch.manual_seed(arguments.seed)
     if arguments.init_from is None:
-        config = SpcxrConfig.from_size(
-            arguments.size, image_size=arguments.image_size, drop_path_rate=arguments.drop_path_rate
-        )
+        config = new_config(arguments.size, image_size=arguments.image_size, drop_path_rate=arguments.drop_path_rate)
         model = SpcxrForPreTraining(config)
     else:
         model = SpcxrForPreTraining.from_pretrained(
