@@ -249,6 +249,9 @@ class SpcxrPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # One checkpoint starts every class: the head of another task is left aside without a warning. A head that this
+    # class has and the checkpoint lacks is reported all the same.
+    _keys_to_ignore_on_load_unexpected = [r"^reconstruction_head\.", r"^classifier\.", r"^decoder\."]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
