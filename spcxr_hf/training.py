@@ -64,19 +64,26 @@ def new_config(size: str, **overrides: Any) -> SpcxrConfig:
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Linear warm-up from 0 to `peak`, then a cosine down (or up) to `final` at `total_steps`."""
+    """Linear warm-up from 0 to `peak`, which is held, then a cosine down (or up) to `final` at `total_steps`.
+
+    `decay_steps` is the length of the cosine; None, all of the steps after the warm-up. A run of unknown length holds
+    its peak and decays over the last steps only, so that it can be made longer from any checkpoint before the decay.
+    """
 
     peak: float
     final: float
     warmup_steps: int
     total_steps: int
+    decay_steps: int | None = None
 
     def __call__(self, step: int) -> float:
         """The value for the optimiser step number `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.final + (self.peak - self.final) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        longest = max(1, self.total_steps - self.warmup_steps)
+        decay_steps = longest if self.decay_steps is None else min(self.decay_steps, longest)
+        progress = 1 - (self.total_steps - step) / decay_steps if decay_steps else 0.0
+        return self.final + (self.peak - self.final) * (1 + math.cos(math.pi * min(1.0, max(0.0, progress)))) / 2
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:

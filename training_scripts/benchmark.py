@@ -30,6 +30,7 @@ class Arguments:
     image_size: int = field(default=224, metadata={"help": "side of the images in pixels"})
     repeats: int = field(default=7, metadata={"help": "measurements of each, taken in turn"})
     threads: int = field(default=0, metadata={"help": "threads of torch; 0: as many as it takes by itself"})
+    device: str = field(default="cpu", metadata={"help": "where the images lie: cpu or cuda"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(arguments.threads)
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "torch": torch.__version__,
         "corruption": measure_corruption(arguments),
     }
@@ -49,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure_corruption(arguments: Arguments) -> dict:
     """Milliseconds per batch of the corruption, for the whole batch at once and in a loop, and their ratio."""
     masking = GroupMasking()
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(arguments.batch_size, 1, arguments.image_size, arguments.image_size, generator=generator)
+    generator = torch.Generator(arguments.device).manual_seed(0)
+    shape = (arguments.batch_size, 1, arguments.image_size, arguments.image_size)
+    images = torch.randn(shape, generator=generator, device=arguments.device)
     at_once, looped = in_turn(
         [lambda: masking(images, generator), lambda: corrupt_one_by_one(masking, images, generator)], arguments.repeats
     )
@@ -70,6 +73,8 @@ def in_turn(functions: Sequence[Callable[[], object]], repeats: int) -> list[lis
         for function, measured in zip(functions, seconds, strict=True):
             started = time.perf_counter()
             function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if repeat:
                 measured.append(time.perf_counter() - started)
     return seconds
@@ -79,9 +84,9 @@ def corrupt_one_by_one(masking: GroupMasking, images: torch.Tensor, generator: t
     """The corruption of GMML as its description reads: image by image, group by group ("noise" and "replace" only)."""
     corrupted, masks = [], []
     for index, image in enumerate(images):
-        fill = masking.fills[int(torch.randint(len(masking.fills), (), generator=generator))]
+        fill = masking.fills[int(torch.randint(len(masking.fills), (), generator=generator, device=images.device))]
         low, high = masking.drop_share if fill == "noise" else (masking.replace_share, masking.replace_share)
-        share = low + (high - low) * float(torch.rand((), generator=generator))
+        share = low + (high - low) * float(torch.rand((), generator=generator, device=images.device))
         other = images[(index + 1) % len(images)]
         output, mask = corrupt_one(masking, image, other if fill == "replace" else None, share, generator)
         corrupted.append(output)
@@ -97,9 +102,9 @@ def corrupt_one(
     align, rows, columns = masking.align, height // masking.align, width // masking.align
 
     def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (), generator=generator))
+        return int(torch.randint(low, high, (), generator=generator, device=image.device))
 
-    output, mask = image.clone(), torch.zeros(1, height, width, dtype=torch.bool)
+    output, mask = image.clone(), torch.zeros(1, height, width, dtype=torch.bool, device=image.device)
     while mask.sum() < share * height * width:
         top, left = draw(0, rows), draw(0, columns)
         bottom = min(top + draw(1, max(1, int(rows * masking.max_side)) + 1), rows)
@@ -108,7 +113,7 @@ def corrupt_one(
         mask[:, group[0], group[1]] = True
         if other is None:
             shape = (channels, (bottom - top) * align, (right - left) * align)
-            output[:, group[0], group[1]] = torch.randn(shape, generator=generator)
+            output[:, group[0], group[1]] = torch.randn(shape, generator=generator, device=image.device)
         else:
             output[:, group[0], group[1]] = other[:, group[0], group[1]]
     return output, mask

@@ -57,6 +57,9 @@ class Arguments:
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
     final_learning_rate: float = field(default=1e-6, metadata={"help": "learning rate at the end of the cosine"})
     warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up"})
+    decay_steps: int | None = field(
+        default=None, metadata={"help": "length of the cosine at the end; all steps after the warm-up by default"}
+    )
     weight_decay: float = field(default=0.04, metadata={"help": "weight decay at the start"})
     final_weight_decay: float = field(default=0.4, metadata={"help": "weight decay at the end of its cosine"})
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta"})
@@ -187,7 +190,7 @@ def train(
 def schedules(arguments: Arguments) -> tuple[CosineSchedule, CosineSchedule]:
     """Learning rate and weight decay over the steps."""
     learning_rate = CosineSchedule(
-        arguments.learning_rate, arguments.final_learning_rate, arguments.warmup_steps, arguments.steps
+        arguments.learning_rate, arguments.final_learning_rate, arguments.warmup_steps, arguments.steps, arguments.decay_steps
     )
     return learning_rate, CosineSchedule(arguments.weight_decay, arguments.final_weight_decay, 0, arguments.steps)
 
