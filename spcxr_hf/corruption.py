@@ -135,9 +135,7 @@ class GroupMasking:
             target[fill == self.fills.index("replace")] = self.replace_share
         return target
 
-    def _draw_groups(
-        self, target: torch.Tensor, size: tuple[int, int], generator: torch.Generator | None
-    ) -> _Groups:
+    def _draw_groups(self, target: torch.Tensor, size: tuple[int, int], generator: torch.Generator | None) -> _Groups:
         """Groups that cover the share `target` (B,) of images of `size` pixels; `mask` (B, 1, H, W) is in pixels."""
         grid = size[0] // self.align, size[1] // self.align
         longest = max(1, int(grid[0] * self.max_side)), max(1, int(grid[1] * self.max_side))

@@ -190,7 +190,11 @@ def train(
 def schedules(arguments: Arguments) -> tuple[CosineSchedule, CosineSchedule]:
     """Learning rate and weight decay over the steps."""
     learning_rate = CosineSchedule(
-        arguments.learning_rate, arguments.final_learning_rate, arguments.warmup_steps, arguments.steps, arguments.decay_steps
+        arguments.learning_rate,
+        arguments.final_learning_rate,
+        arguments.warmup_steps,
+        arguments.steps,
+        arguments.decay_steps,
     )
     return learning_rate, CosineSchedule(arguments.weight_decay, arguments.final_weight_decay, 0, arguments.steps)
 
