@@ -12,9 +12,9 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +58,13 @@ class RadiographTable:
         if not kept.num_rows:
             raise SpcxrError(f"{self.name}: no row has {column} = {value!r}")
         return RadiographTable(kept, f"{self.name}[{column}={value}]")
+
+    @property
+    def ids(self) -> list[str]:
+        """What to call each row: the column `id`, or its number."""
+        if "id" in self.rows.column_names:
+            return [str(name) for name in self.column("id")]
+        return [f"row {row}" for row in range(len(self))]
 
     def column(self, name: str) -> list:
         """The values of one column.
@@ -174,7 +181,7 @@ def _decode(
     size: int,
     cache: str | os.PathLike | None,
 ) -> torch.Tensor:
-    names = table.column("id") if "id" in table.rows.column_names else [str(row) for row in range(len(table))]
+    names = table.ids
     file = None if cache is None else Path(cache) / f"{_fingerprint(table, names)}-{column}-{size}.npy"
     if file is not None and file.is_file():
         return torch.from_numpy(np.load(file, mmap_mode="c"))
@@ -202,10 +209,110 @@ def _fingerprint(table: RadiographTable, names: list[str]) -> str:
     return hashlib.sha256(json.dumps([table.name, names, sizes]).encode()).hexdigest()[:16]
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of everything random in one optimiser step: a resumed run needs no other state to go on as it would."""
-    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+def step_seed(seed: int, step: int, lane: int = 0) -> int:
+    """The seed of all that is random in a micro-batch: a resumed run needs no other state to go on as it would."""
+    digest = hashlib.sha256(f"{seed}/{step}/{lane}".encode()).digest()
     return int.from_bytes(digest[:7], "little")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which images make up every optimiser step, and which process works on them.
+
+    A step is a batch over all processes, cut into micro-batches ("lanes") that go through the model one by one. Lane l
+    belongs to process l mod `processes`. Views, corruption and stochastic depth are drawn lane by lane, so the same
+    plan gives the same losses on any number of processes.
+
+    Attributes:
+        batch_size: Images per optimiser step.
+        micro_batch_size: Images per forward pass; more than a batch counts as a batch.
+        seed: The order of the images follows from it.
+        process: This process's number, in 0 .. processes - 1.
+        processes: How many there are.
+
+    Raises:
+        SpcxrError: the batch is no whole number of micro-batches, or these do not share out among the processes.
+    """
+
+    batch_size: int
+    micro_batch_size: int
+    seed: int = 0
+    process: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.micro_batch_size) < 1:
+            raise SpcxrError(f"sizes must be at least 1; got {self.batch_size} and {self.micro_batch_size}")
+        if self.batch_size % self.lane_size:
+            raise SpcxrError(
+                f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        if self.lanes % self.processes:
+            raise SpcxrError(
+                f"{self.lanes} micro-batches of {self.lane_size} images do not share out among {self.processes} "
+                f"processes; choose a micro_batch_size of {self.batch_size // self.processes} or a divisor of it"
+            )
+
+    @property
+    def lane_size(self) -> int:
+        """Images per micro-batch."""
+        return min(self.batch_size, self.micro_batch_size)
+
+    @property
+    def lanes(self) -> int:
+        """Micro-batches per step, over all processes."""
+        return self.batch_size // self.lane_size
+
+    @property
+    def own_lanes(self) -> range:
+        """The lanes of this process."""
+        return range(self.process, self.lanes, self.processes)
+
+
+class MicroBatch(NamedTuple):
+    """What goes through the model at once.
+
+    `images` (B, 1, S, S) uint8; `ids` their names; `columns` what belongs to them, (B, ...) each; `seed` for all that
+    is random about them.
+    """
+
+    images: torch.Tensor
+    ids: list[str]
+    columns: dict[str, torch.Tensor]
+    seed: int
+
+
+@dataclass
+class RadiographSet:
+    """A decoded set: `images` (n, 1, S, S) uint8, `ids` their names, `columns` what belongs to them, (n, ...) each."""
+
+    images: torch.Tensor
+    ids: list[str]
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str) -> RadiographSet:
+        """The set on another device."""
+        columns = {name: values.to(device) for name, values in self.columns.items()}
+        return RadiographSet(self.images.to(device), self.ids, columns)
+
+    def steps(self, plan: StepPlan, first_step: int, last_step: int) -> Iterator[list[MicroBatch]]:
+        """This process's micro-batches of every step from `first_step` up to `last_step` (excluded)."""
+        order = batches(len(self), plan.batch_size, plan.seed, first_step, last_step)
+        for step, rows in enumerate(order, first_step):
+            lanes = rows.split(plan.lane_size)
+            yield [self._micro_batch(lanes[lane], step_seed(plan.seed, step, lane)) for lane in plan.own_lanes]
+
+    def _micro_batch(self, rows: torch.Tensor, seed: int) -> MicroBatch:
+        on_device = rows.to(self.images.device)
+        return MicroBatch(
+            self.images[on_device],
+            [self.ids[row] for row in rows.tolist()],
+            {name: values[on_device] for name, values in self.columns.items()},
+            seed,
+        )
 
 
 def batches(count: int, batch_size: int, seed: int, first_step: int, last_step: int) -> Iterator[torch.Tensor]:

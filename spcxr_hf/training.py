@@ -1,53 +1,23 @@
-"""What the training scripts share: parameter groups, schedules, logs, and checkpoints that a killed run goes on from.
-
-A checkpoint is a folder `checkpoint-<step>` that `from_pretrained` loads, with the optimiser's state beside the
-weights, in safetensors. It is written under another name and renamed, so that a folder of that name is always whole.
-"""
+"""How a model is trained, apart from the loop: its configuration, schedules, parameter groups and the log."""
 
 from __future__ import annotations
 
 import csv
-import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import SpcxrError
 from .modeling.configuration_spcxr import SpcxrConfig
 from .pictures import save_curves
-
-STATE_FILE = "training_state.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
-
-
-def start_accelerator(mixed_precision: str) -> Accelerator:
-    """The processes that this run consists of.
-
-    Raises:
-        SpcxrError: several processes were started and do not know of each other: each would train on all the data and
-            write over the others' checkpoints.
-    """
-    accelerator = Accelerator(mixed_precision=mixed_precision)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
-        raise SpcxrError(
-            f"{started} processes were started but each runs alone; "
-            "on a CPU start them by `accelerate launch --cpu --num_processes N`, or set ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
 
 
 def new_config(size: str, **overrides: Any) -> SpcxrConfig:
@@ -157,10 +127,12 @@ class StepLog:
     def add(self, **row) -> None:
         """Add a row; the first one, `step` among it, names the columns."""
         self.rows.append(row)
-        with self.path.open("w", newline="", encoding="utf-8") as stream:
+        partial = self.path.with_suffix(".partial")  # a run killed here leaves the log as it was
+        with partial.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, fieldnames=list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
+        partial.replace(self.path)
 
     def draw(self, path: Path, curves: Mapping[str, str], y_label: str = "loss") -> None:
         """Write a PNG of columns over the steps; `curves` maps what a curve is called to its column."""
@@ -171,118 +143,5 @@ class StepLog:
         save_curves(points, path, "step", y_label)
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict, keep: int = 2
-) -> Path:
-    """Write `folder/checkpoint-<step>` whole or not at all, then delete all but the newest `keep`.
-
-    Args:
-        state: What else the run needs to go on, as JSON; `step` is added.
-
-    Raises:
-        SpcxrError: the disk is full or not writable; the checkpoints before it stay as they are.
-    """
-    target = folder / f"checkpoint-{step}"
-    partial = folder / f".checkpoint-{step}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        if not (partial / "model.safetensors").is_file():
-            raise OSError("the model wrote no weights; is another process writing to the same folder?")
-        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER_FILE)
-        (partial / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise SpcxrError(
-            f"{target}: the checkpoint could not be written ({error}); earlier ones are untouched"
-        ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return target
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    numbered = [
-        (int(match[1]), path)
-        for path in folder.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(numbered)]
-
-
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Give model and optimiser the state that `save_checkpoint` wrote, and return the rest of it.
-
-    Raises:
-        SpcxrError: a file is missing or damaged, or belongs to another model; the message names it.
-    """
-    return _restore(checkpoint, _read_checkpoint(checkpoint), model, optimizer)
-
-
-def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:
-    """Load the newest checkpoint of a folder that is whole; None where there is none to go on from.
-
-    A damaged one is named on the console and the one before it is used.
-
-    Raises:
-        SpcxrError: a whole one belongs to another model: another run's folder, not one to write over.
-    """
-    for checkpoint in reversed(list_checkpoints(folder)):
-        try:
-            contents = _read_checkpoint(checkpoint)
-        except SpcxrError as error:
-            print(f"{error}; trying the one before it", flush=True)
-            continue
-        return _restore(checkpoint, contents, model, optimizer)
-    return None
-
-
-def _read_checkpoint(checkpoint: Path) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The state, the weights and the optimiser's moments."""
-    try:
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        return state, load_file(checkpoint / "model.safetensors"), load_file(checkpoint / OPTIMIZER_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise SpcxrError(f"{checkpoint}: damaged checkpoint ({error})") from error
-
-
-def _restore(
-    checkpoint: Path,
-    contents: tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> dict:
-    state, weights, moments = contents
-    try:
-        model.load_state_dict(weights)
-        _restore_optimizer(model, optimizer, moments)
-    except (RuntimeError, KeyError) as error:
-        raise SpcxrError(f"{checkpoint}: holds another model than this run's ({error})") from error
-    return state
-
-
 def _named_trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's moments and step counts by parameter name, since safetensors holds named tensors and nothing else."""
-    return {
-        f"{name}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
-        for name, parameter in _named_trainable(model)
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    for name, parameter in _named_trainable(model):
-        # A copy: a tensor that is mapped from the file would change when the file does.
-        moments = {key: tensors[f"{name}/{key}"].clone() for key in ("exp_avg", "exp_avg_sq", "step")}
-        on_device = {key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()}
-        if optimizer.defaults.get("fused"):  # the fused AdamW counts its steps on the device
-            on_device["step"] = moments["step"].to(parameter.device)
-        optimizer.state[parameter] = on_device

@@ -33,7 +33,7 @@ PACKAGES = {OURS, f"{OURS}.modeling"}
 FLOORS = {
     1: {"labels", "metrics", "evaluate_metrics", "errors"},
     2: {"radiograph", "corruption", "augment", "recipe", "auto", "convert", "pictures", "encoders"},
-    3: {"data", "streaming", "checkpoints", "training", "hub"},
+    3: {"data", "streaming", "checkpoints", "training", "hub", "run", "benchmarking"},
     4: {"cli", "demo"},
 }
 GROUND, DOORS = 1, 4

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.training import start_accelerator
+from spcxr_hf.run import RunArguments, start_accelerator
 from tests.made_up import picture, write_set
 from training_scripts import pretrain
 
@@ -146,9 +146,9 @@ def test_refusals(shard, tmp_path, flags, message):
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("spcxr_hf.training.Accelerator", lambda **_: type("Alone", (), {"num_processes": 1}))
+    monkeypatch.setattr("spcxr_hf.run.Accelerator", lambda **_: type("Alone", (), {"num_processes": 1}))
     with pytest.raises(SpcxrError, match="2 processes were started but each runs alone"):
-        start_accelerator("no")
+        start_accelerator(RunArguments("data", "output"))
 
 
 def test_as_a_command_with_the_smoke_recipe(shard, tmp_path):

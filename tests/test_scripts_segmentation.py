@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
+from spcxr_hf import run as run_module
 from spcxr_hf.data import open_mask
 from tests.made_up import write_set
 from training_scripts import evaluate_segmentation, finetune_segmentation, linear_probe
@@ -84,7 +85,7 @@ def test_the_final_model_loads_and_segments(finished):
 def test_the_best_on_val_becomes_the_final_one(finished):
     state = json.loads((finished / "checkpoint-4" / "training_state.json").read_text())
     rows = [line.split(",") for line in (finished / "log.csv").read_text().splitlines()[1:]]
-    assert state["best_dice"] == max(float(row[3]) for row in rows)
+    assert state["best"] == max(float(row[3]) for row in rows)
     assert weights(finished / "final") == weights(finished / f"checkpoint-{state['best_step']}")
 
 
@@ -101,13 +102,13 @@ def test_the_encoder_comes_from_the_checkpoint(pretrained, shard, tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(shard, pretrained, finished, tmp_path, monkeypatch):
-    save = finetune_segmentation.save_checkpoint
+    save = run_module.save_checkpoint
 
     def save_and_die(*args, **kwargs):
         save(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune_segmentation, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(run_module, "save_checkpoint", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         run(shard, tmp_path, "--init_from", pretrained)
     monkeypatch.undo()
@@ -136,7 +137,7 @@ def test_training_never_opens_what_it_is_reported_on(tmp_path, pretrained):
     ("flags", "message"),
     [
         ([], "give --init_from CHECKPOINT"),
-        (["--from_scratch", "true", "--mixed_precision", "fp16"], "mixed_precision must be no or bf16"),
+        (["--from_scratch", "true", "--mixed_precision", "fp8"], "mixed_precision must be no, bf16 or fp16"),
         (["--from_scratch", "true", "--final", "first"], "final must be best or last"),
         (["--from_scratch", "true", "--batch_size", "13"], "a batch of 13 is larger than the set of 12"),
     ],

@@ -9,71 +9,42 @@ network without pretraining. The model is chosen on the rows `val`; `test` and `
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForSemanticSegmentation, SpcxrImageProcessor
 from spcxr_hf.augment import Views, normalise, resize
+from spcxr_hf.checkpoints import written_aside
 from spcxr_hf.convert import change_image_size
-from spcxr_hf.data import RadiographTable, batches, decode_images, decode_masks, read_table, step_seed
+from spcxr_hf.data import MicroBatch, RadiographSet, RadiographTable, decode_images, decode_masks, read_table
 from spcxr_hf.metrics import dice
 from spcxr_hf.pictures import overlay, save_grid
 from spcxr_hf.recipe import parse_arguments, save_recipe
-from spcxr_hf.training import (
-    CosineSchedule,
-    StepLog,
-    layerwise_groups,
-    new_config,
-    resume,
-    save_checkpoint,
-    set_schedule,
-    start_accelerator,
-)
+from spcxr_hf.run import Run, RunArguments, learning_rate_schedule
+from spcxr_hf.training import layerwise_groups, new_config
 
 LABELS = {0: "background", 1: "lung"}
 CURVES = {"cross-entropy + Dice loss": "loss", "Dice on val": "val_dice"}  # name -> column of the log
 
 
 @dataclass
-class Arguments:
+class Arguments(RunArguments):
     """Fine-tune SPCXR to segment the lungs."""
 
-    data: str = field(metadata={"help": "Parquet shards with lung masks"})
-    output: str = field(metadata={"help": "folder for checkpoints, pictures and the log"})
-    init_from: str | None = field(
-        default=None, metadata={"help": "checkpoint to start from, of any task and image size"}
-    )
     from_scratch: bool = field(
         default=False, metadata={"help": "random weights; of `init_from` only the config is used"}
     )
     size: Literal["tiny", "small", "base"] = field(
         default="small", metadata={"help": "tiny, small or base: from scratch, where there is no init_from"}
     )
-    image_size: int = field(default=224, metadata={"help": "side of the input in pixels, a multiple of 16"})
-    stored_size: int = field(
-        default=256, metadata={"help": "images and masks are kept in memory at this size, in pixels"}
-    )
-    cache: str | None = field(default=None, metadata={"help": "folder that keeps the decoded images between starts"})
-    attention: str = field(
-        default="sdpa", metadata={"help": "attention implementation; eager is faster on a CPU below 224 px"}
-    )
-    drop_path_rate: float = field(default=0.1, metadata={"help": "stochastic depth of the last block"})
-    steps: int = field(default=1000, metadata={"help": "optimiser steps in all"})
     batch_size: int = field(default=32, metadata={"help": "images per optimiser step over all processes"})
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate of the head"})
-    final_learning_rate: float = field(default=1e-6, metadata={"help": "learning rate at the end of the cosine"})
     warmup_steps: int = field(default=50, metadata={"help": "steps of linear warm-up"})
     layer_decay: float = field(default=0.75, metadata={"help": "learning rate of a block relative to the one above it"})
-    weight_decay: float = field(default=0.05, metadata={"help": "weight decay of AdamW"})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
     crop_scale: list[float] = field(
         default_factory=lambda: [0.4, 1.0], metadata={"help": "area of a crop, least and largest"}
     )
@@ -81,59 +52,50 @@ class Arguments:
     brightness: float = field(default=0.2, metadata={"help": "largest shift of the grey values, on 0 .. 1"})
     contrast: float = field(default=0.4, metadata={"help": "largest relative change of the contrast"})
     blur: float = field(default=0.2, metadata={"help": "probability of a Gaussian blur"})
-    mixed_precision: str = field(default="no", metadata={"help": "no or bf16"})
+    patience: int = field(
+        default=0, metadata={"help": "end after so many checkpoints in a row without a better Dice on val; 0: never"}
+    )
     save_every: int = field(default=100, metadata={"help": "steps between checkpoints, each with its Dice on val"})
     log_every: int = field(default=10, metadata={"help": "steps between rows of the log"})
     final: str = field(default="best", metadata={"help": "what becomes output/final: best (by Dice on val) or last"})
-    seed: int = field(default=0, metadata={"help": "everything random follows from it"})
-
-
-@dataclass
-class LungSet:
-    """Radiographs (n, 1, S, S) uint8 and their lung masks (n, S, S) booleans, S the stored size."""
-
-    images: torch.Tensor
-    masks: torch.Tensor
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(Arguments, argv)
     check(arguments)
-    accelerator = start_accelerator(arguments.mixed_precision)
-    output = Path(arguments.output)
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        save_recipe(arguments, output / "recipe.yaml")
-
-    table = read_table(arguments.data)
-    with accelerator.main_process_first():  # the first writes the cache, the others read it
-        training, validation = (load_set(arguments, table.where("lung_split", split)) for split in ("train", "val"))
+    run = Run(arguments)
+    training, validation = load_sets(arguments, run)
     model = build_model(arguments)
-    groups = layerwise_groups(model, arguments.layer_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, arguments.adam_beta2), fused=True)
-    state = resume(output, model, optimizer) or {"step": 0, "seconds": 0.0, "best_dice": -1.0, "best_step": 0}
-    model, optimizer = accelerator.prepare(model, optimizer)
+    run.start(model, layerwise_groups(model, arguments.layer_decay))
 
-    train(arguments, accelerator, training, validation, model, optimizer, state)
-    if accelerator.is_main_process:
-        finish(arguments, accelerator.unwrap_model(model, keep_fp32_wrapper=False))
-    accelerator.end_training()
+    train(arguments, run, training, validation)
+    if run.is_main:
+        finish(arguments, run)
+    run.end()
 
 
 def check(arguments: Arguments) -> None:
     """Refuse a command line that would fail late, or train something else than was meant."""
     if arguments.init_from is None and not arguments.from_scratch:
         raise SpcxrError("give --init_from CHECKPOINT, or --from_scratch true")
-    if arguments.mixed_precision not in ("no", "bf16"):
-        raise SpcxrError(f"mixed_precision must be no or bf16; got {arguments.mixed_precision!r}")
+    if arguments.cache == "none":
+        raise SpcxrError("masks are kept with their images: cache must be memory or device")
     if arguments.final not in ("best", "last"):
         raise SpcxrError(f"final must be best or last; got {arguments.final!r}")
 
 
-def load_set(arguments: Arguments, table: RadiographTable) -> LungSet:
+def load_sets(arguments: Arguments, run: Run) -> tuple[RadiographSet, RadiographSet]:
+    """The rows `train` and `val`, decoded."""
+    table = read_table(arguments.data)
+    with run.accelerator.main_process_first():  # the first writes the cache, the others read it
+        training, validation = (load_set(arguments, table.where("lung_split", split)) for split in ("train", "val"))
+    return training.to(run.accelerator.device) if arguments.cache == "device" else training, validation
+
+
+def load_set(arguments: Arguments, table: RadiographTable) -> RadiographSet:
     """Decode the images and masks of a split."""
-    images = decode_images(table, arguments.stored_size, arguments.cache)
-    return LungSet(images, decode_masks(table, arguments.stored_size))
+    images = decode_images(table, arguments.stored_size, arguments.cache_folder)
+    return RadiographSet(images, table.ids, {"masks": decode_masks(table, arguments.stored_size)})
 
 
 def build_model(arguments: Arguments) -> SpcxrForSemanticSegmentation:
@@ -157,57 +119,24 @@ def build_model(arguments: Arguments) -> SpcxrForSemanticSegmentation:
     return model.train()
 
 
-def train(
-    arguments: Arguments,
-    accelerator: Accelerator,
-    training: LungSet,
-    validation: LungSet,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict,
-) -> None:
+def train(arguments: Arguments, run: Run, training: RadiographSet, validation: RadiographSet) -> None:
     """The loop: view, segment, step; now and then a checkpoint with its Dice on val."""
-    schedule = CosineSchedule(
-        arguments.learning_rate, arguments.final_learning_rate, arguments.warmup_steps, arguments.steps
-    )
-    make_views = augmentation(arguments)
-    first_step = state["step"]
-    progress = tqdm(
-        total=arguments.steps * arguments.batch_size,
-        initial=first_step * arguments.batch_size,
-        unit="image",
-        disable=not accelerator.is_main_process,
-    )
-    log = StepLog(Path(arguments.output) / "log.csv", first_step)
-    started = time.perf_counter() - state["seconds"]
-
-    order = batches(len(training.images), arguments.batch_size, arguments.seed, first_step, arguments.steps)
-    for done, rows in enumerate(order, first_step + 1):
-        rows = rows[accelerator.process_index :: accelerator.num_processes]
-        seed = step_seed(arguments.seed, done - 1) + accelerator.process_index
-        pixel_values, labels = draw_views(make_views, training, rows, seed)
-        learning_rate = schedule(done - 1)
-        set_schedule(optimizer, learning_rate, arguments.weight_decay)
-        with accelerator.autocast():
-            loss = model(pixel_values.to(accelerator.device), labels=labels.to(accelerator.device)).loss
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        progress.update(arguments.batch_size)
-        if not accelerator.is_main_process:
-            continue
-        row = {"step": done, "loss": round(loss.item(), 5), "learning_rate": f"{learning_rate:.3g}", "val_dice": ""}
-        progress.set_postfix(loss=f"{row['loss']:.4f}", lr=row["learning_rate"], best=f"{state['best_dice']:.4f}")
-        due = done % arguments.save_every == 0 or done == arguments.steps
-        if due:
-            seconds = round(time.perf_counter() - started, 1)
-            row["val_dice"] = keep(arguments, accelerator, validation, model, optimizer, state, done, seconds)
-        if due or done % arguments.log_every == 0:
-            log.add(**row)
-        if due:
-            log.draw(Path(arguments.output) / "loss.png", CURVES, y_label="")
+    learning_rate = learning_rate_schedule(arguments)
+    for step, micro_batches in run.steps(training):
+        for micro_batch in micro_batches:
+            pixel_values, labels = draw_views(arguments, micro_batch)
+            with run.forward(micro_batch) as model:
+                loss = model(pixel_values.to(run.accelerator.device), labels=labels.to(run.accelerator.device)).loss
+            run.backward(loss)
+        run.update(learning_rate(step), arguments.weight_decay)
+        run.scores = {"val_dice": ""}
+        if run.is_due:
+            masks = predict(arguments, run, validation.images)
+            value = round(dice(masks, validation.columns["masks"]).mean().item(), 5)
+            run.keep_best("val_dice", value, arguments.patience)
+            if run.is_main:
+                draw(validation, masks, run.output / "masks.png")
+                run.draw_curves(CURVES)
 
 
 def augmentation(arguments: Arguments) -> Views:
@@ -221,58 +150,38 @@ def augmentation(arguments: Arguments) -> Views:
     )
 
 
-def draw_views(
-    make_views: Views, training: LungSet, rows: torch.Tensor, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random views of these rows: pixel_values (B, 1, S, S) and labels (B, S, S)."""
-    torch.manual_seed(seed)  # stochastic depth
-    generator = torch.Generator(training.images.device).manual_seed(seed)
-    views, masks = make_views.with_masks(training.images[rows], training.masks[rows], generator)
+def draw_views(arguments: Arguments, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random views of these images: pixel_values (B, 1, S, S) and labels (B, S, S)."""
+    generator = torch.Generator(micro_batch.images.device).manual_seed(micro_batch.seed)
+    views, masks = augmentation(arguments).with_masks(micro_batch.images, micro_batch.columns["masks"], generator)
     assert masks is not None  # they come back as they are given
     return normalise(views), masks.long()
 
 
-def keep(
-    arguments: Arguments,
-    accelerator: Accelerator,
-    validation: LungSet,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict,
-    step: int,
-    seconds: float,
-) -> float:
-    """Write a checkpoint, and the model once more if it is the best so far; returns its mean Dice on val."""
-    output, bare = Path(arguments.output), accelerator.unwrap_model(model)
-    masks = predict(bare, validation.images, arguments.image_size, arguments.batch_size, accelerator)
-    value = round(dice(masks, validation.masks).mean().item(), 5)
-    if value > state["best_dice"]:
-        state.update(best_dice=value, best_step=step)
-        bare.save_pretrained(output / "best")
-    state.update(seconds=seconds)
-    save_checkpoint(output, step, bare, optimizer, {name: state[name] for name in state if name != "step"})
-    draw(validation, masks, output / "masks.png")
-    return value
-
-
 @torch.no_grad()
-def predict(
-    model: torch.nn.Module, images: torch.Tensor, image_size: int, batch_size: int, accelerator: Accelerator
+def predict(arguments: Arguments, run: Run, images: torch.Tensor) -> torch.Tensor:
+    """Lung masks (n, H, W), booleans, of stored images (n, 1, H, W); every process predicts its share of them."""
+    parts = images.split(run.plan.lane_size)
+    own = parts[run.plan.process :: run.plan.processes]
+    with run.averaged() as model:
+        model.eval()
+        masks = [predict_part(arguments, run, model, part) for part in own]
+        model.train()
+    return torch.cat(run.collect(masks))
+
+
+def predict_part(
+    arguments: Arguments, run: Run, model: SpcxrForSemanticSegmentation, images: torch.Tensor
 ) -> torch.Tensor:
-    """Lung masks (n, H, W), booleans, of stored images (n, 1, H, W) that the model sees at image_size."""
-    model.eval()
-    masks = []
-    for part in images.split(batch_size):
-        pixel_values = normalise(resize(part.float() / 255, image_size)).to(accelerator.device)
-        with accelerator.autocast():
-            logits = model(pixel_values).logits
-        logits = torch.nn.functional.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear")
-        masks.append(logits.argmax(dim=1).bool().cpu())
-    model.train()
-    return torch.cat(masks)
+    """Lung masks (B, H, W), booleans, of stored images (B, 1, H, W) that the model sees at its own size."""
+    pixel_values = normalise(resize(images.float() / 255, arguments.image_size)).to(run.accelerator.device)
+    with run.accelerator.autocast():
+        logits = model(pixel_values).logits
+    logits = torch.nn.functional.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear")
+    return logits.argmax(dim=1).bool().cpu()
 
 
-def draw(validation: LungSet, masks: torch.Tensor, path: Path, count: int = 4) -> None:
+def draw(validation: RadiographSet, masks: torch.Tensor, path: Path, count: int = 4) -> None:
     """Write a picture: image, mask drawn by a human, mask of the model, a row for each of `count` images of val."""
     chosen = range(0, len(masks), max(1, len(masks) // count))[:count]
     rows = []
@@ -281,24 +190,23 @@ def draw(validation: LungSet, masks: torch.Tensor, path: Path, count: int = 4) -
         rows.append(
             [
                 overlay(grey, torch.zeros_like(masks[index])),
-                overlay(grey, validation.masks[index]),
+                overlay(grey, validation.columns["masks"][index]),
                 overlay(grey, masks[index]),
             ]
         )
     save_grid(rows, path)
 
 
-def finish(arguments: Arguments, model: SpcxrForSemanticSegmentation) -> None:
+def finish(arguments: Arguments, run: Run) -> None:
     """Write the best (or the last) model, with its image processor and recipe, into `output/final`."""
-    output = Path(arguments.output)
-    if arguments.final == "best":
-        model = SpcxrForSemanticSegmentation.from_pretrained(output / "best")
-    model.eval().set_attn_implementation("sdpa")
-    model.save_pretrained(output / "final")
     size = {"height": arguments.image_size, "width": arguments.image_size}
-    SpcxrImageProcessor(size=size).save_pretrained(output / "final")
-    save_recipe(arguments, output / "final" / "recipe.yaml")
-    print(f"saved {output / 'final'}")
+    with run.averaged() as last, written_aside(run.output / "final") as folder:
+        model = SpcxrForSemanticSegmentation.from_pretrained(run.output / "best") if arguments.final == "best" else last
+        model.eval().set_attn_implementation("sdpa")
+        model.save_pretrained(folder)
+        SpcxrImageProcessor(size=size).save_pretrained(folder)
+        save_recipe(arguments, folder / "recipe.yaml")
+    print(f"saved {run.output / 'final'}")
 
 
 if __name__ == "__main__":
