@@ -1,0 +1,60 @@
+"""Training runs in processes of their own, forked from this one: they can be killed, and torch is imported already."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+FORK = multiprocessing.get_context("fork")
+
+
+def start(main: Callable[[list[str]], object], words: Sequence[str], log: Path, **environment: str) -> BaseProcess:
+    """Start `main(words)` in a child; what it prints goes to the file `log`."""
+    process = FORK.Process(target=_run, args=(main, list(words), log, environment))
+    process.start()
+    return process
+
+
+def start_group(
+    main: Callable[[list[str]], object], words: Sequence[str], log: Path, count: int = 2
+) -> list[BaseProcess]:
+    """Start `count` processes that know of each other, as a launcher would; all print to files beginning with `log`."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        start(main, words, log.with_suffix(f".{rank}"), RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(count)
+    ]
+
+
+def finish(processes: Sequence[BaseProcess], timeout: float = 120) -> list[int | None]:
+    """Wait for all; their exit codes."""
+    for process in processes:
+        process.join(timeout)
+    return [process.exitcode for process in processes]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _run(main: Callable[[list[str]], object], words: list[str], log: Path, environment: dict[str, str]) -> None:
+    with log.open("ab", buffering=0) as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    # The parent's Python streams may lead to pytest's own files.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.environ.update({"ACCELERATE_USE_CPU": "true", **environment})
+    try:
+        main(words)
+    except SystemExit as leave:
+        os._exit(leave.code if isinstance(leave.code, int) else 1)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)

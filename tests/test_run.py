@@ -1,0 +1,262 @@
+"""The training engine: killed runs end as others do, two processes do as one, and what is not finite does no harm."""
+
+import csv
+import json
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spcxr_hf import SpcxrError, checkpoints
+from spcxr_hf.checkpoints import list_checkpoints
+from spcxr_hf.run import RunArguments, check_run
+from tests.made_up import write_set
+from tests.processes import finish, start, start_group
+from training_scripts import pretrain
+
+BRIEF = ["--size", "tiny", "--image_size", "32", "--stored_size", "40", "--batch_size", "4", "--warmup_steps", "2"]
+BRIEF += ["--micro_batch_size", "2", "--save_every", "3", "--log_every", "1"]
+# What a resumed run has most to get right: accumulated gradients and averaged weights, and epochs of 2.5 batches.
+HARD = [*BRIEF, "--steps", "24", "--ema_decay", "0.9"]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    return str(write_set(tmp_path_factory.mktemp("set") / "set.parquet", ["train"] * 10))
+
+
+def words(shard: str, output: Path, *flags: str) -> list[str]:
+    return ["--data", shard, "--output", str(output), *flags]
+
+
+def log_rows(output: Path) -> list[dict]:
+    with (output / "log.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """All that a run's last checkpoint and its final model hold, but for how long it took."""
+    checkpoint = list_checkpoints(output)[-1]
+    files = [*checkpoint.glob("*.safetensors"), output / "final" / "model.safetensors", output / "log.csv"]
+    return {f"{file.parent.name}/{file.name}" if file.suffix != ".csv" else "log": file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def whole(shard, tmp_path_factory):
+    """A run that was never killed, and its seconds."""
+    output = tmp_path_factory.mktemp("whole")
+    started = time.perf_counter()
+    process = start(pretrain.main, words(shard, output, *HARD), output / "console")
+    assert finish([process]) == [0], (output / "console").read_text()
+    return output, time.perf_counter() - started
+
+
+# Exact resume
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_weights(shard, whole, tmp_path):
+    reference, seconds = whole
+    moments, steps_at_death = random.Random(0), set()
+    for _ in range(20):
+        process = start(pretrain.main, words(shard, tmp_path, *HARD), tmp_path / "console")
+        process.join(moments.uniform(0, seconds / 6))
+        process.kill()
+        process.join()
+        steps_at_death |= {int(path.name.split("-")[1]) for path in list_checkpoints(tmp_path)[-1:]}
+    assert len(steps_at_death) >= 3  # they died at different places, not all before the first checkpoint
+    assert finish([start(pretrain.main, words(shard, tmp_path, *HARD), tmp_path / "console")]) == [0]
+    assert contents(tmp_path) == contents(reference)
+
+
+@pytest.mark.parametrize("call", [0, 1, 2, 4])
+def test_a_run_killed_inside_the_writing_of_a_checkpoint(shard, whole, tmp_path, monkeypatch, call):
+    """`call` counts the safetensors files of a checkpoint: 0 dies before the first optimiser file, and so on."""
+    save_file, calls = checkpoints.save_file, []
+
+    def die(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save_file(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save_file", die)
+    process = start(pretrain.main, words(shard, tmp_path, *HARD), tmp_path / "console")
+    assert finish([process]) == [-signal.SIGKILL]
+    assert list(tmp_path.glob(".checkpoint-*.partial"))
+    monkeypatch.undo()
+    assert finish([start(pretrain.main, words(shard, tmp_path, *HARD), tmp_path / "console")]) == [0]
+    assert contents(tmp_path) == contents(whole[0])
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_run_that_is_asked_to_end_saves_and_goes_on(shard, whole, tmp_path):
+    process = start(pretrain.main, words(shard, tmp_path, *HARD, "--save_every", "1000"), tmp_path / "console")
+    while not (tmp_path / "log.csv").is_file() and process.is_alive():
+        time.sleep(0.01)
+    process.terminate()
+    assert finish([process]) == [0]
+    console = (tmp_path / "console").read_text()
+    assert "stopped by SIGTERM after step" in console
+    (checkpoint,) = list_checkpoints(tmp_path)
+    assert 0 < int(checkpoint.name.split("-")[1]) < 24
+    assert finish([start(pretrain.main, words(shard, tmp_path, *HARD), tmp_path / "console")]) == [0]
+    assert contents(tmp_path) == contents(whole[0])
+
+
+def test_a_tampered_checkpoint_is_named_and_passed_over(shard, whole, tmp_path):
+    short = [*HARD, "--decay_steps", "20"]
+    assert finish([start(pretrain.main, words(shard, tmp_path, *short, "--steps", "7"), tmp_path / "console")]) == [0]
+    file = list_checkpoints(tmp_path)[-1] / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1  # one bit of one weight
+    file.write_bytes(data)
+    assert finish([start(pretrain.main, words(shard, tmp_path, *short, "--steps", "7"), tmp_path / "again")]) == [0]
+    assert (
+        "checkpoint-7: damaged checkpoint (model.safetensors is not what was written)"
+        in (tmp_path / "again").read_text()
+    )
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(shard, tmp_path):
+    def with_little_room(argv):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # bytes a file may have
+        try:
+            pretrain.main(argv)
+        except SpcxrError as error:
+            print(f"error: {error}", flush=True)
+            raise SystemExit(3) from error
+
+    short = [*BRIEF, "--steps", "3"]
+    assert finish([start(pretrain.main, words(shard, tmp_path, *short), tmp_path / "console")]) == [0]
+    before = (tmp_path / "checkpoint-3" / "model.safetensors").read_bytes()
+    longer = [*BRIEF, "--steps", "6"]
+    assert finish([start(with_little_room, words(shard, tmp_path, *longer), tmp_path / "full")]) == [3]
+    assert "checkpoint-6: the checkpoint could not be written" in (tmp_path / "full").read_text()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").read_bytes() == before
+
+
+# Several processes
+
+
+def test_two_processes_have_the_losses_of_one(shard, tmp_path):
+    flags = [*BRIEF, "--steps", "20", "--log_every", "1"]
+    one = start(pretrain.main, words(shard, tmp_path / "one", *flags), tmp_path / "console-one")
+    two = start_group(pretrain.main, words(shard, tmp_path / "two", *flags), tmp_path / "console-two")
+    assert finish([one, *two]) == [0, 0, 0], (tmp_path / "console-two.0").read_text()
+    losses = [[float(row["loss"]) for row in log_rows(tmp_path / name)] for name in ("one", "two")]
+    assert len(losses[0]) == 20
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two")]
+    assert all(torch.allclose(value, weights[1][name], atol=1e-5) for name, value in weights[0].items())
+
+
+def test_two_processes_go_on_as_if_never_killed(shard, tmp_path):
+    flags = [*BRIEF, "--steps", "9"]
+    assert finish(start_group(pretrain.main, words(shard, tmp_path / "whole", *flags), tmp_path / "console")) == [0, 0]
+    for steps in ("5", "9"):  # the second command finds the first one's checkpoint
+        flags = [*BRIEF, "--steps", steps, "--decay_steps", "0", "--final_weight_decay", "0.04"]
+        assert finish(start_group(pretrain.main, words(shard, tmp_path / "cut", *flags), tmp_path / "cut")) == [0, 0]
+    flags = [*BRIEF, "--steps", "9", "--decay_steps", "0", "--final_weight_decay", "0.04"]
+    assert finish(start_group(pretrain.main, words(shard, tmp_path / "not", *flags), tmp_path / "n")) == [0, 0]
+    assert contents(tmp_path / "cut") == contents(tmp_path / "not")
+
+
+@pytest.mark.parametrize(("processes", "size", "message"), [(2, "4", "do not share out among 2"), (1, "3", "multiple")])
+def test_micro_batches_that_do_not_share_out_are_refused(shard, tmp_path, processes, size, message):
+    command = words(shard, tmp_path / "run", *BRIEF, "--steps", "1", "--micro_batch_size", size)
+    codes = finish(start_group(pretrain.main, command, tmp_path / "console", processes))
+    assert codes == [1] * processes
+    assert message in (tmp_path / "console.0").read_text()
+
+
+# Numbers that are not finite
+
+
+def spoil(monkeypatch, steps: set[int]) -> None:
+    """Make the images of these steps NaN."""
+    draw_views, calls = pretrain.draw_views, []
+
+    def spoiled(*args):
+        clean, corrupted = draw_views(*args)
+        calls.append(1)
+        if (len(calls) - 1) // 2 in steps:  # two micro-batches a step
+            clean = clean * float("nan")
+        return clean, corrupted
+
+    monkeypatch.setattr(pretrain, "draw_views", spoiled)
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_counted(shard, tmp_path, monkeypatch):
+    spoil(monkeypatch, {1, 3})
+    pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "6", "--max_skipped", "2"))
+    state = json.loads((tmp_path / "checkpoint-6" / "training_state.json").read_text())
+    assert state["skipped"] == 2
+    assert [row["loss"] == "nan" for row in log_rows(tmp_path)] == [False, True, False, True, False, False]
+    final = load_file(tmp_path / "final" / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in final.values())
+
+
+def test_too_many_in_a_row_end_the_run_and_name_the_images(shard, tmp_path, monkeypatch):
+    spoil(monkeypatch, {3, 4, 5})
+    with pytest.raises(SpcxrError, match=r"step 6: .*not finite in 3 steps in a row; images of the last: row-\d"):
+        pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "9", "--max_skipped", "3"))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+# The rest
+
+
+def test_the_average_is_what_it_says(shard, tmp_path):
+    """One step: average = decay * start + (1 - decay) * trained."""
+    runs = {}
+    for name, flags in {"none": [], "average": ["--ema_decay", "0.75"], "start": ["--learning_rate", "0"]}.items():
+        pretrain.main(words(shard, tmp_path / name, *BRIEF, "--steps", "1", *flags))
+        runs[name] = load_file(tmp_path / name / "final" / "model.safetensors")
+    for key, start_value in runs["start"].items():
+        expected = 0.75 * start_value + 0.25 * runs["none"][key]
+        assert torch.allclose(runs["average"][key], expected, atol=1e-7), key
+    trained = load_file(tmp_path / "average" / "checkpoint-1" / "model.safetensors")
+    assert all(torch.equal(value, trained[key]) for key, value in runs["none"].items())
+
+
+def test_a_tracker_gets_the_log(shard, tmp_path):
+    pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "2", "--trackers", "tensorboard"))
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_deterministic_mode(shard, tmp_path):
+    try:
+        pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "2", "--deterministic", "true"))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("cache", "disk"), ("mixed_precision", "fp8"), ("steps", 0), ("keep_checkpoints", 0), ("ema_decay", 1.0)],
+)
+def test_values_out_of_range_are_refused_by_name(name, value):
+    arguments = RunArguments("data", "output")
+    setattr(arguments, name, value)
+    with pytest.raises(SpcxrError, match=name):
+        check_run(arguments)
+
+
+def test_a_folder_that_cannot_be_written_to(shard, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SpcxrError, match="cannot be written to"):
+        pretrain.main(words(shard, tmp_path / "file" / "run", *BRIEF, "--steps", "1"))
