@@ -38,8 +38,12 @@ def save_grid(rows: Sequence[Sequence[torch.Tensor]], path: Path, gap: int = 4) 
 
 
 def save_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, x_label: str, y_label: str) -> None:
-    """Write named curves of (x, y) points as one PNG."""
-    from matplotlib.figure import Figure  # an extra; a figure of its own touches no global state
+    """Write named curves of (x, y) points as one PNG; without matplotlib (the extra `demo`) say so and write none."""
+    try:
+        from matplotlib.figure import Figure  # a figure of its own touches no global state
+    except ImportError:  # a run must not end for want of a picture
+        print(f'{path}: not drawn without matplotlib; `pip install "spcxr-hf[demo]"`', flush=True)
+        return
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -48,6 +52,7 @@ def save_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path,
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if any(curves.values()):
+        axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ from .checkpoints import resume, save_checkpoint, written_aside
 from .data import MicroBatch, StepPlan
 from .errors import SpcxrError
 from .recipe import save_recipe
+from .report import write_report
 from .training import CosineSchedule, StepLog, set_schedule
 
 
@@ -333,6 +334,26 @@ class Run:
     def draw_curves(self, curves: dict[str, str], y_label: str = "") -> None:
         """Write the log's columns as `loss.png`; `curves` maps what a curve is called to its column."""
         self._log.draw(self.output / "loss.png", curves, y_label)
+
+    def report(self, title: str, pictures: Sequence[str] = ("loss.png",)) -> None:
+        """Write the run's page, `report.md`."""
+        seconds = self.state["seconds"]
+        figures: dict[str, Any] = {
+            "optimiser steps": self.state["step"],
+            "images per step": self.plan.batch_size,
+            "seconds": seconds,
+            "images per second": self.state["step"] * self.plan.batch_size / seconds if seconds else 0.0,
+            "steps skipped, loss not finite": self.state["skipped"],
+            "processes": self.plan.processes,
+            "device": self._device_name(),
+        }
+        if "best" in self.state:
+            figures[f"best {self.state['best_metric']}"] = f"{self.state['best']} (step {self.state['best_step']})"
+        write_report(self.output, title, figures, asdict(self.arguments), pictures)
+
+    def _device_name(self) -> str:
+        device = self.accelerator.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
     def end(self) -> None:
         """Let the trackers finish and the processes go."""

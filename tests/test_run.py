@@ -21,9 +21,9 @@ from tests.processes import finish, start, start_group
 from training_scripts import pretrain
 
 BRIEF = ["--size", "tiny", "--image_size", "32", "--stored_size", "40", "--batch_size", "4", "--warmup_steps", "2"]
-BRIEF += ["--micro_batch_size", "2", "--save_every", "3", "--log_every", "1"]
+BRIEF += ["--micro_batch_size", "2", "--save_every", "2", "--log_every", "1"]
 # What a resumed run has most to get right: accumulated gradients and averaged weights, and epochs of 2.5 batches.
-HARD = [*BRIEF, "--steps", "24", "--ema_decay", "0.9"]
+HARD = [*BRIEF, "--steps", "40", "--ema_decay", "0.9"]
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +54,11 @@ def contents(output: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(shard, tmp_path_factory):
-    """A run that was never killed, and its seconds."""
+    """A run that was never killed."""
     output = tmp_path_factory.mktemp("whole")
-    started = time.perf_counter()
     process = start(pretrain.main, words(shard, output, *HARD), output / "console")
     assert finish([process]) == [0], (output / "console").read_text()
-    return output, time.perf_counter() - started
+    return output
 
 
 # Exact resume
@@ -67,17 +66,44 @@ def whole(shard, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_weights(shard, whole, tmp_path):
-    reference, seconds = whole
-    moments, steps_at_death = random.Random(0), set()
+    moments, steps_at_death = random.Random(0), []
     for _ in range(20):
         process = start(pretrain.main, words(shard, tmp_path, *HARD), tmp_path / "console")
-        process.join(moments.uniform(0, seconds / 6))
+        # Some steps on, and somewhere within a step: its forward, its backward, the writing of log and checkpoint.
+        wait_for_rows(tmp_path, moments.randint(0, 3), process)
+        time.sleep(moments.uniform(0, 0.3))
         process.kill()
-        process.join()
-        steps_at_death |= {int(path.name.split("-")[1]) for path in list_checkpoints(tmp_path)[-1:]}
-    assert len(steps_at_death) >= 3  # they died at different places, not all before the first checkpoint
+        assert finish([process]) == [-signal.SIGKILL]
+        steps_at_death += [int(path.name.split("-")[1]) for path in list_checkpoints(tmp_path)[-1:]]
+    assert len(set(steps_at_death)) >= 5  # they died at different places
     assert finish([start(pretrain.main, words(shard, tmp_path, *HARD), tmp_path / "console")]) == [0]
-    assert contents(tmp_path) == contents(reference)
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_stream_that_is_killed_goes_on(shard, tmp_path):
+    """Read by workers on the way, in the middle of an epoch."""
+    flags = [*BRIEF, "--steps", "9", "--cache", "none", "--workers", "2"]
+    process = start(pretrain.main, words(shard, tmp_path / "cut", *flags), tmp_path / "console")
+    (tmp_path / "cut").mkdir()
+    wait_for_rows(tmp_path / "cut", 3, process)
+    process.kill()
+    assert finish([process]) == [-signal.SIGKILL]
+    assert [path.name for path in list_checkpoints(tmp_path / "cut")] != ["checkpoint-9"]
+    runs = [
+        start(pretrain.main, words(shard, tmp_path / name, *flags), tmp_path / f"console-{name}")
+        for name in ("cut", "not")
+    ]
+    assert finish(runs) == [0, 0], (tmp_path / "console-not").read_text()
+    assert contents(tmp_path / "cut") == contents(tmp_path / "not")
+
+
+def wait_for_rows(output: Path, more: int, process) -> None:
+    """Until the log of a run has grown by `more` rows since its last checkpoint, or the run is over."""
+    newest = [int(path.name.split("-")[1]) for path in list_checkpoints(output)[-1:]] or [0]
+    while process.is_alive():
+        if not more or ((output / "log.csv").is_file() and int(log_rows(output)[-1]["step"]) >= newest[0] + more):
+            return
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("call", [0, 1, 2, 4])
@@ -97,7 +123,7 @@ def test_a_run_killed_inside_the_writing_of_a_checkpoint(shard, whole, tmp_path,
     assert list(tmp_path.glob(".checkpoint-*.partial"))
     monkeypatch.undo()
     assert finish([start(pretrain.main, words(shard, tmp_path, *HARD), tmp_path / "console")]) == [0]
-    assert contents(tmp_path) == contents(whole[0])
+    assert contents(tmp_path) == contents(whole)
     assert not list(tmp_path.glob(".*partial"))
 
 
@@ -110,9 +136,9 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(shard, whole, tmp_path):
     console = (tmp_path / "console").read_text()
     assert "stopped by SIGTERM after step" in console
     (checkpoint,) = list_checkpoints(tmp_path)
-    assert 0 < int(checkpoint.name.split("-")[1]) < 24
+    assert 0 < int(checkpoint.name.split("-")[1]) < 40
     assert finish([start(pretrain.main, words(shard, tmp_path, *HARD), tmp_path / "console")]) == [0]
-    assert contents(tmp_path) == contents(whole[0])
+    assert contents(tmp_path) == contents(whole)
 
 
 def test_a_tampered_checkpoint_is_named_and_passed_over(shard, whole, tmp_path):
@@ -138,14 +164,14 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(shard, tmp_path
             print(f"error: {error}", flush=True)
             raise SystemExit(3) from error
 
-    short = [*BRIEF, "--steps", "3"]
+    short = [*BRIEF, "--steps", "2"]
     assert finish([start(pretrain.main, words(shard, tmp_path, *short), tmp_path / "console")]) == [0]
-    before = (tmp_path / "checkpoint-3" / "model.safetensors").read_bytes()
-    longer = [*BRIEF, "--steps", "6"]
+    before = (tmp_path / "checkpoint-2" / "model.safetensors").read_bytes()
+    longer = [*BRIEF, "--steps", "4"]
     assert finish([start(with_little_room, words(shard, tmp_path, *longer), tmp_path / "full")]) == [3]
-    assert "checkpoint-6: the checkpoint could not be written" in (tmp_path / "full").read_text()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
-    assert (tmp_path / "checkpoint-3" / "model.safetensors").read_bytes() == before
+    assert "checkpoint-4: the checkpoint could not be written" in (tmp_path / "full").read_text()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").read_bytes() == before
 
 
 # Several processes
@@ -213,7 +239,7 @@ def test_too_many_in_a_row_end_the_run_and_name_the_images(shard, tmp_path, monk
     spoil(monkeypatch, {3, 4, 5})
     with pytest.raises(SpcxrError, match=r"step 6: .*not finite in 3 steps in a row; images of the last: row-\d"):
         pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "9", "--max_skipped", "3"))
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
 
 
 # The rest

@@ -55,6 +55,7 @@ def test_what_a_run_leaves_behind(finished):
         "loss.png",
         "reconstruction.png",
         "recipe.yaml",
+        "report.md",
     }
     assert (finished / "final" / "recipe.yaml").read_text() == (finished / "recipe.yaml").read_text()
     assert len((finished / "log.csv").read_text().splitlines()) == 1 + 4

@@ -64,7 +64,16 @@ def weights(folder: Path) -> bytes:
 
 def test_what_a_run_leaves_behind(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"best", "checkpoint-2", "checkpoint-4", "final", "log.csv", "loss.png", "masks.png", "recipe.yaml"}
+    assert names == {
+        "best",
+        "checkpoint-2",
+        "checkpoint-4",
+        "final",
+        "log.csv",
+        "loss.png",
+        "masks.png",
+        "recipe.yaml",
+    } | {"report.md"}
     assert (finished / "final" / "recipe.yaml").read_text() == (finished / "recipe.yaml").read_text()
     lines = (finished / "log.csv").read_text().splitlines()
     assert lines[0] == "step,loss,learning_rate,val_dice"

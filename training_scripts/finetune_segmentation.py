@@ -206,6 +206,7 @@ def finish(arguments: Arguments, run: Run) -> None:
         model.save_pretrained(folder)
         SpcxrImageProcessor(size=size).save_pretrained(folder)
         save_recipe(arguments, folder / "recipe.yaml")
+    run.report("Lung segmentation", ["loss.png", "masks.png"])
     print(f"saved {run.output / 'final'}")
 
 

@@ -22,6 +22,7 @@ from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH
 from spcxr_hf.pictures import save_grid, to_grey
 from spcxr_hf.recipe import parse_arguments, save_recipe
 from spcxr_hf.run import Run, RunArguments, StepSource, learning_rate_schedule
+from spcxr_hf.streaming import StreamingRadiographs
 from spcxr_hf.training import CosineSchedule, new_config, parameter_groups
 
 CURVES = {"L1 over corrupted pixels": "loss"}  # name -> column of the log
@@ -66,8 +67,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def load_images(arguments: Arguments, run: Run) -> StepSource:
     """Every image, kept as `cache` says, or a stream of them."""
     if arguments.cache == "none":
-        from spcxr_hf.streaming import StreamingRadiographs
-
         return StreamingRadiographs(
             arguments.data, arguments.stored_size, "pretrain" if arguments.pretrain_only else None, arguments.workers
         )
@@ -157,6 +156,7 @@ def finish(arguments: Arguments, run: Run) -> None:
         model.save_pretrained(folder)
         SpcxrImageProcessor(size=size).save_pretrained(folder)
         save_recipe(arguments, folder / "recipe.yaml")
+    run.report("Group-masked pretraining", ["loss.png", "reconstruction.png"])
     print(f"saved {run.output / 'final'}")
 
 
