@@ -67,7 +67,7 @@ def _recipe_words(arguments_class: type, path: Path) -> list[str]:
     for key, value in read_recipe(path).items():
         if key not in known:
             raise SpcxrError(f"{path}: unknown key {key!r}; known keys: {', '.join(sorted(known))}")
-        if value is None:
+        if value is None or value == []:  # no flag says so; it is what these fields are by default
             continue
         values = value if isinstance(value, list) else [value]
         words += [f"--{key}", *(str(item) for item in values)]

@@ -261,19 +261,6 @@ def test_probe_of_another_model_of_the_library(shard, tmp_path):
     assert result["layer"] == 1
 
 
-def test_pooling(pretrained):
-    model = linear_probe.AutoModel.from_pretrained(pretrained).eval()
-    pixels = torch.randn(2, 1, 48, 48)
-    tokens = model(pixels).last_hidden_state
-    for pooling, expected in (
-        ("model", tokens[:, 1:].mean(dim=1)),
-        ("mean", tokens[:, 1:].mean(dim=1)),
-        ("cls", tokens[:, 0]),
-    ):
-        arguments = linear_probe.Arguments(model="", data="", pooling=pooling)
-        assert torch.allclose(linear_probe.embed(arguments, model, pixels, {}), expected, atol=1e-6)
-
-
 def test_labels_are_drawn_in_proportion():
     classes = np.repeat([0, 1, 2], [100, 200, 3])
     rows = linear_probe.draw_labels(classes, 0.1, seed=0)
@@ -294,11 +281,3 @@ def test_labels_are_drawn_in_proportion():
 def test_probe_refusals(shard, pretrained, flags, message):
     with pytest.raises(SpcxrError, match=message):
         linear_probe.main(["--model", pretrained, "--data", shard, *flags])
-
-
-def test_pixels_are_normalised_as_the_processor_does(tmp_path, pretrained):
-    arguments = linear_probe.Arguments(model=pretrained, data="")
-    mean, std = linear_probe.pixel_statistics(arguments)
-    processor = SpcxrImageProcessor()
-    assert mean.flatten().tolist() == pytest.approx(list(processor.image_mean))
-    assert std.flatten().tolist() == pytest.approx(list(processor.image_std))
