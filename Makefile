@@ -2,6 +2,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 IMAGE   ?=
+BENCH   ?=
 WORKERS ?= 2
 
 BIN     := $(VENV)/bin
@@ -27,8 +28,8 @@ quick: $(VENV)/.has-test  ## Run the tests that take no time
 check: $(VENV)/.has-check  ## Style, types, import rules, model conventions
 	@.ci/check $(BIN)
 
-bench: $(VENV)/.has-train  ## Measure speed and memory
-	$(BIN)/python training_scripts/benchmark.py
+bench: $(VENV)/.has-test  ## Measure speed and memory (BENCH="--gmml_release CHECKOUT" for that peer too)
+	$(BIN)/python training_scripts/benchmark.py --output training_scripts/results/benchmark_cpu.json $(BENCH)
 
 clean:  ## Remove the environment, the builds and the caches
 	rm -rf $(VENV) build dist *.egg-info .*_cache

@@ -105,7 +105,8 @@ class GroupMasking:
         """
         self._check(images)
         fill = torch.randint(len(self.fills), images.shape[:1], generator=generator, device=images.device)
-        groups = self._draw_groups(self._draw_targets(fill, generator), images.shape[-2:], generator)
+        height, width = images.shape[-2:]
+        groups = self._draw_groups(self._draw_targets(fill, generator), (height, width), generator)
         noise = _noise(images, generator) if "noise" in self.fills else None
         pixel_values = torch.empty_like(images)
         part = CPU_PART if images.device.type == "cpu" else len(images)

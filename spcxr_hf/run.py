@@ -401,7 +401,7 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
     if started != accelerator.num_processes:
         raise SpcxrError(
             f"{started} processes were started but each runs alone; "
-            "on a CPU start them by `accelerate launch --cpu --num_processes N`, or set ACCELERATE_USE_CPU=true"
+            "on a CPU start them by `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
         )
     if trackers:
         accelerator.init_trackers("spcxr", config={name: str(value) for name, value in asdict(arguments).items()})

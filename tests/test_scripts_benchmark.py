@@ -93,7 +93,11 @@ class RECHead(torch.nn.Linear):
     def __init__(self, width, in_chans, patch_size):
         super().__init__(width, in_chans)
 """,
-    "utils.py": "def get_params_groups(model):\n    return [{'params': list(model.parameters())}]\n",
+    "utils.py": """
+is_main_process = None
+def get_params_groups(model):
+    return [{'params': list(model.parameters())}]
+""",
     "datasets/datasets_utils.py": """
 import torch
 def GMML_drop_rand_patches(image, max_replace, drop_type, align):
@@ -127,7 +131,7 @@ def train_one_epoch(model, loader, optimizer, rates, decays, epoch, scaler, opti
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_beside_a_release(tmp_path, monkeypatch, precision, dtype):
-    """Stands in for the checkout, which the tests do not have: as many views, the same precision, nothing left behind."""
+    """The stand-in for the checkout meets as many views in the same precision, and leaves nothing behind."""
     (tmp_path / "datasets").mkdir()
     for name, source in FAKE_RELEASE.items():
         (tmp_path / name).write_text(source)

@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 from spcxr_hf import SpcxrError
 from spcxr_hf.run import RunArguments, start_accelerator
 from tests.made_up import picture, write_set
+from tests.processes import free_port
 from training_scripts import pretrain
 
 SCRIPT = Path(pretrain.__file__)
@@ -165,10 +166,31 @@ def test_as_a_command_with_the_smoke_recipe(shard, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(shard, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += [str(SCRIPT), "--data", shard, "--output", str(tmp_path / "run"), *BRIEF]
-    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"})
+    command += ["--micro_batch_size", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved ") == 1  # one main process, not two that know nothing of each other
+    assert "| processes | 2 |" in (tmp_path / "run" / "report.md").read_text()
     assert torch.isfinite(AutoModel.from_pretrained(tmp_path / "run" / "final").layernorm.weight).all()
+
+
+@pytest.mark.slow
+def test_two_machines(shard, tmp_path):
+    """Two launchers on this machine, one process each, as `recipes/accelerate/two_machines_cpu.yaml` starts them."""
+    config = SCRIPT.parent / "recipes" / "accelerate" / "two_machines_cpu.yaml"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    port = str(free_port())
+    launchers = []
+    for rank in ("0", "1"):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        command += ["--machine_rank", rank, "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+        command += ["--num_processes", "2", str(SCRIPT), "--data", shard, "--output", str(tmp_path / "run"), *BRIEF]
+        log = (tmp_path / rank).open("w")
+        launchers.append(
+            subprocess.Popen([*command, "--micro_batch_size", "2"], stdout=log, stderr=log, env=environment)
+        )
+    assert [launcher.wait(300) for launcher in launchers] == [0, 0], (tmp_path / "0").read_text()
+    assert "| processes | 2 |" in (tmp_path / "run" / "report.md").read_text()
