@@ -2,8 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -78,7 +77,7 @@ def with_columns(path: Path, **columns: list) -> None:
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    torch.manual_seed(0)
+    torch.manual_seed(100)  # not that of a run, whose weights from scratch would be these
     folder = tmp_path_factory.mktemp("pretrained")
     SpcxrForPreTraining(SpcxrConfig(**TINY, image_size=48, drop_path_rate=0.2)).save_pretrained(folder)
     return str(folder)
@@ -116,8 +115,14 @@ def peers(tmp_path_factory):
 
 def contents(output: Path) -> dict[str, bytes]:
     """All that a run's last checkpoint and its final model hold, but for how long it took."""
-    files = [*(output / "checkpoint-4").glob("*.safetensors"), output / "final" / "model.safetensors"]
-    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in [*files, output / "log.csv"]}
+    names = [
+        "checkpoint-4/model.safetensors",
+        "checkpoint-4/optimizer.safetensors",
+        "final/model.safetensors",
+        "log.csv",
+    ]
+    names += [f"checkpoint-4/{path.name}" for path in (output / "checkpoint-4").glob("average.safetensors")]
+    return {name: (output / name).read_bytes() for name in names}
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------
@@ -149,9 +154,7 @@ def test_the_final_model_loads_and_classifies(finished):
     assert model(**inputs).logits.shape == (1, 3)
 
 
-@pytest.mark.parametrize(
-    ("metric", "sign"), [("loss", -1), ("auroc", 1), ("balanced_accuracy", 1), ("average_precision", 1)]
-)
+@pytest.mark.parametrize(("metric", "sign"), [("loss", -1), ("auroc", 1), ("balanced_accuracy", 1)])
 def test_the_best_on_val_becomes_the_final_one(shard, pretrained, tmp_path, metric, sign):
     flags = ["--metric", metric, "--save_every", "1", "--keep_checkpoints", "4", "--learning_rate", "0.01"]
     run(shard, tmp_path, "--init_from", pretrained, *flags)
@@ -258,28 +261,25 @@ def test_labels_that_hold_together(findings, pretrained, tmp_path, column):
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "final").config
     assert config.problem_type == "multi_label_classification"
     assert config.id2label == {0: "effusion", 1: "oedema"}
-    report = evaluate.main(
-        ["--model", str(tmp_path / "final"), "--data", findings, "--label_column", column]
-        + ["--split_column", "pneumonia_split", "--splits", "test", "--resamples", "20", "--temperature_from", "val"]
-    )["splits"]["test"]
+    words = ["--model", str(tmp_path / "final"), "--data", findings, *COLUMNS, "--label_column", column]
+    words += ["--splits", "test", "--resamples", "20", "--temperature_from", "val"]
+    report = evaluate.main(words)["splits"]["test"]
     assert list(report["labels"]) == ["effusion", "oedema"]
     assert report["labels"]["effusion"]["missing"] == (0 if column == "findings" else 2)  # rows 20 and 25
     assert report["left_out"] == (1 if column == "findings" else 0)  # row 23
 
 
-def test_as_a_command_with_the_smoke_recipe(shard, tmp_path):
-    command = [sys.executable, str(SCRIPTS / "finetune_classification.py")]
+def test_as_a_command_with_the_smoke_recipe(shard, tmp_path, monkeypatch):
+    script = SCRIPTS / "finetune_classification.py"
     recipe = str(SCRIPTS / "recipes/finetune_classification_smoke.yaml")
-    wrong = subprocess.run(
-        [*command, recipe, "--data", shard, "--output", str(tmp_path), "--label_column", "no"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-    )
-    assert wrong.returncode == 1
-    assert wrong.stderr.splitlines()[-1].startswith("error: set.parquet[pneumonia_split=train]: no column 'no'")
-    finetune_classification.main([recipe, "--data", shard, "--output", str(tmp_path / "run"), *BRIEF, "--steps", "1"])
-    assert AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "final").config.hidden_size == 192
+    words = [str(script), recipe, "--data", shard, "--output", str(tmp_path), *BRIEF, "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--label_column", "no"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert str(stop.value.code).startswith("error: set.parquet[pneumonia_split=train]: no column 'no'")  # exits with 1
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(script), run_name="__main__")
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "final").config.hidden_size == 192
 
 
 # ---- what is trained -------------------------------------------------------------------------------------------
@@ -525,7 +525,7 @@ def test_temperature_has_the_least_cross_entropy(multi_label):
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(200, 3, generator=generator)
     classes = torch.distributions.Categorical(logits=logits / 2.5)
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     targets = (torch.rand(200, 3) < (logits / 2.5).sigmoid()).float() if multi_label else torch.eye(3)[classes.sample()]
     if multi_label:
         targets[:20, 1] = math.nan

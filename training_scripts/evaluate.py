@@ -1,0 +1,388 @@
+"""Report a classifier on splits of a set: every figure with its 95 % interval by patient, as JSON.
+
+    python training_scripts/evaluate.py --model runs/finetune_classification/final --data ../shared/data \
+        --label_column pneumonia_label --split_column pneumonia_split --splits val test --output results.json
+
+Any model that AutoModelForImageClassification loads, through its own image processor. Several processes
+(`accelerate launch --cpu --num_processes 2 ...`) share the images, and none is counted twice. `--temperature_from val`
+divides the logits by one number that was fitted there (temperature scaling). Choose models on `val`; `test` and `shift`
+are for the report.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from spcxr_hf import SpcxrError
+from spcxr_hf.data import RadiographTable, open_image, read_table
+from spcxr_hf.encoders import LOADING_ERRORS
+from spcxr_hf.metrics import (
+    brier_score,
+    classification_report,
+    expected_calibration_error,
+    multilabel_report,
+    write_results,
+)
+from spcxr_hf.recipe import parse_arguments
+
+HOTTEST = 1000.0  # a temperature lies between 1 / this and this
+
+
+@dataclass
+class Arguments:
+    """Measure a classifier."""
+
+    model: str = field(metadata={"help": "folder or Hub id of an image classifier with its image processor"})
+    data: str = field(metadata={"help": "Parquet shards with a column of labels and a column of splits"})
+    label_column: str = field(
+        default="label",
+        metadata={"help": "column of the labels: one for each row (a list counts as normal, if empty, or abnormal); "
+                  "of a multi-label model a list of those that hold, or a struct with a field for each"},
+    )  # fmt: skip
+    split_column: str = field(default="split", metadata={"help": "column of the splits"})
+    splits: list[str] = field(default_factory=lambda: ["val"], metadata={"help": "its values to report"})
+    classes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "the model's classes, as `normal pneumonia=bacterial+viral`, where their labels have other "
+                  "names or rows of other labels are to be left out"},
+    )  # fmt: skip
+    temperature_from: str | None = field(
+        default=None, metadata={"help": "split to fit a temperature on: val, as a rule"}
+    )
+    output: str | None = field(default=None, metadata={"help": "JSON file to write"})
+    image_size: int | None = field(
+        default=None, metadata={"help": "side of the input in pixels; by default the image processor's"}
+    )
+    batch_size: int = field(default=32, metadata={"help": "images per forward pass"})
+    bf16: bool = field(default=False, metadata={"help": "run the model in bfloat16 autocast"})
+    resamples: int = field(default=2000, metadata={"help": "draws of the bootstrap"})
+    seed: int = field(default=0, metadata={"help": "of the bootstrap"})
+
+
+@dataclass
+class Predictions:
+    """What a model says of a split.
+
+    Attributes:
+        logits: (n, classes).
+        targets: (n, classes) float32: 1, 0, or NaN where a label is missing.
+        patients: (n) whose image each row is, None where unknown; None altogether where the set has no such column.
+        left_out: Rows whose label is missing, or none of the classes.
+    """
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+    patients: list | None
+    left_out: int
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    arguments = parse_arguments(Arguments, argv)
+    check(arguments)
+    processes = start_processes()
+    model, processor = load_model(arguments.model, processes.device)
+    classes = classes_of(arguments, model)
+    table = read_table(arguments.data)
+    wanted = dict.fromkeys([*arguments.splits, *([arguments.temperature_from] if arguments.temperature_from else [])])
+    sets = {split: read_set(arguments, table, split, classes, is_multi_label(model)) for split in wanted}
+
+    found = {split: predict(arguments, processes, model, processor, *rows) for split, rows in sets.items()}
+    temperature = None
+    if arguments.temperature_from:
+        fitted = found[arguments.temperature_from]
+        temperature = fit_temperature(fitted.logits, fitted.targets, is_multi_label(model))
+    result = describe(arguments, model, classes, temperature)
+    if processes.is_main_process:
+        for split in arguments.splits:
+            result["splits"][split] = report(arguments, found[split], list(classes), is_multi_label(model), temperature)
+        write(arguments, result)
+    processes.wait_for_everyone()
+    return result
+
+
+def check(arguments: Arguments) -> None:
+    """Refuse a command line that would fail late."""
+    for name in ("batch_size", "resamples"):
+        if getattr(arguments, name) < 1:
+            raise SpcxrError(f"{name} must be at least 1; got {getattr(arguments, name)}")
+    if arguments.image_size is not None and arguments.image_size < 1:
+        raise SpcxrError(f"image_size must be at least 1; got {arguments.image_size}")
+
+
+def start_processes() -> PartialState:
+    """The processes that share the images.
+
+    Raises:
+        SpcxrError: several were started and do not know of each other: each would predict all images.
+    """
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != processes.num_processes:
+        raise SpcxrError(
+            f"{started} processes were started but each runs alone; "
+            "on a CPU start them by `accelerate launch --cpu --num_processes N`, or set ACCELERATE_USE_CPU=true"
+        )
+    return processes
+
+
+# ---- the model -------------------------------------------------------------------------------------------------
+
+
+def load_model(source: str, device: torch.device) -> tuple[PreTrainedModel, Any]:
+    """The classifier, in evaluation mode on its device, and its image processor.
+
+    Raises:
+        SpcxrError: it is no classifier, has no weights for a part of it, or has no image processor.
+    """
+    try:
+        model, loading = AutoModelForImageClassification.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True
+        )
+        processor = AutoImageProcessor.from_pretrained(source)
+    except LOADING_ERRORS as error:
+        raise SpcxrError(f"{source}: no classifier with its image processor ({one_line(error)})") from error
+    lost = sorted(name for name in loading["missing_keys"] if not name.endswith("mask_token"))
+    if lost:
+        raise SpcxrError(f"{source}: no trained classifier, since there are no weights for {', '.join(lost[:4])}")
+    return model.to(device).eval(), processor
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:240]} ..."
+
+
+def is_multi_label(model: PreTrainedModel) -> bool:
+    return model.config.problem_type == "multi_label_classification"
+
+
+def classes_of(arguments: Arguments, model: PreTrainedModel) -> dict[str, list[str]]:
+    """Class -> the labels that count as it, in the model's order.
+
+    Raises:
+        SpcxrError: the classes of the command line are not the model's.
+    """
+    names = [str(name) for _, name in sorted(dict(model.config.id2label or {}).items())]
+    pairs = [word.partition("=") for word in arguments.classes]
+    given = {name: labels.split("+") if labels else [name] for name, _, labels in pairs}
+    if given and (sorted(given) != sorted(names) or len(pairs) > len(given)):
+        raise SpcxrError(f"{arguments.model}: its classes are {', '.join(names)}; --classes names {', '.join(given)}")
+    return {name: given.get(name, [name]) for name in names}
+
+
+# ---- the set ---------------------------------------------------------------------------------------------------
+
+
+def read_set(
+    arguments: Arguments, table: RadiographTable, split: str, classes: dict[str, list[str]], multi_label: bool
+) -> tuple[RadiographTable, torch.Tensor]:
+    """The rows of a split and their targets (n, classes).
+
+    Raises:
+        SpcxrError: a column is missing, no row has a label, or one has a label that the model does not know, unless
+            the command line says which classes are meant.
+    """
+    rows = table.where(arguments.split_column, split)
+    cells = rows.column(arguments.label_column)
+    known = {label for labels in classes.values() for label in labels}
+    others = {name for cell in cells for name in names_in(cell, multi_label)} - known
+    if others and not arguments.classes:
+        raise SpcxrError(
+            f"{rows.name}: {arguments.label_column} holds {', '.join(sorted(others))}, which the model does not know; "
+            "--classes leaves rows of other labels out"
+        )
+    targets = torch.tensor([targets_of(cell, classes, multi_label) for cell in cells])
+    if targets.isnan().all():
+        raise SpcxrError(f"{rows.name}: no row has a label in {arguments.label_column} that is one of the classes")
+    return rows, targets
+
+
+def names_in(cell: Any, multi_label: bool) -> list[str]:
+    """The labels that one cell of the column names; of a multi-label model those of a list, or a struct's fields."""
+    if cell is None:
+        return []
+    if multi_label and not isinstance(cell, list | dict):
+        raise SpcxrError(f"a multi-label model needs lists or structs in the column of labels; it holds {cell!r}")
+    if isinstance(cell, list) and not multi_label:
+        return ["abnormal" if cell else "normal"]
+    return [str(name) for name in cell] if multi_label else [str(cell)]
+
+
+def targets_of(cell: Any, classes: dict[str, list[str]], multi_label: bool) -> list[float]:
+    """1, 0 or NaN (not known) for each class."""
+    if cell is None:
+        return [math.nan] * len(classes)
+    if isinstance(cell, dict):
+        return [joined([cell.get(label) for label in labels]) for labels in classes.values()]
+    names = names_in(cell, multi_label)
+    targets = [float(any(label in names for label in labels)) for labels in classes.values()]
+    return targets if multi_label or any(targets) else [math.nan] * len(classes)
+
+
+def joined(values: list[Any]) -> float:
+    """1 where one of these labels holds, NaN where one is not known, else 0."""
+    return 1.0 if any(values) else math.nan if None in values else 0.0
+
+
+# ---- predictions -----------------------------------------------------------------------------------------------
+
+
+def predict(
+    arguments: Arguments,
+    processes: PartialState,
+    model: PreTrainedModel,
+    processor: Any,
+    rows: RadiographTable,
+    targets: torch.Tensor,
+) -> Predictions:
+    """The logits of every row that has a label; each process works on every so-manieth of them."""
+    kept = torch.nonzero(~targets.isnan().all(dim=1)).flatten().tolist()
+    own = kept[processes.process_index :: processes.num_processes]
+    cells, names = rows.rows["image"], rows.ids
+    logits: list[tuple[int, list[float]]] = []
+    for start in tqdm(range(0, len(own), arguments.batch_size), desc=rows.name, unit="batch"):
+        part = own[start : start + arguments.batch_size]
+        images = [open_image(cells[row].as_py(), f"{rows.name}: {names[row]}") for row in part]
+        logits += zip(part, forward(arguments, model, processor, images).tolist(), strict=True)
+    by_row = dict(gather_object(logits))  # by its number, so that none is counted twice
+    patients = rows.column("patient") if "patient" in rows.rows.column_names else None
+    return Predictions(
+        torch.tensor([by_row[row] for row in kept]),
+        targets[kept],
+        None if patients is None else [patients[row] for row in kept],
+        len(rows) - len(kept),
+    )
+
+
+@torch.no_grad()
+def forward(arguments: Arguments, model: PreTrainedModel, processor: Any, images: list[Image.Image]) -> torch.Tensor:
+    """Logits (B, classes) float32 of pictures of any sizes."""
+    options: dict[str, Any] = {}
+    if arguments.image_size is not None:
+        options = {"size": {"height": arguments.image_size, "width": arguments.image_size}}
+    if not hasattr(
+        processor, "num_output_channels"
+    ):  # of another family: they expect pictures of 8 bits and 3 channels
+        images = [in_colour(image) for image in images]
+    inputs = processor(images, return_tensors="pt", **options).to(model.device)
+    interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    asked = {"interpolate_pos_encoding": True} if interpolates else {}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=arguments.bf16):
+        return model(pixel_values=inputs["pixel_values"], **asked).logits.float().cpu()
+
+
+def in_colour(image: Image.Image) -> Image.Image:
+    """A grey picture of 8 or 16 bits as RGB."""
+    if image.mode != "L":
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def fit_temperature(logits: torch.Tensor, targets: torch.Tensor, multi_label: bool) -> float:
+    """The number to divide logits by: temperature scaling (Guo et al., ICML 2017, arXiv 1706.04599, section 4.2).
+
+    It has the least cross-entropy on these rows. That is convex in its inverse, whose slope is bisected.
+
+    Args:
+        logits: (n, classes).
+        targets: (n, classes), NaN where a label is missing.
+        multi_label: One temperature for all labels then, each under its own sigmoid.
+
+    Returns:
+        Between 1 / HOTTEST and HOTTEST: one of them where the cross-entropy has no least value, as where every row is
+        right.
+    """
+    values, known = logits.double(), ~targets.isnan()
+    wanted = torch.where(known, targets, 0.0).double()
+    low, high = -math.log(HOTTEST), math.log(HOTTEST)
+    for _ in range(60):
+        middle = (low + high) / 2
+        scaled = values * math.exp(middle)
+        probabilities = scaled.sigmoid() if multi_label else scaled.softmax(dim=1)
+        slope = ((probabilities - wanted) * values * known).sum()
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return math.exp(-(low + high) / 2)
+
+
+# ---- the report ------------------------------------------------------------------------------------------------
+
+
+def describe(
+    arguments: Arguments, model: PreTrainedModel, classes: dict[str, list[str]], temperature: float | None
+) -> dict:
+    """What the figures are of."""
+    return {
+        "model": Path(arguments.model).resolve().name,
+        "model_type": model.config.model_type,
+        "problem_type": model.config.problem_type,
+        "label_column": arguments.label_column,
+        "split_column": arguments.split_column,
+        "classes": classes,
+        "temperature": None if temperature is None else {"value": temperature, "from": arguments.temperature_from},
+        "splits": {},
+    }
+
+
+def report(
+    arguments: Arguments, found: Predictions, names: list[str], multi_label: bool, temperature: float | None
+) -> dict:
+    """The figures of one split; with a temperature, what the calibration was without it too."""
+    probabilities = to_probabilities(found.logits / (temperature or 1.0), multi_label)
+    options: dict[str, Any] = {"resamples": arguments.resamples, "seed": arguments.seed}
+    if multi_label:
+        entry = multilabel_report(probabilities, found.targets, names, found.patients, **options)
+    else:
+        entry = classification_report(probabilities, found.targets.argmax(dim=1), names, found.patients, **options)
+    entry["left_out"] = found.left_out
+    if temperature is not None:
+        entry["without_temperature"] = calibration(
+            to_probabilities(found.logits, multi_label), found.targets, multi_label
+        )
+    return entry
+
+
+def to_probabilities(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
+    return logits.double().sigmoid() if multi_label else logits.double().softmax(dim=1)
+
+
+def calibration(probabilities: torch.Tensor, targets: torch.Tensor, multi_label: bool) -> dict:
+    """Brier score and expected calibration error; of labels, their means over the labels that have both sides."""
+    figures = {"brier": brier_score, "ece": expected_calibration_error}
+    if not multi_label:
+        return {name: figure(probabilities, targets.argmax(dim=1)) for name, figure in figures.items()}
+    both = ((targets == 1).any(dim=0) & (targets == 0).any(dim=0)).tolist()
+    columns = [pair for pair, kept in zip(zip(probabilities.T, targets.T, strict=True), both, strict=True) if kept]
+    return {
+        f"mean_{name}": float(np.mean([figure(p, y) for p, y in columns])) if columns else None
+        for name, figure in figures.items()
+    }
+
+
+def write(arguments: Arguments, result: dict) -> None:
+    """Print the figures, and write them where the command line says."""
+    if arguments.output:
+        write_results(arguments.output, result)
+    for split, entry in result["splits"].items():
+        print(json.dumps({split: {name: value for name, value in entry.items() if not isinstance(value, dict)}}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SpcxrError as error:
+        raise SystemExit(f"error: {error}") from None
