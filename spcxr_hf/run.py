@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -37,6 +37,9 @@ from .errors import SpcxrError
 from .recipe import save_recipe
 from .report import write_report
 from .training import CosineSchedule, StepLog, set_schedule
+
+# Every process holds the whole model.
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass
@@ -402,6 +405,11 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
         raise SpcxrError(
             f"{started} processes were started but each runs alone; "
             "on a CPU start them by `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
+        )
+    if accelerator.distributed_type not in PLAIN:
+        raise SpcxrError(
+            f"{accelerator.distributed_type.value} divides the model among the processes, and checkpoints hold it whole; "
+            "every preset fits one GPU: use data parallelism (DDP)"
         )
     if trackers:
         accelerator.init_trackers("spcxr", config={name: str(value) for name, value in asdict(arguments).items()})

@@ -258,9 +258,11 @@ def test_the_average_is_what_it_says(shard, tmp_path):
     assert all(torch.equal(value, trained[key]) for key, value in runs["none"].items())
 
 
-def test_a_tracker_gets_the_log(shard, tmp_path):
-    pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "2", "--trackers", "tensorboard"))
-    assert list(tmp_path.rglob("events.out.tfevents.*"))
+@pytest.mark.parametrize(("tracker", "trace"), [("tensorboard", "events.out.tfevents.*"), ("trackio", "spcxr.db")])
+def test_a_tracker_gets_the_log(shard, tmp_path, monkeypatch, tracker, trace):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "2", "--trackers", tracker))
+    assert list(tmp_path.rglob(trace))
 
 
 def test_deterministic_mode(shard, tmp_path):

@@ -363,7 +363,7 @@ def test_results_that_are_not_there(tmp_path):
 
 def test_every_recipe_is_there():
     names = {path.stem for path in RECIPES}
-    assert names == {"single_gpu", "eight_gpus", "eight_nodes", "fsdp", "two_machines_cpu"}
+    assert names == {"single_gpu", "eight_gpus", "eight_nodes", "two_machines_cpu"}
     assert set(scale.GPUS.values()) < names
 
 
@@ -376,10 +376,8 @@ def test_accelerate_takes_the_recipe(path, monkeypatch):
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(flags))
     assert arguments.mixed_precision == "bf16"
     # What starts a process per GPU, or per thread: everything but a plain `python`.
-    assert (arguments.multi_gpu or arguments.use_fsdp) == (config.num_processes > 1)
+    assert arguments.multi_gpu == (config.num_processes > 1)
     assert config.num_processes % config.num_machines == 0
-    if arguments.use_fsdp:
-        assert arguments.fsdp_transformer_layer_cls_to_wrap in SpcxrForPreTraining._no_split_modules
 
 
 @pytest.mark.parametrize(("gpus", "name"), scale.GPUS.items())

@@ -130,7 +130,16 @@ def contents(output: Path) -> dict[str, bytes]:
 
 def test_what_a_run_leaves_behind(finished):
     names = {path.name for path in finished.iterdir()}
-    expected = {"best", "checkpoint-2", "checkpoint-4", "final", "log.csv", "loss.png", "recipe.yaml", "results.json"}
+    expected = {
+        "best",
+        "checkpoint-2",
+        "checkpoint-4",
+        "final",
+        "log.csv",
+        "loss.png",
+        "recipe.yaml",
+        "results.json",
+    } | {"report.md"}
     assert names == expected
     assert (finished / "final" / "recipe.yaml").read_text() == (finished / "recipe.yaml").read_text()
     lines = [line.split(",") for line in (finished / "log.csv").read_text().splitlines()]

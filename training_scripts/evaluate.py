@@ -4,7 +4,8 @@
         --label_column pneumonia_label --split_column pneumonia_split --splits val test --output results.json
 
 Any model that AutoModelForImageClassification loads, through its own image processor. Several processes
-(`accelerate launch --cpu --num_processes 2 ...`) share the images, and none is counted twice. `--temperature_from val`
+(on a CPU `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`) share the images, and none is
+counted twice. `--temperature_from val`
 divides the logits by one number that was fitted there (temperature scaling). Choose models on `val`; `test` and `shift`
 are for the report.
 """
@@ -135,7 +136,7 @@ def start_processes() -> PartialState:
     if started != processes.num_processes:
         raise SpcxrError(
             f"{started} processes were started but each runs alone; "
-            "on a CPU start them by `accelerate launch --cpu --num_processes N`, or set ACCELERATE_USE_CPU=true"
+            "on a CPU start them by `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
         )
     return processes
 

@@ -800,6 +800,7 @@ def finish(arguments: Arguments, run: Run, pixels: Pixels, result: dict) -> None
         pixels.processor().save_pretrained(folder)
         save_recipe(arguments, folder / "recipe.yaml")
     write_results(run.output / "results.json", result)
+    run.report("Classification")
     print(f"saved {run.output / 'final'}")
 
 

@@ -309,11 +309,13 @@ def recipes_section(figures: Figures) -> str:
 
 ```bash
 accelerate launch --config_file {folder}/{GPUS[8]}.yaml \\
-    training_scripts/pretrain.py training_scripts/recipes/pretrain_small_224.yaml --data SHARDS
+    training_scripts/pretrain.py training_scripts/recipes/pretrain_small_224.yaml --data SHARDS \\
+    --cache none --workers 8 --batch_size 4096 --micro_batch_size 512
 ```
 
-Over several nodes the same command runs on each, with `--machine_rank` and `--main_process_ip`. `fsdp.yaml`, beside
-these, shares out a model that one GPU cannot hold, and `two_machines_cpu.yaml` is for machines without a GPU."""
+Over several nodes the same command runs on each, with `--machine_rank` and `--main_process_ip`. A step's
+micro-batches (`batch_size / micro_batch_size`) must share out among the processes: 64 GPUs take `--micro_batch_size 64`.
+`two_machines_cpu.yaml`, beside these, is for machines without a GPU. Every preset fits one GPU, so nothing is sharded."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
