@@ -408,7 +408,7 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
         )
     if accelerator.distributed_type not in PLAIN:
         raise SpcxrError(
-            f"{accelerator.distributed_type.value} divides the model among the processes, and checkpoints hold it whole; "
+            f"{accelerator.distributed_type.value} divides the model among the processes; checkpoints hold it whole, and "
             "every preset fits one GPU: use data parallelism (DDP)"
         )
     if trackers:

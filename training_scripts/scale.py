@@ -314,8 +314,9 @@ accelerate launch --config_file {folder}/{GPUS[8]}.yaml \\
 ```
 
 Over several nodes the same command runs on each, with `--machine_rank` and `--main_process_ip`. A step's
-micro-batches (`batch_size / micro_batch_size`) must share out among the processes: 64 GPUs take `--micro_batch_size 64`.
-`two_machines_cpu.yaml`, beside these, is for machines without a GPU. Every preset fits one GPU, so nothing is sharded."""
+micro-batches (`batch_size / micro_batch_size`) must share out among the processes: 64 GPUs take
+`--micro_batch_size 64`. `two_machines_cpu.yaml`, beside these, is for machines without a GPU. Every preset fits one
+GPU, so nothing is sharded."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
