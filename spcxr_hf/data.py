@@ -247,6 +247,8 @@ class StepPlan:
             raise SpcxrError(
                 f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        if self.batch_size % self.processes:
+            raise SpcxrError(f"batch_size {self.batch_size} does not share out among {self.processes} processes")
         if self.lanes % self.processes:
             raise SpcxrError(
                 f"{self.lanes} micro-batches of {self.lane_size} images do not share out among {self.processes} "

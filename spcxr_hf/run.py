@@ -408,8 +408,8 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
         )
     if accelerator.distributed_type not in PLAIN:
         raise SpcxrError(
-            f"{accelerator.distributed_type.value} divides the model among the processes; checkpoints hold it whole, and "
-            "every preset fits one GPU: use data parallelism (DDP)"
+            f"{accelerator.distributed_type.value} divides the model among the processes; checkpoints hold it whole: "
+            "use data parallelism (DDP), every preset fits one GPU"
         )
     if trackers:
         accelerator.init_trackers("spcxr", config={name: str(value) for name, value in asdict(arguments).items()})

@@ -32,6 +32,7 @@ TINY = {
     "num_labels": 3,
 }
 BATCH, SIDE, LAYERS, HEADS, TOKENS, WIDTH = 2, 32, 4, 2, 17, 32
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 
 def tiny_config(**overrides: Any) -> SpcxrConfig:
@@ -213,6 +214,7 @@ class ForwardContract(Case):
         tolerance = 0.25 if dtype == torch.bfloat16 else 0.05
         torch.testing.assert_close(half.float(), full, rtol=tolerance, atol=tolerance * full.std().item())
 
+    @pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 cannot compile transformers' decorators whole, nor its ViT")
     def test_can_compile_without_graph_breaks(self):
         model = build(self.model_class)
         expected = self.run(model, output_hidden_states=True)

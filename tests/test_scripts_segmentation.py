@@ -183,7 +183,10 @@ def test_two_processes(shard, pretrained, tmp_path):
     command += [str(SCRIPTS / "finetune_segmentation.py"), "--data", shard, "--output", str(tmp_path / "run")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--init_from", pretrained, *BRIEF], capture_output=True, text=True, env=environment
+        [*command, "--init_from", pretrained, *BRIEF, "--batch_size", "4", "--micro_batch_size", "2"],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()

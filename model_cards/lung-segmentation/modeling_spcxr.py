@@ -154,8 +154,10 @@ class SpcxrAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, 1 + N, D / heads)
 
         attend: Callable = eager_attention_forward
-        if not need_weights:  # the fused implementations never hold the weights: a request for them goes eager
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        # The fused implementations never hold the weights: a request for them goes eager. (`get_interface` would do the
+        # same, but breaks the graph under torch.compile of torch 2.6.)
+        if not need_weights and self.config._attn_implementation not in (None, "eager"):
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         context, weights = attend(
             self, query, key, value, None, scaling=self.scaling, dropout=self.dropout if self.training else 0.0
         )  # context (B, 1 + N, heads, D / heads)
