@@ -32,8 +32,21 @@ PACKAGES = {OURS, f"{OURS}.modeling"}
 # A new module gets its floor here.
 FLOORS = {
     1: {"labels", "metrics", "evaluate_metrics", "errors"},
-    2: {"radiograph", "corruption", "augment", "recipe", "auto", "convert", "pictures", "report", "encoders"},
-    3: {"data", "shards", "streaming", "checkpoints", "training", "hub", "run", "benchmarking", "peers"},
+    2: {"radiograph", "dicom", "plausibility"}
+    | {"corruption", "augment", "recipe", "auto", "convert", "pictures", "report", "encoders"},
+    3: {
+        "data",
+        "manifests",
+        "archives",
+        "shards",
+        "streaming",
+        "checkpoints",
+        "training",
+        "hub",
+        "run",
+        "benchmarking",
+        "peers",
+    },
     4: {"cli", "demo"},
 }
 GROUND, DOORS = 1, 4

@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.data import RadiographTable, open_image, read_table
+from spcxr_hf.archives import read_set
+from spcxr_hf.data import RadiographTable, open_image
 from spcxr_hf.encoders import LOADING_ERRORS
 from spcxr_hf.metrics import (
     brier_score,
@@ -98,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     processes = start_processes()
     model, processor = load_model(arguments.model, processes.device)
     classes = classes_of(arguments, model)
-    table = read_table(arguments.data)
+    table = read_set(arguments.data)
     wanted = dict.fromkeys([*arguments.splits, *([arguments.temperature_from] if arguments.temperature_from else [])])
-    sets = {split: read_set(arguments, table, split, classes, is_multi_label(model)) for split in wanted}
+    sets = {split: select_split(arguments, table, split, classes, is_multi_label(model)) for split in wanted}
 
     found = {split: predict(arguments, processes, model, processor, *rows) for split, rows in sets.items()}
     temperature = None
@@ -189,7 +190,7 @@ def classes_of(arguments: Arguments, model: PreTrainedModel) -> dict[str, list[s
 # ---- the set ---------------------------------------------------------------------------------------------------
 
 
-def read_set(
+def select_split(
     arguments: Arguments, table: RadiographTable, split: str, classes: dict[str, list[str]], multi_label: bool
 ) -> tuple[RadiographTable, torch.Tensor]:
     """The rows of a split and their targets (n, classes).

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.data import RadiographTable, decode_masks, open_image, open_mask, read_table
+from spcxr_hf.archives import read_set
+from spcxr_hf.data import RadiographTable, decode_masks, open_image, open_mask
 from spcxr_hf.metrics import bootstrap_interval, dice, iou
 from spcxr_hf.recipe import parse_arguments
 
@@ -44,7 +45,7 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
-    table = read_table(arguments.data)
+    table = read_set(arguments.data)
     mean_mask = (
         decode_masks(table.where("lung_split", "train"), 256).float().mean(dim=0) if arguments.baseline else None
     )

@@ -31,10 +31,11 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, ViTConfig
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForImageClassification, SpcxrImageProcessor
+from spcxr_hf.archives import read_set
 from spcxr_hf.augment import Views, resize
 from spcxr_hf.checkpoints import written_aside
 from spcxr_hf.convert import change_image_size
-from spcxr_hf.data import MicroBatch, RadiographSet, RadiographTable, StepPlan, decode_images, read_table, step_seed
+from spcxr_hf.data import MicroBatch, RadiographSet, RadiographTable, StepPlan, decode_images, step_seed
 from spcxr_hf.encoders import LOADING_ERRORS
 from spcxr_hf.metrics import auroc, average_precision, write_results
 from spcxr_hf.recipe import parse_arguments, save_recipe
@@ -249,7 +250,7 @@ def find_classes(arguments: Arguments, training: RadiographTable, validation: Ra
 
 def load_sets(arguments: Arguments, run: Run) -> tuple[list[str], RadiographSet, RadiographSet]:
     """The names of the classes, and the rows `train` and `val`, decoded, with their targets (n, classes)."""
-    table = read_table(arguments.data)
+    table = read_set(arguments.data)
     splits = [table.where(arguments.split_column, split) for split in ("train", "val")]
     classes = find_classes(arguments, splits[0], splits[1])
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it

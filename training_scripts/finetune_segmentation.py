@@ -17,10 +17,11 @@ from typing import Any, Literal
 import torch
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForSemanticSegmentation, SpcxrImageProcessor
+from spcxr_hf.archives import read_set
 from spcxr_hf.augment import Views, normalise, resize
 from spcxr_hf.checkpoints import written_aside
 from spcxr_hf.convert import change_image_size
-from spcxr_hf.data import MicroBatch, RadiographSet, RadiographTable, decode_images, decode_masks, read_table
+from spcxr_hf.data import MicroBatch, RadiographSet, RadiographTable, decode_images, decode_masks
 from spcxr_hf.metrics import dice
 from spcxr_hf.pictures import overlay, save_grid
 from spcxr_hf.recipe import parse_arguments, save_recipe
@@ -86,7 +87,7 @@ def check(arguments: Arguments) -> None:
 
 def load_sets(arguments: Arguments, run: Run) -> tuple[RadiographSet, RadiographSet]:
     """The rows `train` and `val`, decoded."""
-    table = read_table(arguments.data)
+    table = read_set(arguments.data)
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
         training, validation = (load_set(arguments, table.where("lung_split", split)) for split in ("train", "val"))
     return training.to(run.accelerator.device) if arguments.cache == "device" else training, validation

@@ -26,7 +26,8 @@ import torch
 from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.data import RadiographTable, decode_images, read_table
+from spcxr_hf.archives import read_set
+from spcxr_hf.data import RadiographTable, decode_images
 from spcxr_hf.encoders import Encoder, check_pooling, load_encoder
 from spcxr_hf.metrics import bootstrap_draws
 from spcxr_hf.recipe import parse_arguments
@@ -163,7 +164,7 @@ class Split:
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
     check(arguments)
-    table = read_table(arguments.data)
+    table = read_set(arguments.data)
     tasks = choose_tasks(arguments, table)
     encoder = load(arguments, arguments.seeds[0])
     size = arguments.image_size or encoder.image_size

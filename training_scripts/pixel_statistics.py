@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from spcxr_hf.data import decode_images, read_table
+from spcxr_hf.archives import read_set
+from spcxr_hf.data import decode_images
 from spcxr_hf.recipe import parse_arguments
 
 
@@ -28,7 +29,7 @@ class Arguments:
 
 def main() -> None:
     arguments = parse_arguments(Arguments)
-    table = read_table(arguments.data)
+    table = read_set(arguments.data)
     if arguments.pretrain_only:
         table = table.where("pretrain", True)
     images = decode_images(table, arguments.size, arguments.cache)

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
+from spcxr_hf.archives import read_set
 from spcxr_hf.augment import Views, normalise, resize
 from spcxr_hf.checkpoints import written_aside
 from spcxr_hf.convert import change_image_size
 from spcxr_hf.corruption import Corrupted, GroupMasking
-from spcxr_hf.data import MicroBatch, RadiographSet, decode_images, read_table
+from spcxr_hf.data import MicroBatch, RadiographSet, decode_images
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
 from spcxr_hf.pictures import save_grid, to_grey
 from spcxr_hf.recipe import parse_arguments, save_recipe
@@ -70,7 +71,7 @@ def load_images(arguments: Arguments, run: Run) -> StepSource:
         return StreamingRadiographs(
             arguments.data, arguments.stored_size, "pretrain" if arguments.pretrain_only else None, arguments.workers
         )
-    table = read_table(arguments.data)
+    table = read_set(arguments.data)
     if arguments.pretrain_only:
         table = table.where("pretrain", True)
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it

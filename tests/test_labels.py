@@ -1,0 +1,140 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from spcxr_hf import SpcxrError
+from spcxr_hf.labels import (
+    CHEXPERT14,
+    COMMON,
+    NIH14,
+    SYNONYMS,
+    VINDR28,
+    canonical_name,
+    label_matrix,
+    label_names,
+    label_struct,
+    resolve,
+)
+
+NAN = float("nan")
+
+
+def table(**labels) -> pa.Table:
+    return pa.table({"labels": label_struct(labels)})
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [("ignore", [1, 0, NAN, NAN, NAN]), ("zero", [1, 0, 0, NAN, NAN]), ("one", [1, 0, 1, NAN, NAN])],
+)
+def test_uncertain_follows_the_rule_and_missing_stays_missing(rule, expected):
+    np.testing.assert_array_equal(resolve([1, 0, -1, None, NAN], rule), np.array(expected, np.float32))
+
+
+def test_the_values_given_are_not_changed():
+    values = np.array([-1, 1], np.float32)
+    resolve(values, "one")
+    assert values.tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "rule", "said"),
+    [
+        ([0, 2], "ignore", "row 1 holds 2"),
+        ([0.5], "zero", "holds 0.5"),
+        (["yes"], "one", "1, 0, -1"),
+        ([1], "maybe", "maybe"),
+    ],
+)
+def test_other_values_and_rules_are_refused(values, rule, said):
+    with pytest.raises(SpcxrError, match=said):
+        resolve(values, rule)
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical"),
+    [
+        ("Effusion", "Pleural Effusion"),
+        ("pleural_effusion", "Pleural Effusion"),
+        ("Pleural_Thickening", "Pleural Thickening"),
+        ("Pulmonary fibrosis", "Fibrosis"),
+        ("No finding", "No Finding"),
+        ("COVID", "COVID-19"),
+        (" Cardiomegaly ", "Cardiomegaly"),
+        ("scoliosis", "scoliosis"),
+    ],
+)
+def test_names_map_to_one(name, canonical):
+    assert canonical_name(name) == canonical
+    assert canonical_name(canonical) == canonical
+
+
+@pytest.mark.parametrize(
+    "apart",
+    [
+        ("Lung Opacity", "Airspace Opacity", "Consolidation", "Infiltration", "Pneumonia"),
+        ("Nodule", "Mass", "Nodule/Mass", "Lung Lesion"),
+        ("Fracture", "Rib Fracture", "Clavicle Fracture"),
+        ("Normal", "No Finding"),
+        ("Hernia", "Hiatal Hernia"),
+    ],
+)
+def test_neighbours_are_not_merged(apart):
+    assert len({canonical_name(name) for name in apart}) == len(apart)
+
+
+def test_spaces_have_their_published_sizes_and_canonical_names():
+    assert [len(NIH14), len(CHEXPERT14), len(VINDR28)] == [14, 14, 28]
+    assert len(set(COMMON)) == len(COMMON)
+    assert all(canonical_name(name) == name for name in COMMON)
+    assert set(SYNONYMS.values()) <= set(COMMON)
+    # by hand, from the two papers: what NIH and CheXpert share
+    assert set(NIH14) & set(CHEXPERT14) == {
+        "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion", "Pneumonia", "Pneumothorax"
+    }  # fmt: skip
+
+
+def test_a_struct_holds_null_where_a_label_is_missing():
+    struct = label_struct({"Effusion": [1, None, -1], "Mass": [0, 1, NAN]})
+    assert struct.to_pylist() == [
+        {"Pleural Effusion": 1.0, "Mass": 0.0},
+        {"Pleural Effusion": None, "Mass": 1.0},
+        {"Pleural Effusion": None, "Mass": None},
+    ]
+
+
+def test_a_union_keeps_what_each_did_not_label_as_missing():
+    nih, chexpert = table(Effusion=[1, 0], Mass=[0, 1]), table(**{"Pleural Effusion": [None, 0], "Fracture": [1, None]})
+    assert label_names([nih, chexpert]) == ["Pleural Effusion", "Mass", "Fracture"]
+    np.testing.assert_array_equal(
+        label_matrix([nih, chexpert]),
+        np.array([[1, 0, NAN], [0, 1, NAN], [NAN, NAN, 1], [0, NAN, NAN]], np.float32),
+    )
+    np.testing.assert_array_equal(label_matrix(chexpert, ["Fracture", "Effusion"]), [[1, NAN], [NAN, 0]])
+
+
+def test_a_table_without_labels_and_a_null_struct_are_missing():
+    whole = pa.table({"labels": pa.array([{"Mass": 1.0}, None], pa.struct([("Mass", pa.float32())]))})
+    bare = pa.table({"id": ["a"]})
+    np.testing.assert_array_equal(label_matrix([bare, whole], ["Mass"]), [[NAN], [1], [NAN]])
+
+
+def test_tables_in_chunks_and_filtered_ones_are_read():
+    rows = pa.concat_tables([table(Mass=[1, 0]), table(Mass=[None, 1])])
+    np.testing.assert_array_equal(label_matrix(rows.slice(1, 2), ["Mass"]), [[0], [NAN]])
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [(["Mass", "Fracture"], "no set has the label Fracture"), (["Effusion", "pleural effusion"], "same label")],
+)
+def test_names_that_cannot_be_given_are_refused(names, said):
+    with pytest.raises(SpcxrError, match=said):
+        label_matrix(table(Effusion=[1], Mass=[0]), names)
+
+
+def test_two_columns_of_one_label_are_refused():
+    with pytest.raises(SpcxrError, match="same label: Pleural Effusion"):
+        label_struct({"Effusion": [1], "Pleural_Effusion": [0]})
+    with pytest.raises(SpcxrError, match="no labels"):
+        label_struct({})
