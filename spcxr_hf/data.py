@@ -204,9 +204,23 @@ def _decode(
 
 
 def _fingerprint(table: RadiographTable, names: list[str]) -> str:
-    """Names the rows, so that a cache of other rows is never taken for theirs."""
-    sizes = [len(cell["bytes"] or b"") for cell in table.rows["image"].to_pylist()] if len(table) < 2000 else []
-    return hashlib.sha256(json.dumps([table.name, names, sizes]).encode()).hexdigest()[:16]
+    """Names the rows and their files, so that a cache of others is never taken for theirs."""
+    images = table.rows["image"]
+    lengths = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
+    paths = pc.struct_field(images, "path").to_pylist()
+    files = [
+        _stamp(Path(path)) for path, length in zip(paths, lengths, strict=True) if length is None and path is not None
+    ]
+    return hashlib.sha256(json.dumps([table.name, names, lengths, files]).encode()).hexdigest()[:16]
+
+
+def _stamp(path: Path) -> list:
+    """A file's place, size and time; a missing one has neither, and is reported when it is opened."""
+    try:
+        status = path.stat()
+    except OSError:
+        return [str(path)]
+    return [str(path), status.st_size, status.st_mtime_ns]
 
 
 def step_seed(seed: int, step: int, lane: int = 0) -> int:

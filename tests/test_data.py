@@ -185,3 +185,13 @@ def test_step_seeds_are_distinct_and_fit_a_generator():
     seeds = {step_seed(seed, step) for seed in range(3) for step in range(-5, 100)}
     assert len(seeds) == 3 * 105
     torch.Generator().manual_seed(max(seeds))
+
+
+def test_another_picture_of_the_same_name_is_decoded_anew(tmp_path):
+    file = tmp_path / "pictures" / "a.png"
+    file.parent.mkdir()
+    found = []
+    for grey in (50, 200):
+        Image.new("L", (20 + grey, 20), grey).save(file)
+        found.append(decode_images(read_table(file.parent), 16, cache=tmp_path / "cache").float().mean().item())
+    assert found == [50, 200]
