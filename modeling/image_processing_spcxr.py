@@ -63,7 +63,7 @@ AUTO_MAP = {
 
 # Pillow mode -> mode whose array is read. Alpha is dropped and a palette looked up, as `Image.convert` does it.
 IMAGE_MODES = {mode: mode for mode in ("1", "L", "RGB", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")}
-IMAGE_MODES |= {"LA": "L", "P": "RGB", "RGBA": "RGB"}
+IMAGE_MODES |= {"LA": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB"}
 # A label map's palette is for the eye only: its labels are the indices.
 LABEL_MODES = {mode: mode for mode in ("1", "L", "P", "I;16", "I;16L", "I;16B", "I;16N", "I")}
 
@@ -77,9 +77,12 @@ class SpcxrImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     num_output_channels (`int`, *optional*, defaults to `self.num_output_channels`):
         1, or 3 to repeat the grey channel for a model that expects RGB.
+    value_range (`tuple[float, float]`, *optional*):
+        The values that are black and white. Left out, the type says: integers fill its range, floats lie in 0..1.
     """
 
     num_output_channels: int | None
+    value_range: tuple[int | float, int | float] | list[int | float] | None
 
 
 def _single_images(images: Any, ndim: int) -> list[Any]:
@@ -89,7 +92,7 @@ def _single_images(images: Any, ndim: int) -> list[Any]:
     elif isinstance(images, (str, bytes, os.PathLike)):
         raise ValueError(
             "the image processor takes pictures, not paths or encoded bytes: read the file first, with "
-            "spcxr_hf.read_radiograph (PNG, JPEG, DICOM) or PIL.Image.open"
+            "spcxr_hf.read_radiograph (PNG, JPEG, TIFF, WebP, BMP, DICOM) or PIL.Image.open"
         )
     elif not is_valid_image(images):
         raise ValueError(
@@ -185,14 +188,29 @@ def _integers_to_unit(image: torch.Tensor) -> torch.Tensor:
     return values.to(torch.float32) / 65535
 
 
-def _to_unit(image: torch.Tensor, do_rescale: bool | None, rescale_factor: float | None) -> torch.Tensor:
+def _stated_range_to_unit(image: torch.Tensor, value_range: Any) -> torch.Tensor:
+    """Values of a range that the caller states -> float32 in 0..1."""
+    low, high = (float(bound) for bound in value_range)
+    if not (high > low and abs(low) < float("inf") and high < float("inf")):
+        raise ValueError(f"value_range holds the values that are black and white, the lower first; got {value_range}")
+    return _check_unit((image.to(torch.float64) - low) / (high - low), f"check value_range=({low:.6g}, {high:.6g})")
+
+
+def _to_unit(
+    image: torch.Tensor, do_rescale: bool | None, rescale_factor: float | None, value_range: Any = None
+) -> torch.Tensor:
     """Values of any accepted type -> float32 in 0..1."""
     if image.dtype == torch.bool:
         return image.to(torch.float32)
     if image.is_complex():
         raise ValueError("complex images are not accepted")
+    if value_range is not None:
+        return _stated_range_to_unit(image, value_range)
     if image.is_floating_point():
-        advice = "pass 8 or 16 bits as uint8 or uint16, or divide them by 255 or 65535; do not normalise beforehand"
+        advice = (
+            "pass 8 or 16 bits as uint8 or uint16, divide them by 255 or 65535, or state value_range=(black, white); "
+            "do not normalise beforehand"
+        )
         return _check_unit(image, advice)
     if not do_rescale:
         raise ValueError(f"do_rescale=False needs a float image in 0..1; got {image.dtype}")
@@ -217,13 +235,14 @@ def _radiograph(
     num_output_channels: int = 1,
     input_data_format: str | ChannelDimension | None = None,
     device: "str | torch.device | None" = None,
+    value_range: tuple[float, float] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """One picture of any accepted kind -> (num_output_channels, H, W) float32 in 0..1, grey."""
     layout = ChannelDimension.LAST if is_pil_image(image) else input_data_format
     values = _channels_first(_to_tensor(image, IMAGE_MODES), layout)
     values = values if device is None else values.to(device)
-    grey = _to_grey(_to_unit(values, do_rescale, rescale_factor))
+    grey = _to_grey(_to_unit(values, do_rescale, rescale_factor, value_range))
     return grey.expand(num_output_channels, -1, -1).contiguous()
 
 
@@ -260,6 +279,7 @@ class _RadiographProcessing(BaseImageProcessor):
     resample = PILImageResampling.BILINEAR  # both back ends antialias it, and it never leaves the range of the image
     do_rescale = True
     rescale_factor = None  # the range of the type
+    value_range = None  # likewise
     do_normalize = True
     image_mean = RADIOGRAPH_MEAN
     image_std = RADIOGRAPH_STD
@@ -390,7 +410,7 @@ class SpcxrImageProcessor(_RadiographProcessing, TorchvisionBackend):
     | PIL `L`, `LA`, `P`, `RGB`, `RGBA`; uint8 arrays and tensors | 8 bit: divided by 255 |
     | PIL `I;16` (any byte order), `I`; uint16 | 16 bit: divided by 65535 |
     | other integer types | 0..65535, divided by 65535; refused where all lie below 256, since that can be either |
-    | PIL `F`; float arrays and tensors | must lie in 0..1 |
+    | PIL `F`; float arrays and tensors | must lie in 0..1, or in the `value_range` that you state |
     | PIL `1`; bool | 0 and 1 |
 
     The range follows from the type and never from the values; `rescale_factor` overrides it for integers (12 bits in a
@@ -405,6 +425,8 @@ class SpcxrImageProcessor(_RadiographProcessing, TorchvisionBackend):
         size: `{"height": int, "width": int}` in pixels.
         resample: PIL resampling filter; antialiased.
         rescale_factor: what integer values are multiplied by; left out, the type's range is used.
+        value_range: (black, white), for values of any other range, such as floats of 0..255: `(0, 255)`. Values beyond
+            it are refused.
         image_mean, image_std: on the scale 0..1, one value or one per output channel.
         num_output_channels: 1, or 3 to repeat grey for a model that expects RGB.
 

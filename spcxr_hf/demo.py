@@ -32,7 +32,7 @@ from .corruption import GroupMasking
 from .errors import SpcxrError
 from .hub import Installed, install_checkpoints
 from .pictures import overlay, to_grey
-from .radiograph import PICTURE_FORMATS, read_radiograph
+from .radiograph import file_kind, read_radiograph
 
 BASE, LUNGS = "spcxr/base", "spcxr/lung-segmentation"
 EXAMPLE = "RG1_UNCR.dcm"  # a chest radiograph, postero-anterior, in the package pydicom-data
@@ -159,8 +159,7 @@ def example_radiograph() -> Path:
 def describe_file(path: Path, radiograph: Image.Image) -> str:
     """Name, kind, size and depth. Of a DICOM's header only what says how its pixels are stored."""
     with path.open("rb") as file:
-        head = file.read(16)
-    kind = next((name for name, first_bytes in PICTURE_FORMATS.items() if head.startswith(first_bytes)), "DICOM")
+        kind = file_kind(file.read(132), path.name) or "DICOM"
     bits = 16 if radiograph.mode == "I;16" else 8
     if kind == "DICOM":
         import pydicom

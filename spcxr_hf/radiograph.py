@@ -1,55 +1,65 @@
 """A file -> one grey image, lungs dark and bones bright.
 
-read_radiograph -> _read_bytes -> _read_picture                                        PNG, JPEG
-                               -> _read_dicom -> _check_header, _stored_values, _window  DICOM
+read_radiograph -> _read_bytes -> _read_picture -> _to_grey    PNG, JPEG, TIFF, WebP, BMP
+                               -> dicom.read_dicom             DICOM
+                -> _report -> plausibility.concerns            is it a chest radiograph at all?
 """
 
 import os
+import sys
+import warnings
 from io import BytesIO
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from .dicom import check_pixel_count, read_dicom
 from .errors import SpcxrError
+from .plausibility import ImplausibleWarning, colourfulness, concerns
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-PICTURE_FORMATS = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff"}  # name in Pillow: first bytes of the file
+# Name in Pillow: first bytes of the file.
+PICTURE_FORMATS: dict[str, tuple[bytes, ...]] = {
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "JPEG": (b"\xff\xd8\xff",),
+    "WEBP": (b"RIFF",),
+}
+# These may stand in the preamble of a DICOM file too (PS3.10 section 7.1), whose own prefix counts for more.
+PREAMBLE_FORMATS: dict[str, tuple[bytes, ...]] = {"TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "BMP": (b"BM",)}
 DICOM_PREFIX = slice(128, 132)  # DICOM PS3.10 section 7.1: a preamble of 128 bytes, then "DICM"
 DICOM_SUFFIXES = (".dcm", ".dicom")  # a file without the preamble is believed by its name
 
-# Where a DICOM names no usable window, these percentiles of its values become black and white: wide enough to keep
-# every tissue, narrow enough that a burnt-in marker or a collimator edge does not take the contrast.
-PERCENTILES = (0.5, 99.5)
-
-# Only these are decoded. None of them says anything about the patient, so no text of an error or a warning can either.
-TECHNICAL_ATTRIBUTES = [
-    "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "ModalityLUTSequence", "RescaleSlope",
-    "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "ExtendedOffsetTable",
-    "ExtendedOffsetTableLengths", "PixelData",
-]  # fmt: skip
-REQUIRED_ATTRIBUTES = (
-    "PhotometricInterpretation", "Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation",
-)  # fmt: skip
+TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC = 258, 262  # tags of TIFF 6.0, section 8
+FLOAT_TOLERANCE = 1e-3  # what resampling and rounding may leave outside 0..1
 
 
-def read_radiograph(source: str | os.PathLike | BinaryIO, *, full_depth: bool = False) -> Image.Image:
-    """Read a PNG, a JPEG or a DICOM file into one grey image with lungs dark and bones bright.
+def read_radiograph(
+    source: "str | os.PathLike | bytes | BinaryIO | Dataset",
+    *,
+    full_depth: bool = False,
+    window: int = 0,
+    strict: bool | None = False,
+) -> Image.Image:
+    """Read a PNG, JPEG, TIFF, WebP, BMP or DICOM file into one grey image with lungs dark and bones bright.
 
     What the file is follows from its content. A picture is taken as it is: its EXIF orientation is honoured, colour
-    becomes luminance (ITU-R BT.601), alpha is dropped, and that its lungs are dark is for its maker to say. A DICOM
-    goes through rescale slope and intercept or modality LUT (PS3.3 C.11.1), the first VOI LUT or window (C.11.2) and,
-    for MONOCHROME1, inversion (C.7.6.3.1.2); where it has no usable window, its 0.5 % and 99.5 % percentiles become
-    black and white.
+    becomes luminance (ITU-R BT.601), alpha is dropped, and that its lungs are dark is for its maker to say. Floats
+    (TIFF) must lie in 0..1. A DICOM goes through rescale or modality LUT (PS3.3 C.11.1), a VOI LUT or window (C.11.2)
+    and, for MONOCHROME1, inversion (C.7.6.3.1.2); pixel padding becomes black; where there is no usable window, the
+    0.5 % and 99.5 % percentiles become black and white.
 
     Args:
-        source: path, or file open for binary reading (read to its end).
+        source: path, file open for binary reading (read to its end), content of a file, or `pydicom.Dataset`.
         full_depth: keep more than 8 bits where the file has them. Off, because most software, the pipelines of
             transformers included, turns a 16-bit image into 8 bits by cutting it off at 255, which leaves a white
             picture; the image processor of this package takes both.
+        window: which of a DICOM's VOI LUTs or windows is used, from 0.
+        strict: what happens to an image that is constant, nearly empty, colourful, a probable negative or not an
+            upright frontal chest radiograph, as `spcxr_hf.plausibility` judges it: an `ImplausibleWarning` (False), a
+            SpcxrError (True), or nothing, and the test is not run (None).
 
     Returns:
         Mode `L`, 0..255; with `full_depth`, mode `I;16`, 0..65535, for files of more than 8 bits per pixel. A DICOM's
@@ -58,26 +68,60 @@ def read_radiograph(source: str | os.PathLike | BinaryIO, *, full_depth: bool = 
     Raises:
         SpcxrError: the file is missing, unreadable, empty, truncated, corrupt, too large or of another kind; or a DICOM
             without pixel data, with several frames, in colour, in a transfer syntax that no installed decoder reads, or
-            without pydicom. The text has the file's name and the cause.
+            without pydicom; or, with `strict=True`, an image that is not plausible. The text has the file's name and
+            the cause, and nothing of a DICOM's header but technical attributes.
     """
-    name, data = _read_bytes(source)
+    name, content = _read_bytes(source)
     try:
-        image = _read_dicom(data) if _is_dicom(name, data) else _read_picture(data)
+        if isinstance(content, bytes) and (kind := file_kind(content, name)) != "DICOM":
+            image, colour = _read_picture(content, kind)
+        else:
+            image, colour = read_dicom(content, full_depth=full_depth, window=window), 0.0
     except SpcxrError as error:
         raise SpcxrError(f"{name}: {error}") from (error.__cause__ or error)
-    return image if full_depth else _to_8_bit(image)
+    image = image if full_depth else _to_8_bit(image)
+    if strict is not None:
+        _report(name, concerns(image, colour), strict)
+    return image
 
 
-def _read_bytes(source: str | os.PathLike | BinaryIO) -> tuple[str, bytes]:
+def _report(name: str, found: list[str], strict: bool) -> None:
+    """One warning or one error for all that is odd about an image."""
+    if not found:
+        return
+    text = f"{name}: {'; '.join(found)}"
+    if strict:
+        raise SpcxrError(text)
+    warnings.warn(text, ImplausibleWarning, stacklevel=3)
+
+
+def _read_bytes(source: Any) -> "tuple[str, bytes | Dataset]":
     """The name that errors give the file, and its content."""
-    if isinstance(source, (str, os.PathLike)):
-        name = os.fsdecode(source)
-    elif hasattr(source, "read"):
-        name = source.name if isinstance(getattr(source, "name", None), str) else "the open file"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        name, data = "the given bytes", bytes(source)
+    elif (pydicom := sys.modules.get("pydicom")) and isinstance(source, pydicom.Dataset):
+        return "the DICOM dataset", source
+    elif isinstance(source, (str, os.PathLike)) or hasattr(source, "read"):
+        name, data = _read_file(source)
     else:
-        raise SpcxrError(f"read_radiograph takes a path or a file open for binary reading; got {type(source).__name__}")
+        raise SpcxrError(
+            "read_radiograph takes a path, a file open for binary reading, bytes or a pydicom.Dataset; got "
+            f"{type(source).__name__}"
+        )
+    if not data:
+        raise SpcxrError(f"{name}: the file is empty")
+    return name, data
+
+
+def _read_file(source: Any) -> tuple[str, bytes]:
+    """Name and content of a path or an open file."""
+    is_path = isinstance(source, (str, os.PathLike))
+    if is_path:
+        name = os.fsdecode(source)
+    else:
+        name = source.name if isinstance(getattr(source, "name", None), str) else "the open file"
     try:
-        if isinstance(source, (str, os.PathLike)):
+        if is_path:
             with open(name, "rb") as file:
                 data = file.read()
         else:
@@ -88,29 +132,47 @@ def _read_bytes(source: str | os.PathLike | BinaryIO) -> tuple[str, bytes]:
         raise SpcxrError(f"{name}: cannot be read: {error}") from error
     if not isinstance(data, (bytes, bytearray)):
         raise SpcxrError(f"{name}: the file must be open for binary reading; it gave {type(data).__name__}")
-    if not data:
-        raise SpcxrError(f"{name}: the file is empty")
     return name, bytes(data)
 
 
-def _is_dicom(name: str, data: bytes) -> bool:
-    if data.startswith(tuple(PICTURE_FORMATS.values())):
-        return False
-    return data[DICOM_PREFIX] == b"DICM" or name.lower().endswith(DICOM_SUFFIXES)
+def file_kind(data: bytes, name: str = "") -> str | None:
+    """What a file is by its first 132 bytes or, failing that, its name.
+
+    Returns:
+        `PNG`, `JPEG`, `WEBP`, `TIFF`, `BMP` (Pillow's names), `DICOM`, or None for anything else.
+    """
+    for kind, beginnings in PICTURE_FORMATS.items():
+        if data.startswith(beginnings) and (kind != "WEBP" or data[8:12] == b"WEBP"):
+            return kind
+    if data[DICOM_PREFIX] == b"DICM":
+        return "DICOM"
+    for kind, beginnings in PREAMBLE_FORMATS.items():
+        if data.startswith(beginnings):
+            return kind
+    return "DICOM" if name.lower().endswith(DICOM_SUFFIXES) else None
 
 
-def _read_picture(data: bytes) -> Image.Image:
-    """PNG or JPEG -> mode `L` or `I;16`."""
-    if not data.startswith(tuple(PICTURE_FORMATS.values())):
-        raise SpcxrError("not a PNG, JPEG or DICOM file")
+# ---- pictures ----------------------------------------------------------------------------------------------------
+
+
+def _read_picture(data: bytes, kind: str | None) -> tuple[Image.Image, float]:
+    """PNG, JPEG, TIFF, WebP or BMP -> mode `L` or `I;16`, and how colourful it was."""
+    if kind is None:
+        raise SpcxrError("not a PNG, JPEG, TIFF, WebP, BMP or DICOM file")
     try:
-        picture = Image.open(BytesIO(data), formats=list(PICTURE_FORMATS))
-        _check_pixel_count(*picture.size)
+        if kind == "WEBP":
+            check_pixel_count(*_webp_size(data))  # Pillow's decoder takes memory for the canvas as soon as it opens it
+        picture = Image.open(BytesIO(data), formats=[kind])
+        check_pixel_count(*picture.size)
         frames = getattr(picture, "n_frames", 1)
-        if picture.format == "PNG" and frames > 1:
-            raise SpcxrError(f"an animated PNG of {frames} frames; one image is needed")
+        if kind != "JPEG" and frames > 1:  # a camera's JPEG may carry a preview behind the image
+            raise SpcxrError(
+                f"{'an animated' if kind != 'TIFF' else 'a'} {kind} of {frames} frames; one image is needed"
+            )
         picture.load()
-        return _to_grey(ImageOps.exif_transpose(picture))
+        grey = _to_grey(picture)
+        ImageOps.exif_transpose(grey, in_place=True)
+        return grey, colourfulness(picture) if picture.mode in ("RGB", "RGBA", "P") else 0.0
     except SpcxrError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -119,24 +181,62 @@ def _read_picture(data: bytes) -> Image.Image:
         raise SpcxrError(f"the picture is damaged or cut short ({type(error).__name__})") from error
 
 
-def _check_pixel_count(width: int, height: int) -> None:
-    """Refuse what Pillow only warns of: no radiograph has 90 million pixels, a decompression bomb has."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise SpcxrError(f"the image is too large: {width} x {height} pixels, the limit is {limit}")
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """(width, height) that the first chunk of a WebP file declares (RFC 9649 sections 2.5 to 2.7)."""
+    chunk, body = data[12:16], data[20:30]
+    if len(body) < 10:
+        raise SpcxrError("the picture is damaged or cut short")
+    if chunk == b"VP8X":
+        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
+    if chunk == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
-    """Any mode that a PNG or JPEG radiograph has -> `L` or `I;16`."""
-    if image.mode in ("L", "I;16"):
+    """Any mode that a picture of a radiograph has -> `L` or `I;16`."""
+    if image.mode == "L":
         return image
-    if image.mode.startswith("I"):  # 16 bits in another layout, as older Pillow opens a 16-bit PNG
-        return Image.fromarray(np.asarray(image).astype(np.uint16))
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_to_grey(image)
     if image.mode in ("1", "LA", "RGB"):
         return image.convert("L")
-    if image.mode in ("P", "PA", "RGBA"):  # by way of RGB: the palette is looked up, alpha is dropped
+    if image.mode in ("P", "PA", "RGBA", "RGBX"):  # by way of RGB: the palette is looked up, alpha is dropped
         return image.convert("RGB").convert("L")
     raise SpcxrError(f"colour mode {image.mode} is not accepted; grey, RGB and palette pictures are")
+
+
+def _deep_to_grey(image: Image.Image) -> Image.Image:
+    """More than 8 bits, in any of Pillow's modes for them -> `I;16`, 0..65535."""
+    tags = getattr(image, "tag_v2", {})
+    white_is_zero = tags.get(TIFF_PHOTOMETRIC) == 0  # Pillow turns round only 8 bits and less
+    if image.mode == "I;16" and not white_is_zero and tags.get(TIFF_BITS_PER_SAMPLE) != (12,):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = _unit_to_16_bit(values)
+    elif tags.get(TIFF_BITS_PER_SAMPLE) == (12,):
+        values = np.rint(values * (65535 / 4095))
+    elif image.mode == "I" and image.format != "PNG":  # of a PNG, older Pillow makes 32 bits out of 16
+        _check_16_bit(values)
+    values = np.asarray(values).astype(np.uint16)
+    return Image.fromarray(65535 - values if white_is_zero else values)
+
+
+def _unit_to_16_bit(values: np.ndarray) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())  # NaN anywhere makes both NaN
+    if not (low >= -FLOAT_TOLERANCE and high <= 1 + FLOAT_TOLERANCE):
+        raise SpcxrError(f"float values from {low:.6g} to {high:.6g}; a picture of floats must lie in 0..1")
+    return np.rint(values.clip(0, 1).astype(np.float64) * 65535)
+
+
+def _check_16_bit(values: np.ndarray) -> None:
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535 or 0 < high < 256:
+        raise SpcxrError(
+            f"integers from {low} to {high} in a picture of 32 or signed 16 bits; 16 unsigned bits are meant"
+        )
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -144,101 +244,3 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
         return image
     values = np.asarray(image).astype(np.uint32)
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-
-
-def _read_dicom(data: bytes) -> Image.Image:
-    """DICOM -> mode `L` up to 8 bits stored, `I;16` above."""
-    try:
-        import pydicom
-    except ImportError as error:
-        raise SpcxrError('a DICOM file, and reading it needs pydicom: pip install "spcxr-hf[dicom]"') from error
-    try:
-        # force: a file without the preamble, or with a damaged one, still gets the checks below
-        dataset = pydicom.dcmread(BytesIO(data), force=True, specific_tags=list(TECHNICAL_ATTRIBUTES))
-        _check_header(dataset)
-        brightness = _window(_stored_values(dataset), dataset)
-        if dataset.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
-            brightness = 1 - brightness
-        deep = dataset.BitsStored > 8
-    except SpcxrError:
-        raise
-    except Exception as error:  # damaged headers surface in pydicom as errors of many types
-        raise SpcxrError(f"the DICOM file is damaged ({type(error).__name__})") from error
-    scale, dtype = (65535, np.uint16) if deep else (255, np.uint8)
-    return Image.fromarray(np.rint(brightness * scale).astype(dtype))
-
-
-def _check_header(dataset: "Dataset") -> None:
-    """One grey frame with pixels, or the reason why not."""
-    if "PixelData" not in dataset:
-        raise SpcxrError("a DICOM file without pixel data, or no DICOM file at all")
-    missing = [name for name in REQUIRED_ATTRIBUTES if dataset.get(name) is None]
-    if missing:
-        raise SpcxrError(f"the DICOM file lacks {', '.join(missing)}")
-    photometric, samples = dataset.PhotometricInterpretation, dataset.get("SamplesPerPixel") or 1
-    if photometric not in ("MONOCHROME1", "MONOCHROME2") or samples != 1:
-        raise SpcxrError(
-            f"PhotometricInterpretation {str(photometric)[:16]!r} with {samples} sample(s) per pixel is not accepted; "
-            "MONOCHROME1 and MONOCHROME2 with one are"
-        )
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    if frames != 1:
-        raise SpcxrError(f"the DICOM file has {frames} frames; a radiograph has one")
-    if not (dataset.Rows and dataset.Columns):
-        raise SpcxrError(f"the DICOM image has {dataset.Rows} rows and {dataset.Columns} columns")
-    _check_pixel_count(dataset.Columns, dataset.Rows)
-
-
-def _stored_values(dataset: "Dataset") -> np.ndarray:
-    """The decoded pixels (rows, columns), as stored."""
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-
-    if "TransferSyntaxUID" not in dataset.file_meta:  # no file meta information: pydicom has found the encoding itself
-        implicit, little = dataset.original_encoding
-        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
-    syntax = dataset.file_meta.TransferSyntaxUID
-    try:
-        return dataset.pixel_array
-    except (NotImplementedError, RuntimeError) as error:  # the codec is missing, or it gave up
-        raise SpcxrError(
-            f'pixel data in transfer syntax "{syntax.name}" cannot be decoded: the data are damaged, or a decoder is '
-            'missing (pip install "spcxr-hf[dicom]")'
-        ) from error
-    except Exception as error:
-        raise SpcxrError(
-            f'the pixel data are damaged or cut short ({type(error).__name__}; transfer syntax "{syntax.name}")'
-        ) from error
-
-
-def _window(stored: np.ndarray, dataset: "Dataset") -> np.ndarray:
-    """Stored values -> 0..1, by the first VOI LUT or window (DICOM PS3.3 C.11.2), or by percentiles."""
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-
-    values = apply_modality_lut(stored, dataset)
-    try:
-        windowed = apply_voi_lut(values, dataset, index=0).astype(np.float64)
-        low, high = _window_range(dataset)
-    except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError):  # a width below 1, a broken LUT
-        low = high = None
-    if low is None or high is None:
-        windowed = values.astype(np.float64)
-        low, high = np.percentile(windowed, PERCENTILES)
-        if low == high:
-            low, high = windowed.min(), windowed.max()
-    if low == high or windowed.min() == windowed.max():
-        raise SpcxrError("the DICOM image has no contrast: all its pixels come out alike")
-    return np.clip((windowed - low) / (high - low), 0, 1)
-
-
-def _window_range(dataset: "Dataset") -> tuple[float | None, float | None]:
-    """What the VOI transformation gives for black and for white; (None, None) where there is none."""
-    from pydicom.pixels import apply_windowing
-
-    if dataset.get("VOILUTSequence"):
-        return 0.0, 2.0 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1  # C.11.2.1.1: bits of each entry
-    if dataset.get("WindowCenter") is None or dataset.get("WindowWidth") is None:
-        return None, None
-    with np.errstate(over="ignore"):  # a sigmoid saturates
-        black, white = apply_windowing(np.array([-1e12, 1e12]), dataset, index=0)
-    return float(black), float(white)

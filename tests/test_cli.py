@@ -69,7 +69,7 @@ def test_install_forces_only_when_told(tmp_path, cache, monkeypatch, capsys):
     ("name", "content", "complaint"),
     [
         ("missing.png", None, "No such file"),
-        ("text.png", b"no picture", "not a PNG, JPEG or DICOM file"),
+        ("text.png", b"no picture", "not a PNG, JPEG, TIFF, WebP, BMP or DICOM file"),
         ("cut.png", b"\x89PNG\r\n\x1a\n", "damaged or cut short"),
         ("cut.dcm", b"\0" * 128 + b"DICM", "DICOM file"),
     ],

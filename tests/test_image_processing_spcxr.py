@@ -58,6 +58,7 @@ def kinds_of(grey: np.ndarray) -> dict[str, object]:
         "PIL RGB": Image.fromarray(rgb),
         "PIL RGBA": Image.fromarray(np.concatenate([rgb, alpha], axis=-1)),
         "PIL P": palette,
+        "PIL PA": palette.convert("PA"),
         "PIL I;16": Image.fromarray(deep),
         "PIL I;16B": Image.frombytes("I;16B", grey.shape[::-1], deep.astype(">u2").tobytes()),
         "PIL I": Image.fromarray(deep.astype(np.int32)),
@@ -211,6 +212,22 @@ def test_rescale_options(backend):
     assert values.flatten().tolist() == pytest.approx([0, 0.2, 1])
     floats = picture() / 255
     assert torch.equal(processed(backend(), floats, do_rescale=False), processed(backend(), floats))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("low", "high"), [(0, 255), (-1024, 1024), (-1.0, 1.0)])
+def test_a_stated_range(backend, low, high, tmp_path):
+    """Values of any range are taken where it is stated, per call or in the configuration, and none beyond it."""
+    levels = picture() / 255
+    stated = levels * (high - low) + low
+    expected = unit(backend(), levels)
+    assert (unit(backend(), stated, value_range=(low, high)) - expected).abs().max() < 1e-5
+    backend(value_range=(low, high)).save_pretrained(tmp_path)
+    assert (unit(backend.from_pretrained(tmp_path), torch.from_numpy(stated)) - expected).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="check value_range"):
+        unit(backend(), stated * 2, value_range=(low, high))
+    with pytest.raises(ValueError, match="lower first"):
+        unit(backend(), stated, value_range=(high, low))
 
 
 GREY = picture(32, 32)

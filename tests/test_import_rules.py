@@ -31,11 +31,14 @@ PACKAGES = {OURS, f"{OURS}.modeling"}
 
 # A new module gets its floor here.
 FLOORS = {
-    1: {"labels", "metrics", "evaluate_metrics", "errors"},
+    1: {"decoding", "labels", "metrics", "evaluate_metrics", "errors"},
     2: {"radiograph", "dicom", "plausibility"}
     | {"corruption", "augment", "recipe", "auto", "convert", "pictures", "report", "encoders"},
     3: {
         "data",
+        "splits",
+        "leaks",
+        "audit",
         "manifests",
         "archives",
         "shards",

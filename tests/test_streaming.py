@@ -363,7 +363,7 @@ def write_broken(folder: Path, kind: str, broken: set[int], count: int = 12) -> 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stop_names_shard_row_and_cause(tmp_path, kind, workers):
     stream = StreamingRadiographs(write_broken(tmp_path, kind, {5}), SIZE, workers=workers)
-    with pytest.raises(SpcxrError, match=rf"a\.{kind}: row 5: row-5(\.png)?: not a PNG, JPEG or DICOM file$") as caught:
+    with pytest.raises(SpcxrError, match=rf"a\.{kind}: row 5: row-5(\.png)?: not a PNG, JPEG, .*file$") as caught:
         take(stream, StepPlan(2, 2))
     assert "\n" not in str(caught.value)
     assert "Traceback" not in str(caught.value)
