@@ -115,16 +115,16 @@ def _read_shard(path: Path) -> pa.Table:
 
 
 def open_image(cell: dict, name: str) -> Image.Image:
-    """The radiograph in one cell of the column `image`, as `read_radiograph` reads it.
+    """The radiograph in one cell of the column `image`, as `read_radiograph` reads it; whether it is one is not asked.
 
     Raises:
         SpcxrError: it cannot be read; the message holds `name` and the cause.
     """
     if cell["bytes"] is None:
-        return read_radiograph(cell["path"])
+        return read_radiograph(cell["path"], strict=None)
     stream = io.BytesIO(cell["bytes"])
     stream.name = name  # what messages call it
-    return read_radiograph(stream)
+    return read_radiograph(stream, strict=None)
 
 
 def open_mask(cell: dict | None, name: str) -> Image.Image:

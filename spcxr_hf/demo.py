@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .corruption import GroupMasking
+from .dicom import quiet
 from .errors import SpcxrError
 from .hub import Installed, install_checkpoints
 from .pictures import overlay, to_grey
@@ -165,7 +166,8 @@ def describe_file(path: Path, radiograph: Image.Image) -> str:
         import pydicom
 
         technical = ["BitsStored", "PhotometricInterpretation"]
-        header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=technical)
+        with quiet():  # pydicom's warnings repeat what stands in the header
+            header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=technical)
         kind, bits = f"DICOM {header.PhotometricInterpretation}", header.BitsStored
     return f"{path.name}  {kind}, {radiograph.width} x {radiograph.height} pixels, {bits} bits"
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from .errors import SpcxrError
 
-IMAGE_EXTENSIONS = {"png", "jpg", "jpeg", "dcm", "dicom"}  # what `read_radiograph` reads
+IMAGE_EXTENSIONS = {"png", "jpg", "jpeg", "tif", "tiff", "webp", "bmp", "dcm", "dicom"}  # what `read_radiograph` reads
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 SAMPLES_PER_UNIT, BYTES_PER_UNIT = 256, 2**26  # a tar's unit is closed at whichever comes first
