@@ -39,7 +39,7 @@ class Arguments:
     model: str | None = field(default=None, metadata={"help": "folder `final` of the training run"})
     results: list[str] = field(default_factory=list, metadata={"help": "JSON files with the figures on the card"})
     cards: str = field(default=str(REPOSITORY / "model_cards"), metadata={"help": "where the folder is made"})
-    card_only: bool = field(default=False, metadata={"help": "renew the card and the code alone"})
+    card_only: bool = field(default=False, metadata={"help": "renew the card, the code and these results alone"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SpcxrError("--model is needed unless --card_only true")
         copy_model(Path(arguments.model), folder)
         copy_recipe(Path(arguments.model), folder)
-        copy_results([Path(result) for result in arguments.results], folder)
+    copy_results([Path(result) for result in arguments.results], folder)
     copy_code(folder)
     (folder / "README.md").write_text(render_card(arguments.name, folder), encoding="utf-8")
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
@@ -110,7 +110,7 @@ def render_card(name: str, folder: Path) -> str:
             value = value[key]
         return "–".join(str(end) for end in value) if isinstance(value, list) else str(value)
 
-    return re.sub(r"\{\{ (\S+) \}\}", entry, template.read_text(encoding="utf-8"))
+    return re.sub(r"\{\{ ([^{}]+) \}\}", entry, template.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
