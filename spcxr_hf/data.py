@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +59,19 @@ class RadiographTable:
             raise SpcxrError(f"{self.name}: no row has {column} = {value!r}")
         return RadiographTable(kept, f"{self.name}[{column}={value}]")
 
+    def without(self, ids: Collection[str]) -> RadiographTable:
+        """The rows whose id is none of these.
+
+        Raises:
+            SpcxrError: no row is left, or none had such an id (the list is of another set then).
+        """
+        kept = np.array([name not in ids for name in self.ids])
+        if kept.all() and ids:
+            raise SpcxrError(f"{self.name}: none of the {len(ids)} ids to leave out is in it ({min(ids)}, ...)")
+        if not kept.any():
+            raise SpcxrError(f"{self.name}: every row is left out")
+        return RadiographTable(self.rows.filter(pa.array(kept)), f"{self.name}, {int((~kept).sum())} rows left out")
+
     @property
     def ids(self) -> list[str]:
         """What to call each row: the column `id`, or its number."""
@@ -75,6 +88,22 @@ class RadiographTable:
         if name not in self.rows.column_names:
             raise SpcxrError(f"{self.name}: no column {name!r}; there are {', '.join(self.rows.column_names)}")
         return self.rows[name].to_pylist()
+
+
+def read_ids(path: str | os.PathLike) -> set[str]:
+    """The ids in a text file, one a line; what follows a `#` is a comment.
+
+    Raises:
+        SpcxrError: the file cannot be read, or holds none.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpcxrError(f"{path}: no list of ids ({getattr(error, 'strerror', None) or error})") from error
+    ids = {name for line in lines if (name := line.partition("#")[0].strip())}
+    if not ids:
+        raise SpcxrError(f"{path}: holds no ids")
+    return ids
 
 
 def read_table(source: str | os.PathLike) -> RadiographTable:

@@ -55,6 +55,9 @@ class Arguments:
     rows: int | None = field(default=None, metadata={"help": "only this many random images, for a trial"})
     seed: int = field(default=0, metadata={"help": "of the halves and the copies"})
     pairs: str | None = field(default=None, metadata={"help": "JSON file of all pairs of the set: ids and similarity"})
+    copies_list: str | None = field(
+        default=None, metadata={"help": "text file of the pretraining images that copy a held-out one, for --exclude"}
+    )
     sheet: str | None = field(default=None, metadata={"help": "PNG of found pairs to look at; never into the tree"})
 
 
@@ -88,6 +91,11 @@ def main() -> None:
     if arguments.pairs:
         pairs_found = [describe(table, pair) for pair in found.real(None, LOWEST)]
         Path(arguments.pairs).write_text(json.dumps(pairs_found) + "\n", encoding="utf-8")
+    if arguments.copies_list:
+        names = sorted(table.ids[row] for row in pretraining_copies(found))
+        what = f"pretraining images with a near copy (similarity > {SAME_IMAGE}) in a val, test or shift split"
+        comment = f"# {len(names)} {what}"
+        Path(arguments.copies_list).write_text("\n".join([comment, *names]) + "\n", encoding="utf-8")
     if arguments.sheet:
         draw(thumbnails, found, Path(arguments.sheet))
 
@@ -246,12 +254,10 @@ def relation(first: str | None, second: str | None) -> str:
 def find_leaks(found: Found) -> dict[str, Any]:
     """Between images that pretraining may see and images of any val, test or shift split; and within each split."""
     table, pairs = found.table, found.real(None, SAME_IMAGE)
-    columns = [name for name in table.rows.column_names if name.endswith("_split")]
-    held_out = np.any([[value in HELD_OUT for value in table.column(name)] for name in columns], axis=0)
-    pretrain = np.array(table.column("pretrain"), dtype=bool)
+    pretrain, held_out = pretraining_and_held_out(table)
     sides: dict[str, list[str | None]] = {
         "pretrain": [("pretrain" if p else "held out" if h else None) for p, h in zip(pretrain, held_out, strict=True)]
-    } | {name: table.column(name) for name in columns}
+    } | {name: table.column(name) for name in split_columns(table)}
     leaks: dict[str, Any] = {"images_both_for_pretraining_and_held_out": int((pretrain & held_out).sum())}
     for name, values in sides.items():
         crossing = [pair for pair in pairs if is_leak(values[pair.first], values[pair.second])]
@@ -265,6 +271,25 @@ def find_leaks(found: Found) -> dict[str, Any]:
             "examples": [describe(table, pair) for pair in crossing[:40]],
         }
     return leaks
+
+
+def split_columns(table: RadiographTable) -> list[str]:
+    return [name for name in table.rows.column_names if name.endswith("_split")]
+
+
+def pretraining_and_held_out(table: RadiographTable) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows pretraining may see, and which are in any val, test or shift split: (n,) boolean each."""
+    held_out = [[value in HELD_OUT for value in table.column(name)] for name in split_columns(table)]
+    return np.array(table.column("pretrain"), dtype=bool), np.any(held_out, axis=0)
+
+
+def pretraining_copies(found: Found) -> set[int]:
+    """The rows that pretraining may see and that copy a row which it must not see."""
+    pretrain, held_out = pretraining_and_held_out(found.table)
+    ends = [
+        ends for pair in found.real(None, SAME_IMAGE) for ends in ((pair.first, pair.second), (pair.second, pair.first))
+    ]
+    return {first for first, second in ends if pretrain[first] and held_out[second]}
 
 
 def is_leak(first: str | None, second: str | None) -> bool:

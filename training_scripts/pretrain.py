@@ -18,7 +18,7 @@ from spcxr_hf.augment import Views, normalise, resize
 from spcxr_hf.checkpoints import written_aside
 from spcxr_hf.convert import change_image_size
 from spcxr_hf.corruption import Corrupted, GroupMasking
-from spcxr_hf.data import MicroBatch, RadiographSet, decode_images
+from spcxr_hf.data import MicroBatch, RadiographSet, decode_images, read_ids
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
 from spcxr_hf.pictures import save_grid, to_grey
 from spcxr_hf.recipe import parse_arguments, save_recipe
@@ -34,6 +34,9 @@ class Arguments(RunArguments):
     """Pretrain the SPCXR encoder by group-masked model learning."""
 
     pretrain_only: bool = field(default=True, metadata={"help": "only rows whose column `pretrain` is true"})
+    exclude: str | None = field(
+        default=None, metadata={"help": "text file of ids to leave out, as copies of held-out images; one a line"}
+    )
     size: str = field(default="small", metadata={"help": "tiny, small or base"})
     weight_decay: float = field(default=0.04, metadata={"help": "weight decay at the start"})
     final_weight_decay: float = field(default=0.4, metadata={"help": "weight decay at the end of its cosine"})
@@ -68,12 +71,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def load_images(arguments: Arguments, run: Run) -> StepSource:
     """Every image, kept as `cache` says, or a stream of them."""
     if arguments.cache == "none":
+        if arguments.exclude:
+            raise SpcxrError(
+                "--exclude works on images that are kept: with --cache none write shards without these rows"
+            )
         return StreamingRadiographs(
             arguments.data, arguments.stored_size, "pretrain" if arguments.pretrain_only else None, arguments.workers
         )
     table = read_set(arguments.data)
     if arguments.pretrain_only:
         table = table.where("pretrain", True)
+    if arguments.exclude:
+        table = table.without(read_ids(arguments.exclude))
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
         images = RadiographSet(decode_images(table, arguments.stored_size, arguments.cache_folder), table.ids)
     return images.to(run.accelerator.device) if arguments.cache == "device" else images
