@@ -70,10 +70,12 @@ class PretrainingStep:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.bare), lr=1e-4, fused=True)
         self.generator = torch.Generator(settings.device).manual_seed(0)
         self.views, self.masking = Views(size=settings.image_size), GroupMasking()
+        self.corrupted: Corrupted | None = None  # the last step's, whose memory the next one takes
 
     def __call__(self, clean: torch.Tensor, lap: Callable[[str], None] = lambda name: None) -> None:
         """One step on clean, normalised views (B, 1, S, S)."""
-        corrupted = self.masking(clean, self.generator)
+        reusable = self.corrupted if self.corrupted and self.corrupted.pixel_values.shape == clean.shape else None
+        corrupted = self.corrupted = self.masking(clean, self.generator, out=reusable)
         lap("corruption")
         with self.settings.autocast():
             loss = self.model(pixel_values=corrupted.pixel_values, bool_masked_pos=corrupted.mask, labels=clean).loss

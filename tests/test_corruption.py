@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining
-from spcxr_hf.corruption import GROUPS_PER_ROUND, GroupMasking
+from spcxr_hf.corruption import GROUPS_PER_ROUND, Corrupted, GroupMasking
 from training_scripts.benchmark import corrupt_one_by_one
 
 DROP = GroupMasking(fills=("noise",))
@@ -102,6 +102,34 @@ def test_fill_with_blocks_moves_blocks_within_the_image(align):
     assert corrupted.min() >= 0 and corrupted.max() < 64 * 64
     if align > 1:
         assert (moved % align == 0).all()
+
+
+@pytest.mark.parametrize("align", [1, 16])
+def test_memory_of_an_earlier_result_is_used_again(align):
+    masking = GroupMasking(fills=("noise", "block", "replace"), align=align)
+    earlier = masking(images(8), generator(3))
+    fresh = masking(images(8), generator(4))
+    again = masking(images(8), generator(4), out=earlier)
+    assert torch.equal(again.pixel_values, fresh.pixel_values) and torch.equal(again.mask, fresh.mask)
+    assert again.pixel_values.data_ptr() == earlier.pixel_values.data_ptr()
+    assert again.mask.data_ptr() == earlier.mask.data_ptr() and again.mask.dtype == torch.bool
+
+
+def test_memory_that_does_not_fit_is_refused():
+    earlier, clean = GroupMasking()(images(4), generator()), images(8)
+    with pytest.raises(SpcxrError, match="images like these"):
+        GroupMasking()(clean, generator(), out=earlier)
+    with pytest.raises(SpcxrError, match="images like these"):  # the images themselves would be overwritten
+        GroupMasking()(clean, generator(), out=Corrupted(clean, GroupMasking()(clean, generator()).mask))
+
+
+def test_every_image_has_the_same_chance_of_each_fill():
+    batch, zeros = images(6, 16) + 5, torch.zeros(6)
+    masking = GroupMasking(fills=("zeros", "replace"), drop_share=(0.3, 0.3))
+    for seed in range(400):
+        corrupted, mask = masking(batch, generator(seed))
+        zeros += ((corrupted == 0) & mask).flatten(1).any(dim=1)
+    assert ((zeros / 400 - 0.5).abs() < 0.1).all()  # four standard deviations
 
 
 def test_same_generator_same_result():

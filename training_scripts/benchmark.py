@@ -166,8 +166,10 @@ def measure_corruption(arguments: Arguments) -> dict:
     generator = torch.Generator(arguments.device).manual_seed(0)
     shape = (arguments.batch_size, 1, arguments.image_size, arguments.image_size)
     images = torch.randn(shape, generator=generator, device=arguments.device)
+    earlier = masking(images, generator)  # as in training: the last batch's memory is used again
     at_once, looped = in_turn(
-        [lambda: masking(images, generator), lambda: corrupt_one_by_one(masking, images, generator)], arguments.repeats
+        [lambda: masking(images, generator, earlier), lambda: corrupt_one_by_one(masking, images, generator)],
+        arguments.repeats,
     )
     return {
         "batch_size": arguments.batch_size,
