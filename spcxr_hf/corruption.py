@@ -97,7 +97,7 @@ class GroupMasking:
 
     @torch.no_grad()
     def __call__(
-        self, images: torch.Tensor, generator: torch.Generator | None = None, out: Corrupted | None = None
+        self, images: torch.Tensor, generator: torch.Generator | None = None, reuse: Corrupted | None = None
     ) -> Corrupted:
         """Corrupt a batch; `images` stays as it is.
 
@@ -105,15 +105,15 @@ class GroupMasking:
             images: (B, C, H, W), floating point; H and W multiples of `align`.
             generator: Where every random number comes from, on the device of `images`. The same state and batch
                 give the same corruption.
-            out: What an earlier call gave for images of the same shape, type and device, and is needed no more: its
-                memory takes the new result. On a CPU new memory costs a third of the corruption's time.
+            reuse: What an earlier call gave and nobody needs any more: for images of the same shape, type and device
+                its memory takes the new result. On a CPU new memory costs a third of the corruption's time.
 
         Raises:
-            SpcxrError: `images` has another form, is too small for a group, or "replace" has no other image; `out` is
-                unlike `images`.
+            SpcxrError: `images` has another form, is too small for a group, or "replace" has no other image; `reuse` is
+                `images` itself.
         """
         self._check(images)
-        pixel_values, memory = _memory(images, out)
+        pixel_values, memory = _memory(images, reuse)
         runs = self._draw_fills(len(images), generator, images.device)
         height, width = images.shape[-2:]
         groups = self._draw_groups(self._draw_targets(runs, images, generator), (height, width), generator, memory)
@@ -219,19 +219,18 @@ class GroupMasking:
         return images.flatten(2).gather(2, pixel).reshape(images.shape)
 
 
-def _memory(images: torch.Tensor, out: Corrupted | None) -> Corrupted:
-    """Where the corrupted images and the mask, as bytes, go: into `out` if it is given and fits."""
+def _memory(images: torch.Tensor, reuse: Corrupted | None) -> Corrupted:
+    """Where the corrupted images and the mask, as bytes, go: into `reuse` if it is given and fits."""
     shape = (len(images), 1, *images.shape[-2:])
-    if out is None:
-        return Corrupted(torch.empty_like(images), torch.empty(shape, dtype=torch.uint8, device=images.device))
-    values, mask = out
-    alike = (values.shape, values.dtype, values.device) == (images.shape, images.dtype, images.device)
-    if not alike or values.data_ptr() == images.data_ptr() or (mask.shape, mask.dtype) != (shape, torch.bool):
-        raise SpcxrError(
-            f"out must be what an earlier call gave for images like these, {images.dtype} {tuple(images.shape)} on "
-            f"{images.device}; it holds {values.dtype} {tuple(values.shape)} on {values.device}"
-        )
-    return Corrupted(values, mask.view(torch.uint8))
+    if reuse is not None and reuse.pixel_values.data_ptr() == images.data_ptr():
+        raise SpcxrError("reuse holds the images that are to be corrupted; give a result that nobody needs any more")
+    if reuse is not None and reuse.mask.shape == shape and _is_like(reuse.pixel_values, images):
+        return Corrupted(reuse.pixel_values, reuse.mask.view(torch.uint8))
+    return Corrupted(torch.empty_like(images), torch.empty(shape, dtype=torch.uint8, device=images.device))
+
+
+def _is_like(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _noise(images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

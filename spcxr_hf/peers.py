@@ -74,8 +74,7 @@ class PretrainingStep:
 
     def __call__(self, clean: torch.Tensor, lap: Callable[[str], None] = lambda name: None) -> None:
         """One step on clean, normalised views (B, 1, S, S)."""
-        reusable = self.corrupted if self.corrupted and self.corrupted.pixel_values.shape == clean.shape else None
-        corrupted = self.corrupted = self.masking(clean, self.generator, out=reusable)
+        corrupted = self.corrupted = self.masking(clean, self.generator, reuse=self.corrupted)
         lap("corruption")
         with self.settings.autocast():
             loss = self.model(pixel_values=corrupted.pixel_values, bool_masked_pos=corrupted.mask, labels=clean).loss

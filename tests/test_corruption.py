@@ -109,18 +109,19 @@ def test_memory_of_an_earlier_result_is_used_again(align):
     masking = GroupMasking(fills=("noise", "block", "replace"), align=align)
     earlier = masking(images(8), generator(3))
     fresh = masking(images(8), generator(4))
-    again = masking(images(8), generator(4), out=earlier)
+    again = masking(images(8), generator(4), reuse=earlier)
     assert torch.equal(again.pixel_values, fresh.pixel_values) and torch.equal(again.mask, fresh.mask)
     assert again.pixel_values.data_ptr() == earlier.pixel_values.data_ptr()
     assert again.mask.data_ptr() == earlier.mask.data_ptr() and again.mask.dtype == torch.bool
 
 
-def test_memory_that_does_not_fit_is_refused():
+def test_memory_that_does_not_fit_is_left_alone():
     earlier, clean = GroupMasking()(images(4), generator()), images(8)
-    with pytest.raises(SpcxrError, match="images like these"):
-        GroupMasking()(clean, generator(), out=earlier)
-    with pytest.raises(SpcxrError, match="images like these"):  # the images themselves would be overwritten
-        GroupMasking()(clean, generator(), out=Corrupted(clean, GroupMasking()(clean, generator()).mask))
+    kept = earlier.pixel_values.clone()
+    fresh, again = GroupMasking()(clean, generator(5)), GroupMasking()(clean, generator(5), reuse=earlier)
+    assert torch.equal(again.pixel_values, fresh.pixel_values) and torch.equal(earlier.pixel_values, kept)
+    with pytest.raises(SpcxrError, match="reuse holds the images"):  # they would be overwritten
+        GroupMasking()(clean, generator(), reuse=Corrupted(clean, again.mask))
 
 
 def test_every_image_has_the_same_chance_of_each_fill():
