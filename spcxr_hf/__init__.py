@@ -1,22 +1,35 @@
-"""SPCXR: a chest X-ray foundation model in the Hugging Face ecosystem. Importing it registers the Auto classes."""
+"""SPCXR: a chest X-ray foundation model in the Hugging Face ecosystem. Importing it registers the Auto classes.
 
+The command `spcxr` is the exception: there torch and transformers, which take seconds to import, wait for a command
+that needs them, so that help, completion and a mistyped option answer at once.
+"""
+
+import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .auto import register
 from .errors import SpcxrError
-from .modeling.configuration_spcxr import SpcxrConfig
-from .modeling.image_processing_spcxr import SpcxrImageProcessor, SpcxrImageProcessorPil
-from .modeling.modeling_spcxr import (
-    SpcxrBackbone,
-    SpcxrForImageClassification,
-    SpcxrForPreTraining,
-    SpcxrForSemanticSegmentation,
-    SpcxrModel,
-    SpcxrPreTrainedModel,
-)
-from .radiograph import read_radiograph
 
-register()
+# The installed command has no suffix; `spcxr.py` is somebody's own script.
+_IS_COMMAND = bool(sys.argv) and Path(sys.argv[0]).name in ("spcxr", "spcxr.exe")
+
+if TYPE_CHECKING or not _IS_COMMAND:
+    from .auto import register
+    from .modeling.configuration_spcxr import SpcxrConfig
+    from .modeling.image_processing_spcxr import SpcxrImageProcessor, SpcxrImageProcessorPil
+    from .modeling.modeling_spcxr import (
+        SpcxrBackbone,
+        SpcxrForImageClassification,
+        SpcxrForPreTraining,
+        SpcxrForSemanticSegmentation,
+        SpcxrModel,
+        SpcxrPreTrainedModel,
+    )
+    from .radiograph import read_radiograph
+
+    register()
 
 try:
     __version__ = version("spcxr-hf")
@@ -37,3 +50,17 @@ __all__ = [
     "__version__",
     "read_radiograph",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name that the command has not imported yet; with it comes the registration."""
+    if name in __all__ and _IS_COMMAND:
+        import_module(".auto", __name__).register()
+        for home in (
+            "radiograph",
+            *(f"modeling.{file}_spcxr" for file in ("configuration", "image_processing", "modeling")),
+        ):
+            module = import_module(f".{home}", __name__)
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

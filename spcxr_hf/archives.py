@@ -2,7 +2,6 @@
 
     read_set      -> read_archive, or a reader of `spcxr_hf.manifests`, by what lies there
     read_archive  -> which archive? -> its reader -> Rows -> files that must exist -> RadiographTable
-    with_masks    the masks of a small set as a column, for segmentation
 
 | column | holds |
 |---|---|
@@ -32,7 +31,6 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -40,14 +38,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from .data import RadiographTable, read_table
 from .errors import SpcxrError
 from .labels import CHEXPERT14, LABELS_COLUMN, NIH14, VINDR28, Uncertain, canonical_name, label_struct
 from .manifests import (
     DELIMITERS,
-    IMAGE,
     Missing,
     age_of,
     check_unique,
@@ -65,11 +61,8 @@ from .manifests import (
     texts,
     view_of,
 )
+from .masks import index_files, jsrt_clinical, jsrt_masks
 
-LUNGS = ("lungs", "left lung", "right lung")  # names of masks that make up the lungs
-SIIM_SIZE = 1024  # pixels; every image of the challenge
-JSRT_SIZE, JSRT_WHITE = 2048, 4095  # pixels; 12 bits
-JSRT_PIXEL = 0.175  # mm
 LARGEST_SHEET = 2**28  # bytes of a worksheet, unpacked
 # PadChest's terms that mean, or imply, a label (Bustos et al. 2020, the tree of findings). Labels whose branch of the
 # tree is wider than the label (infiltrates, hernia, mass) are left out: their absence would not be known.
@@ -272,17 +265,6 @@ def _stacked(parts: Sequence[Rows]) -> Rows:
     return Rows(parts[0].file, [path for part in parts for path in part.paths], columns, labels)
 
 
-def _index(*folders: Path, suffixes: Sequence[str]) -> dict[str, str]:
-    """File name -> path, of the files below these folders with such a suffix."""
-    found: dict[str, str] = {}
-    for folder in folders:
-        for place, _, names in os.walk(folder):
-            for name in names:
-                if name.lower().endswith(tuple(suffixes)) and not name.startswith("."):
-                    found.setdefault(name, f"{place}{os.sep}{name}")
-    return found
-
-
 def _filled(table: pa.Table, column: str, path: Path) -> list[str]:
     """A column as text that has no empty cell."""
     values = texts(table, column)
@@ -329,7 +311,7 @@ def _read_nih(root: Path) -> Rows:
             raise SpcxrError(
                 f"{file}: row {row_number(file, row)}: {', '.join(own - set(known))} is no label of the set"
             )
-    index = _index(root, suffixes=[".png"])
+    index = index_files(root, suffixes=[".png"])
     splits = {name: split for split in ("train", "test") for name in _listed(root, split)}
     boxes = _nih_boxes(root)
     patients = _filled(rows, "Patient ID", file)
@@ -452,7 +434,7 @@ def _read_padchest(root: Path) -> Rows:
     names = _filled(rows, "ImageID", file)
     check_unique(names, file, "image")
     terms = [_padchest_terms(text) for text in texts(rows, "Labels")]
-    index = _index(root, suffixes=[".png"])
+    index = index_files(root, suffixes=[".png"])
     dates, births = texts(rows, "StudyDate_DICOM"), texts(rows, "PatientBirth")
     columns = {
         "id": names,
@@ -567,7 +549,8 @@ def _read_rsna(root: Path) -> Rows:
         {"Lung Opacity": np.array([targets[name] for name in names], np.float32), "No Finding": normal},
     )
     test = {
-        name[: -len(".dcm")]: path for name, path in _index(root / "stage_2_test_images", suffixes=[".dcm"]).items()
+        name[: -len(".dcm")]: path
+        for name, path in index_files(root / "stage_2_test_images", suffixes=[".dcm"]).items()
     }
     own = sorted(test)
     return _stacked(
@@ -590,7 +573,7 @@ def _read_siim(root: Path) -> Rows:
     for split in ("train", "test"):
         found = {
             name[: -len(".dcm")]: path
-            for name, path in _index(root / f"dicom-images-{split}", suffixes=[".dcm"]).items()
+            for name, path in index_files(root / f"dicom-images-{split}", suffixes=[".dcm"]).items()
         }
         names = [*codes, *sorted(found.keys() - codes.keys())] if split == "train" else sorted(found)
         masks = [
@@ -743,7 +726,7 @@ def _read_kermany(root: Path) -> Rows:
     paths, columns = [], {"id": [], "patient": [], "split": [], "label": []}  # type: ignore[var-annotated]
     for split in ("train", "val", "test"):
         for folder in ("NORMAL", "PNEUMONIA"):
-            files = sorted(_index(root / split / folder, suffixes=[".jpeg", ".jpg", ".png"]).items())
+            files = sorted(index_files(root / split / folder, suffixes=[".jpeg", ".jpg", ".png"]).items())
             people = [_kermany_person(name) for name, _ in files]
             paths += [path for _, path in files]
             columns["id"] += [f"{split}/{folder}/{name}" for name, _ in files]
@@ -809,17 +792,17 @@ def _shenzhen_masks(root: Path, stem: str) -> list[dict]:
 def _read_jsrt(root: Path) -> Rows:
     """JSRT nodules (Shiraishi et al. 2000): `JPC{LN,NN}NNN.IMG`, or .png; masks of SCR (van Ginneken et al. 2006).
 
-    `CLNDAT_EN.txt` and `CNNDAT_EN.TXT` have age, sex and the nodule. The raw .IMG has no header: `convert_jsrt` makes
-    PNG files of them, which are preferred where both are there.
+    `CLNDAT_EN.txt` and `CNNDAT_EN.TXT` have age, sex and the nodule. The raw .IMG has no header:
+    `spcxr_hf.masks.convert_jsrt` makes PNG files of them, which are preferred where both are there.
     """
-    index = _index(root, suffixes=[".img", ".png"])
+    index = index_files(root, suffixes=[".img", ".png"])
     found: dict[str, str] = {}
     for name in sorted(index, key=lambda name: name.lower().endswith(".png")):
         if re.fullmatch(r"JPC[LN]N\d{3}", Path(name).stem):
             found[Path(name).stem] = index[name]  # a .png comes last
     names = sorted(found)
-    clinical = _jsrt_clinical(root)
-    masks = _jsrt_masks(root)
+    clinical = jsrt_clinical(root)
+    masks = jsrt_masks(root)
     nodule = np.array([name.startswith("JPCLN") for name in names], np.float32)
     known = [clinical.get(name, {}) for name in names]
     columns = {
@@ -833,48 +816,6 @@ def _read_jsrt(root: Path) -> Rows:
         "masks": [masks.get(name) for name in names],
     }
     return Rows(root, [found[name] for name in names], columns, {"Nodule": nodule})
-
-
-def _jsrt_clinical(root: Path) -> dict[str, dict]:
-    """Image -> sex, age, boxes."""
-    found: dict[str, dict] = {}
-    for name, path in _index(root, suffixes=["_en.txt"]).items():
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-            if name.upper() == "CLNDAT_EN.TXT" and len(cells := line.split("\t")) > 6:
-                own = {
-                    "age": age_of(cells[3]),
-                    "sex": sex_of(cells[4]),
-                    "boxes": _jsrt_box(cells[2], cells[5], cells[6]),
-                }
-            elif name.upper() == "CNNDAT_EN.TXT" and len(cells := line.split()) > 2:
-                own = {"age": age_of(cells[1]), "sex": sex_of(cells[2])}
-            else:
-                continue
-            found[Path(cells[0].strip()).stem.upper()] = own
-    return found
-
-
-def _jsrt_box(size: str, x: str, y: str) -> list[dict] | None:
-    """Diameter in mm and centre in pixels -> the square around the nodule."""
-    try:
-        width = float(size) / JSRT_PIXEL
-        left, top = float(x) - width / 2, float(y) - width / 2
-    except ValueError:
-        return None
-    return [{"name": "Nodule", "x": left, "y": top, "width": width, "height": width}]
-
-
-def _jsrt_masks(root: Path) -> dict[str, list[dict]]:
-    """Image -> masks: the folder of a mask (`fold1/masks/left lung`) names it."""
-    found: dict[str, list[dict]] = {}
-    for place, _, names in sorted(os.walk(root)):
-        kind = Path(place).name.replace("_", " ")
-        if kind in ("left lung", "right lung", "heart", "left clavicle", "right clavicle"):
-            for name in names:
-                if name.lower().endswith((".gif", ".png")):
-                    mask = {"name": kind, "path": f"{place}{os.sep}{name}", "rle": None}
-                    found.setdefault(Path(name).stem.upper(), []).append(mask)
-    return found
 
 
 def _read_cohen(root: Path) -> Rows:
@@ -953,132 +894,3 @@ ARCHIVES: Mapping[str, Archive] = {
     "jsrt": Archive("JSRT, with SCR masks", "JSRT: research only", ("JPC*.*|*/JPC*.*",), _read_jsrt),
     "cohen": Archive("COVID-19 image data collection", "that of each image", ("metadata.csv", "images"), _read_cohen),
 }
-
-
-# ---- masks and raw files -----------------------------------------------------------------------------------------
-
-
-def rle_mask(rle: str, size: int = SIIM_SIZE) -> np.ndarray:
-    """The mask of SIIM-ACR's run-length code: (size, size) booleans.
-
-    The code is pairs of numbers: pixels to pass over since the end of the last run, and pixels of the run; it goes down
-    the columns, from the left. An empty code is an empty mask.
-
-    Raises:
-        SpcxrError: it is not whole pairs of numbers, or leaves the image.
-    """
-    words = rle.split()
-    if len(words) % 2 or not all(word.isdecimal() for word in words):
-        raise SpcxrError("a run-length code must be pairs of numbers of pixels")
-    ends = np.cumsum(np.array(words, dtype=np.int64)).reshape(-1, 2)  # where each run begins and ends
-    if ends.size and ends[-1, 1] > size * size:
-        raise SpcxrError(f"a run-length code leaves the image of {size} x {size} pixels")
-    edges = np.zeros(size * size + 1, dtype=np.int64)
-    np.add.at(edges, ends[:, 0], 1)
-    np.add.at(edges, ends[:, 1], -1)
-    return edges.cumsum()[:-1].astype(bool).reshape(size, size).T
-
-
-def read_mask(masks: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> Image.Image | None:
-    """The union of the masks in one cell of the column `masks`, mode L: 255 in them, 0 elsewhere.
-
-    Args:
-        masks: The cell.
-        names: Only these; None: all.
-
-    Returns:
-        None where the cell has none of them.
-
-    Raises:
-        SpcxrError: one cannot be read, or two differ in size; the message names the file.
-    """
-    union: np.ndarray | None = None
-    for cell in masks:
-        if names is not None and cell["name"] not in names:
-            continue
-        mask = rle_mask(cell["rle"]) if cell["path"] is None else _read_mask_file(cell["path"])
-        if union is not None and union.shape != mask.shape:
-            raise SpcxrError(f"{cell['path']}: its size differs from that of the image's other masks")
-        union = mask if union is None else union | mask
-    return None if union is None else Image.fromarray((255 * union).astype(np.uint8))
-
-
-def _read_mask_file(path: str) -> np.ndarray:
-    """(height, width) booleans: brighter than half of the range."""
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("L")) > 127
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SpcxrError(f"{path}: the mask cannot be read ({error})") from error
-
-
-def with_masks(
-    table: RadiographTable, names: Sequence[str] | None = LUNGS, column: str = "lung_mask"
-) -> RadiographTable:
-    """Read the masks of a set into a column of PNG files, which `spcxr_hf.data.decode_masks` takes.
-
-    Args:
-        table: A set with the column `masks`; small: the masks are held in memory, encoded.
-        names: Which masks make up the union of an image; None: all.
-        column: What to call the new column.
-
-    Returns:
-        Only the rows that have such a mask.
-
-    Raises:
-        SpcxrError: no row has one, or one cannot be read.
-    """
-    cells: list[dict | None] = []
-    for masks in table.column("masks"):
-        mask = read_mask(masks or [], names)
-        buffer = BytesIO()
-        if mask is not None:
-            mask.save(buffer, "PNG")
-        cells.append({"bytes": buffer.getvalue(), "path": None} if mask is not None else None)
-    kept = pa.array([cell is not None for cell in cells])
-    if not any(cells):
-        raise SpcxrError(f"{table.name}: no image has a mask called {' or '.join(names) if names else 'anything'}")
-    rows = table.rows.append_column(column, pa.array(cells, IMAGE)).filter(kept)
-    return RadiographTable(rows, table.name)
-
-
-def read_jsrt_image(path: str | os.PathLike) -> Image.Image:
-    """A raw .IMG of JSRT: 2048 x 2048 values of 12 bits, big endian, no header, 0 for white film.
-
-    Returns:
-        Mode `I;16`, 0 .. 65535, lungs dark and bones bright.
-
-    Raises:
-        SpcxrError: it is missing, of another size, or has values of more than 12 bits.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise SpcxrError(f"{path}: {error.strerror or type(error).__name__}") from error
-    if len(data) != 2 * JSRT_SIZE**2:
-        raise SpcxrError(f"{path}: a raw JSRT image has {2 * JSRT_SIZE**2} bytes; this has {len(data)}")
-    stored = np.frombuffer(data, dtype=">u2").reshape(JSRT_SIZE, JSRT_SIZE).astype(np.uint32)
-    if stored.max() > JSRT_WHITE:
-        raise SpcxrError(f"{path}: a raw JSRT image has values to {JSRT_WHITE}; this has {stored.max()}")
-    return Image.fromarray(((JSRT_WHITE - stored) * 65535 // JSRT_WHITE).astype(np.uint16))
-
-
-def convert_jsrt(folder: str | os.PathLike, output: str | os.PathLike) -> list[Path]:
-    """Write every raw .IMG of JSRT below a folder as a 16-bit PNG into another; those that are there stay.
-
-    Raises:
-        SpcxrError: there are none, or one cannot be read.
-    """
-    raw = _index(Path(folder), suffixes=[".img"])
-    if not raw:
-        raise SpcxrError(f"{folder}: no .IMG files")
-    written = []
-    for name in sorted(raw):
-        target = Path(output) / f"{Path(name).stem}.png"
-        if not target.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_suffix(f".{os.getpid()}.partial")
-            read_jsrt_image(raw[name]).save(partial, "PNG")
-            partial.replace(target)
-        written.append(target)
-    return written

@@ -18,13 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data import RadiographTable, open_image
+from .data import OnError, RadiographTable, open_image
 from .errors import SpcxrError
 from .leaks import THUMBNAIL, Pair, find_duplicates, find_patient_leaks, known_patients, thumbnail, worker_count
 
@@ -75,11 +75,12 @@ def audit(
     images: bool = True,
     flips: bool = False,
     workers: int | None = None,
+    on_error: OnError = "skip",
 ) -> dict[str, Any]:
     """Write `audit.html`, a page with pictures, and `audit.json`, its numbers, into a folder.
 
     Args:
-        table: The set. A broken image is listed with its cause and never ends the audit.
+        table: The set.
         output: The folder, made where it is missing.
         split_column: Whose values are the splits; without it the set is one split and cannot leak.
         label_columns: Columns to count by split and to draw contact sheets of.
@@ -87,20 +88,25 @@ def audit(
         images: Whether to look for images that are nearly the same (most of the time that an audit takes).
         flips: Compare mirrored images too.
         workers: Threads that decode; by default one for each processor, at most 8.
+        on_error: "skip": a broken image is listed with its cause, however many there are, since an audit is what finds
+            them; "stop": the first ends the audit, and nothing is written.
 
     Returns:
         What `audit.json` holds.
 
     Raises:
-        SpcxrError: the set is empty, there is no such column, or the folder cannot be written to.
+        SpcxrError: the set is empty, there is no such column, an image is broken (with "stop"), or the folder cannot be
+            written to.
     """
     if not len(table):
         raise SpcxrError(f"{table.name}: no rows to audit")
+    if on_error not in get_args(OnError):
+        raise SpcxrError(f"on_error must be {' or '.join(get_args(OnError))}; got {on_error!r}")
     labels = [label_columns] if isinstance(label_columns, str) else list(label_columns)
     splits = _words(table.column(split_column)) if split_column else [None] * len(table)
     columns = {name: _words(table.column(name)) for name in labels}
     folder = _make_folder(Path(output))
-    survey = _survey(table, worker_count(workers))
+    survey = _survey(table, worker_count(workers), on_error)
     pairs = find_duplicates(survey.thumbnails, flips=flips) if images else None
     numbers = _numbers(table, survey, pairs, splits, columns, patient_column)
     _write(folder / "audit.json", json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
@@ -139,7 +145,7 @@ def _is_missing(value: Any) -> bool:
 # ---- one pass over the images ----------------------------------------------------------------------------------
 
 
-def _survey(table: RadiographTable, workers: int) -> _Survey:
+def _survey(table: RadiographTable, workers: int, on_error: OnError) -> _Survey:
     count = len(table)
     survey = _Survey(
         np.zeros((count, TILE, TILE), dtype=np.uint8),
@@ -153,6 +159,8 @@ def _survey(table: RadiographTable, workers: int) -> _Survey:
         try:
             _look(table, row, survey)
         except SpcxrError as error:
+            if on_error == "stop":
+                raise
             survey.broken[row] = str(error)
 
     with ThreadPoolExecutor(workers) as pool:

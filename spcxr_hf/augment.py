@@ -7,7 +7,7 @@ with one small weight matrix per image and axis. The blur is folded into the sam
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -104,6 +104,30 @@ class Views:
             (torch.sqrt(area / ratio) * height).clamp(min=1, max=height),
             (torch.sqrt(area * ratio) * width).clamp(min=1, max=width),
         )
+
+
+@dataclass
+class AugmentationArguments:
+    """What the command lines of training scripts say of the views; as fine-tuning has them by default."""
+
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.4, 1.0], metadata={"help": "area of a crop, least and largest"}
+    )
+    flip: float = field(default=0.5, metadata={"help": "probability of a left-right flip"})
+    brightness: float = field(default=0.2, metadata={"help": "largest shift of the grey values, on 0 .. 1"})
+    contrast: float = field(default=0.4, metadata={"help": "largest relative change of the contrast"})
+    blur: float = field(default=0.2, metadata={"help": "probability of a Gaussian blur"})
+
+    def views(self, size: int) -> Views:
+        """What draws the views, (size, size) each.
+
+        Raises:
+            SpcxrError: a value is out of range; the message names it.
+        """
+        if len(self.crop_scale) != 2:
+            raise SpcxrError(f"crop_scale is the least and the largest area; got {self.crop_scale}")
+        scale = (self.crop_scale[0], self.crop_scale[1])
+        return Views(size, scale, flip=self.flip, brightness=self.brightness, contrast=self.contrast, blur=self.blur)
 
 
 def normalise(grey: torch.Tensor) -> torch.Tensor:

@@ -1,25 +1,77 @@
-"""The command `spcxr`: `spcxr demo` looks at a radiograph, `spcxr install` fills the local Hub cache.
+"""The command `spcxr`: what a person asks for, read and handed on to the flows that do it.
 
-What a command needs is imported inside it, so that a mistyped option is told at once.
+predict, segment, embed, explain, reconstruct   many files through a model: jobs.Job, with a function of tasks
+audit, install, publish, export, demo           one flow each
+
+What a command needs is imported inside it, so that help and a mistyped option answer at once.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import SpcxrError
 
+if TYPE_CHECKING:
+    from .inference import Loaded, Source
+    from .jobs import Job
+
+BASE, LUNGS, PNEUMONIA = "spcxr/base", "spcxr/lung-segmentation", "spcxr/pneumonia"
+
+HELP = """SPCXR: a chest X-ray foundation model. Research use only, not for clinical use.
+
+\b
+Images are files, folders or quoted patterns ('scans/**/*.dcm'), PNG, JPEG,
+TIFF, WebP, BMP or DICOM. Records go to standard output, a table in a terminal
+and JSON Lines in a pipe, or to --output. All that is no record goes to
+standard error."""
+EXIT_CODES = """\b
+Exit status:
+  0    all is done
+  1    nothing could be done: the message says why
+  2    the command line is mistaken
+  3    some files failed, each told on standard error; the others are done
+  130  interrupted; what is written is whole, and --resume goes on"""
+
 # No mark-up and no framed tracebacks: the text reads the same in a terminal, a pipe and a log.
 app = typer.Typer(
-    help="SPCXR: a chest X-ray foundation model. Not for clinical use.",
-    add_completion=False,
+    help=HELP,
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
+
+def _example(*lines: str) -> str:
+    """What stands below a command's help."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+# ---- options that commands share ---------------------------------------------------------------------------------
+
+Images = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or quoted patterns.")]
+ModelOption = Annotated[str, typer.Option("--model", metavar="ID|FOLDER", help="A Hub id or a folder.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Threads that read; by default one per processor, at most 8.")
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="The records; .jsonl, .csv, .parquet or .txt.")
+]
+VectorsOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help=".parquet, .safetensors, .jsonl or .csv.")
+]
+FormatOption = Annotated[
+    str | None, typer.Option("--format", help="table, jsonl, csv or parquet, where the suffix does not say it.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Leave out files that an earlier run has finished.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run has written.")]
+PicturesOption = Annotated[Path, typer.Option("--pictures", metavar="FOLDER", help="Where the pictures go.")]
 CheckpointsOption = Annotated[
     Path | None,
     typer.Option("--checkpoints", metavar="FOLDER", help="Holds a folder per checkpoint; by default the tree's own."),
@@ -35,7 +87,184 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-@app.command()
+# ---- many files through a model ----------------------------------------------------------------------------------
+
+
+@app.command(epilog=_example("spcxr predict scans/ --output predictions.csv", "spcxr predict chest.dcm | jq .targets"))
+def predict(
+    images: Images,
+    model: ModelOption = PNEUMONIA,
+    operating_point: Annotated[
+        str | None, typer.Option("--operating-point", metavar="NAME", help="One of the checkpoint's, as 'youden'.")
+    ] = None,
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = 16,
+    workers: WorkersOption = None,
+    output: OutputOption = None,
+    format_: FormatOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Probabilities of each label, and whether they lie above or below the thresholds of a named operating point."""
+    from .jobs import Job
+    from .tasks import Predictor
+
+    job = Job(_find(images), output, format_, resume, overwrite, batch_size, workers)
+    loaded = _load("classification", model, device)
+    _finish(job, loaded, Predictor(loaded, operating_point))
+
+
+@app.command(epilog=_example("spcxr embed 'scans/**/*.dcm' --output embeddings.parquet"))
+def embed(
+    images: Images,
+    model: ModelOption = BASE,
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = 16,
+    workers: WorkersOption = None,
+    output: VectorsOption = None,
+    format_: FormatOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """The embedding of each image: the vector that a linear probe or a search for neighbours takes."""
+    from .jobs import Job
+    from .tasks import embed as answer
+
+    job = Job(_find(images), output, format_, resume, overwrite, batch_size, workers)
+    _finish(job, _load("embedding", model, device), answer)
+
+
+@app.command(epilog=_example("spcxr segment scans/ --masks masks/ --output areas.csv"))
+def segment(
+    images: Images,
+    model: ModelOption = LUNGS,
+    masks: Annotated[Path, typer.Option("--masks", metavar="FOLDER", help="Where the masks go.")] = Path("masks"),
+    mask_format: Annotated[
+        str, typer.Option("--mask-format", help="png (white is lung), or seg: DICOM segmentations of DICOM files.")
+    ] = "png",
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = 16,
+    workers: WorkersOption = None,
+    output: OutputOption = None,
+    format_: FormatOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """A lung mask of each image, of its own size, and the areas of the lungs as shares of the image."""
+    from .jobs import Job, picture_names
+    from .tasks import mask_saver
+    from .tasks import segment as answer
+
+    sources = _find(images)
+    save, suffix = mask_saver(mask_format, model)
+    place = picture_names(sources, masks, suffix)
+    job = Job(sources, output, format_, resume, overwrite, batch_size, workers, place)
+    _finish(
+        job, _load("segmentation", model, device), partial(answer, save=lambda mask, image: save(mask, image, place))
+    )
+
+
+@app.command(epilog=_example("spcxr explain chest.png --target pneumonia --pictures explained/"))
+def explain(
+    images: Images,
+    model: ModelOption = PNEUMONIA,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL", help="A label, labels joined by ' + ', or 'embedding'; by default the most probable label."
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="relevance or rollout.")] = "relevance",
+    lungs: Annotated[
+        str, typer.Option(metavar="ID|FOLDER|none", help="The model that outlines the lungs, or none.")
+    ] = LUNGS,
+    pictures: PicturesOption = Path("explained"),
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = 16,
+    workers: WorkersOption = None,
+    output: OutputOption = None,
+    format_: FormatOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Draw which parts of each image an answer rests on. It shows what the model used, not where a disease is."""
+    from .tasks import Explainer
+
+    job = _picture_job(images, pictures, output, format_, resume, overwrite, batch_size, workers)
+    wants_embedding = target == "embedding"
+    loaded = _load("embedding" if wants_embedding else "classification", model, device)
+    outliner = None if lungs == "none" else _load("segmentation", lungs, device)
+    what = None if wants_embedding else target or "probable"
+    _finish(job, loaded, Explainer(loaded, _png_saver(job), what, method, outliner))
+
+
+@app.command(epilog=_example("spcxr reconstruct chest.png --fill noise --fill block --seed 1"))
+def reconstruct(
+    images: Images,
+    model: ModelOption = BASE,
+    fill: Annotated[
+        list[str] | None, typer.Option(help="noise, zeros, block or replace; again for more. All but replace.")
+    ] = None,
+    second: Annotated[Path | None, typer.Option(metavar="IMAGE", help="Where replace takes its pixels from.")] = None,
+    seed: Annotated[int, typer.Option(help="Where the corrupted groups lie.")] = 0,
+    pictures: PicturesOption = Path("reconstructed"),
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = 16,
+    workers: WorkersOption = None,
+    output: OutputOption = None,
+    format_: FormatOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Draw each image clean, corrupted, reconstructed and the error, a row for each way to corrupt it."""
+    from .tasks import Reconstructor, read_second
+
+    job = _picture_job(images, pictures, output, format_, resume, overwrite, batch_size, workers)
+    loaded = _load("reconstruction", model, device)
+    other = None if second is None else read_second(loaded, second)
+    fills = fill or ["noise", "zeros", "block", *(["replace"] if second else [])]
+    _finish(job, loaded, Reconstructor(_png_saver(job), fills, seed, other))
+
+
+def _find(images: list[str]) -> "list[Source]":
+    from .inference import find_sources
+
+    return find_sources(images)
+
+
+def _load(task: str, model: str, device: str) -> "Loaded":
+    from .inference import load_model
+
+    return load_model(task, model, device)
+
+
+def _picture_job(images: list[str], pictures: Path, output: Path | None, stated: str | None, *options: Any) -> "Job":
+    from .jobs import Job, picture_names
+
+    sources = _find(images)
+    return Job(sources, output, stated, *options, picture_of=picture_names(sources, pictures))
+
+
+def _png_saver(job: "Job") -> Any:
+    from .writers import write_png
+
+    def save(picture: Any, image: Any) -> Path:
+        path = job.picture_of(image.source)  # type: ignore[misc]
+        write_png(picture, path)
+        return path
+
+    return save
+
+
+def _finish(job: "Job", loaded: "Loaded", answer: Any) -> None:
+    """Run the job; its exit status is the command's."""
+    raise typer.Exit(job.run(loaded, answer).exit_code)
+
+
+# ---- one flow each -----------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=_example("spcxr demo", "spcxr demo chest.dcm --output chest.png"))
 def demo(
     image: Annotated[
         Path | None,
@@ -47,12 +276,14 @@ def demo(
     checkpoints: CheckpointsOption = None,
 ) -> None:
     """Look at a radiograph: embedding, lungs, attention, reconstruction."""
+    from .auto import register
     from .demo import run_demo
 
+    register()
     run_demo(image, output, checkpoints)
 
 
-@app.command()
+@app.command(epilog=_example("spcxr install"))
 def install(
     checkpoints: CheckpointsOption = None,
     force: Annotated[
@@ -65,6 +296,89 @@ def install(
     for checkpoint in install_checkpoints(checkpoints, force=force):
         state = "installed" if checkpoint.is_new else "already there"
         typer.echo(f"{checkpoint.repo_id}  revision {checkpoint.revision}  {state}")
+
+
+@app.command(epilog=_example("spcxr audit scans/ --output audit/"))
+def audit(
+    images: Annotated[list[str], typer.Argument(metavar="SET...", help="Parquet, a folder, files or quoted patterns.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the page goes.")] = Path(
+        "audit"
+    ),
+    split: Annotated[str | None, typer.Option(metavar="COLUMN", help="Whose values are the splits.")] = None,
+    label: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Labels to count; again for more.")] = None,
+    patient: Annotated[str, typer.Option(metavar="COLUMN", help="Whose values are the patients.")] = "patient",
+    flips: Annotated[bool, typer.Option("--flips", help="Look for mirrored copies, too.")] = False,
+    workers: WorkersOption = None,
+) -> None:
+    """Look through a set: sizes, depths, broken files, copies, leaks between splits; one page and its numbers."""
+    from .audit import audit as look_through
+    from .inference import table_of
+
+    table = table_of(images)
+    found = look_through(
+        table,
+        output,
+        split_column=split,
+        label_columns=label or (),
+        patient_column=patient,
+        flips=flips,
+        workers=workers,
+    )
+    typer.echo(str(output / "audit.html"))
+    _note(f"{len(table)} images")
+    raise typer.Exit(3 if found["broken"] else 0)
+
+
+@app.command(epilog=_example("spcxr export spcxr/base --to onnx --output spcxr-base-onnx --quantize"))
+def export(
+    model: Annotated[str, typer.Argument(metavar="ID|FOLDER", help="A Hub id or a folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write.")],
+    to: Annotated[str, typer.Option("--to", help="onnx, or vit: a plain ViT of transformers.")] = "onnx",
+    quantize: Annotated[bool, typer.Option("--quantize", help="An 8-bit version beside the ONNX file, too.")] = False,
+    num_channels: Annotated[int, typer.Option("--channels", help="3 takes RGB pictures, 1 grey ones.")] = 3,
+) -> None:
+    """Write a checkpoint for other software: ONNX Runtime and Transformers.js, or any user of a plain ViT."""
+    if to not in ("onnx", "vit") or (quantize and to == "vit"):
+        raise SpcxrError(f"--to is onnx or vit, and --quantize is for onnx; got {to!r}")
+    from .auto import register
+
+    register()
+    if to == "vit":
+        from .export_vit import export_vit
+
+        typer.echo(str(export_vit(model, output, num_channels=num_channels)))
+    else:
+        from .export_onnx import export_onnx, quantize_int8
+
+        file = export_onnx(model, output, num_channels=num_channels)
+        typer.echo(str(file))
+        if quantize:
+            typer.echo(str(quantize_int8(file)))
+    _note("exported")
+
+
+@app.command(epilog=_example("spcxr publish --namespace my-lab --dry-run", "spcxr publish --namespace my-lab base"))
+def publish(
+    only: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Checkpoints; all by default.")] = None,
+    checkpoints: CheckpointsOption = None,
+    namespace: Annotated[str, typer.Option(help="The user or organisation on the Hub.")] = "spcxr",
+    private: Annotated[bool, typer.Option("--private", help="New repositories are for members only.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all and say what would change.")] = False,
+    tag: Annotated[str | None, typer.Option(help="The name of this version; by default the package's.")] = None,
+) -> None:
+    """Send checkpoints to the Hub, a repository each. The token is that of `hf auth login` or HF_TOKEN."""
+    from .auto import register
+    from .publishing import publish as send
+
+    register()
+    for publication in send(checkpoints, namespace, private, dry_run, tag=tag, only=only or None):
+        typer.echo(publication.describe())
+
+
+def _note(what: str) -> None:
+    from .writers import NOTE
+
+    print(f"{what}. {NOTE.capitalize()}.", file=sys.stderr)
 
 
 def main() -> None:

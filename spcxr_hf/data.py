@@ -10,11 +10,11 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from .errors import SpcxrError
 from .radiograph import read_radiograph
 
+OnError = Literal["stop", "skip"]  # what a broken file does
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".dcm", ".tif", ".tiff", ".bmp", ".webp"}
 
 
@@ -88,22 +89,6 @@ class RadiographTable:
         if name not in self.rows.column_names:
             raise SpcxrError(f"{self.name}: no column {name!r}; there are {', '.join(self.rows.column_names)}")
         return self.rows[name].to_pylist()
-
-
-def read_ids(path: str | os.PathLike) -> set[str]:
-    """The ids in a text file, one a line; what follows a `#` is a comment.
-
-    Raises:
-        SpcxrError: the file cannot be read, or holds none.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpcxrError(f"{path}: no list of ids ({getattr(error, 'strerror', None) or error})") from error
-    ids = {name for line in lines if (name := line.partition("#")[0].strip())}
-    if not ids:
-        raise SpcxrError(f"{path}: holds no ids")
-    return ids
 
 
 def read_table(source: str | os.PathLike) -> RadiographTable:
@@ -171,6 +156,76 @@ def open_mask(cell: dict | None, name: str) -> Image.Image:
         raise SpcxrError(f"{name}: the lung mask cannot be read ({error})") from error
 
 
+class Decoded(NamedTuple):
+    """What `decode_set` could read.
+
+    `table` its rows, `rows` their numbers (n,) in the set that was given, `images` (n, 1, S, S) uint8, `masks`
+    (n, S, S) booleans or None, `skipped` id -> cause of the rows that are not among them.
+    """
+
+    table: RadiographTable
+    rows: torch.Tensor
+    images: torch.Tensor
+    masks: torch.Tensor | None
+    skipped: dict[str, str]
+
+
+def decode_set(
+    table: RadiographTable,
+    size: int,
+    cache: str | os.PathLike | None = None,
+    *,
+    masks: bool = False,
+    on_error: OnError = "stop",
+) -> Decoded:
+    """Decode a set's images, and lung masks, as `decode_images` and `decode_masks` do; a broken file ends it or not.
+
+    Args:
+        cache: As for `decode_images`; broken files are tried again at the next start.
+        masks: Decode the column `lung_mask` too; a row without a mask counts as broken.
+        on_error: "stop": the first broken file is an error; "skip": its row is left out, and told in `skipped`.
+
+    Raises:
+        SpcxrError: a file cannot be read (with "stop"), or more than half of them cannot; the message names one.
+    """
+    images, broken = _decode(table, "image", _decode_image, size, cache)
+    lungs = None
+    if masks:
+        lungs, without = _decode(table, "lung_mask", _decode_mask, size, None)
+        lungs, broken = lungs.squeeze(1) > 127, without | broken
+    check_broken(table.name, [broken[row] for row in sorted(broken)], len(table), on_error)
+    if not broken:
+        return Decoded(table, torch.arange(len(table)), images, lungs, {})
+    kept = np.array([row not in broken for row in range(len(table))])
+    names, rows = table.ids, torch.from_numpy(np.flatnonzero(kept))
+    return Decoded(
+        RadiographTable(table.rows.filter(pa.array(kept)), table.name),
+        rows,
+        images[rows],
+        None if lungs is None else lungs[rows],
+        {names[row]: cause for row, cause in sorted(broken.items())},
+    )
+
+
+def check_broken(name: str, causes: Sequence[str], count: int, on_error: OnError) -> None:
+    """The one rule for broken files: none with "stop", at most half of them with "skip".
+
+    Args:
+        name: What to call the set.
+        causes: Of each broken file; the first is told.
+        count: Files of the set, or of the part of it that was looked at.
+
+    Raises:
+        SpcxrError: there are more.
+    """
+    if on_error not in get_args(OnError):
+        raise SpcxrError(f"on_error must be {' or '.join(get_args(OnError))}; got {on_error!r}")
+    if causes and on_error == "stop":
+        raise SpcxrError(causes[0])
+    if 2 * len(causes) > count:
+        raise SpcxrError(f"{name}: {len(causes)} of {count} files are broken, more than half; the first: {causes[0]}")
+
+
 def decode_images(table: RadiographTable, size: int, cache: str | os.PathLike | None = None) -> torch.Tensor:
     """Decode every image to grey, the whole picture at size x size: (n, 1, size, size) uint8.
 
@@ -180,14 +235,7 @@ def decode_images(table: RadiographTable, size: int, cache: str | os.PathLike | 
     Raises:
         SpcxrError: an image cannot be read; the message names its row.
     """
-
-    def decode(cell: dict, name: str) -> np.ndarray:
-        image = open_image(cell, name)
-        if image.mode != "L":  # deeper than 8 bits; 0 .. 65535
-            image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
-        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-
-    return _decode(table, "image", decode, size, cache)
+    return decode_set(table, size, cache).images
 
 
 def decode_masks(table: RadiographTable, size: int) -> torch.Tensor:
@@ -196,43 +244,79 @@ def decode_masks(table: RadiographTable, size: int) -> torch.Tensor:
     Raises:
         SpcxrError: a row has no mask, or one that cannot be read.
     """
+    pixels, broken = _decode(table, "lung_mask", _decode_mask, size, None)
+    check_broken(table.name, [broken[row] for row in sorted(broken)], len(table), "stop")
+    return pixels.squeeze(1) > 127
 
-    def decode(cell: dict | None, name: str) -> np.ndarray:
-        return np.asarray(open_mask(cell, name).resize((size, size), Image.Resampling.NEAREST))
 
-    return _decode(table, "lung_mask", decode, size, None).squeeze(1) > 127
+def _decode_image(cell: dict | None, name: str, size: int) -> np.ndarray:
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        raise SpcxrError(f"{name}: no image in this row")
+    image = open_image(cell, name)
+    if image.mode != "L":  # deeper than 8 bits; 0 .. 65535
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _decode_mask(cell: dict | None, name: str, size: int) -> np.ndarray:
+    return np.asarray(open_mask(cell, name).resize((size, size), Image.Resampling.NEAREST))
 
 
 def _decode(
     table: RadiographTable,
     column: str,
-    decode: Callable[[Any, str], np.ndarray],
+    decode: Callable[[Any, str, int], np.ndarray],
     size: int,
     cache: str | os.PathLike | None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, dict[int, str]]:
+    """Pixels (n, 1, S, S) uint8 of a column, and row -> cause of what cannot be read, which is black."""
+    if column not in table.rows.column_names:
+        raise SpcxrError(f"{table.name}: no column {column!r}; there are {', '.join(table.rows.column_names)}")
     names = table.ids
-    file = None if cache is None else Path(cache) / f"{_fingerprint(table, names)}-{column}-{size}.npy"
-    if file is not None and file.is_file():
-        return torch.from_numpy(np.load(file, mmap_mode="c"))
-    pixels = np.empty((len(table), 1, size, size), dtype=np.uint8)
+    file = None if cache is None else Path(cache) / f"{fingerprint(table)}-{column}-{size}.npy"
+    kept = None if file is None else _read_cache(file)
+    pixels, rows = (np.zeros((len(table), 1, size, size), np.uint8), range(len(table))) if kept is None else kept
+    broken: dict[int, str] = {}
 
     def fill(row: int) -> None:
-        pixels[row, 0] = decode(table.rows[column][row].as_py(), f"{table.name}: {names[row]}")
+        try:
+            pixels[row, 0] = decode(table.rows[column][row].as_py(), f"{table.name}: {names[row]}", size)
+        except SpcxrError as error:
+            broken[row] = str(error)
 
     # Threads, not processes: Pillow decodes and resizes outside the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(pool.map(fill, range(len(table))), total=len(table), desc=f"decoding {table.name}", unit="image"):
+        for _ in tqdm(pool.map(fill, rows), total=len(rows), desc=f"decoding {table.name}", unit="image"):
             pass
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as stream:
-            np.save(stream, pixels)
-        partial.replace(file)
-    return torch.from_numpy(pixels)
+    if file is not None and kept is None:
+        _write_cache(file, pixels, sorted(broken))
+    return torch.from_numpy(pixels), broken
 
 
-def _fingerprint(table: RadiographTable, names: list[str]) -> str:
+def _read_cache(file: Path) -> tuple[np.ndarray, Sequence[int]] | None:
+    """Pixels, mapped, and the rows that were broken: they are tried again, since a file may have been mended."""
+    if not file.is_file():
+        return None
+    beside = file.with_suffix(".broken.json")
+    return np.load(file, mmap_mode="c"), json.loads(beside.read_bytes()) if beside.is_file() else []
+
+
+def _write_cache(file: Path, pixels: np.ndarray, broken: list[int]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if broken:  # first, so that pixels never stand there without it
+        _write_aside(file.with_suffix(".broken.json"), lambda stream: stream.write(json.dumps(broken).encode()))
+    _write_aside(file, lambda stream: np.save(stream, pixels))
+
+
+def _write_aside(file: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write beside the file's place and put it there when it is whole: another process sees all of it or nothing."""
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    with partial.open("wb") as stream:
+        write(stream)
+    partial.replace(file)
+
+
+def fingerprint(table: RadiographTable) -> str:
     """Names the rows and their files, so that a cache of others is never taken for theirs."""
     images = table.rows["image"]
     lengths = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
@@ -240,7 +324,7 @@ def _fingerprint(table: RadiographTable, names: list[str]) -> str:
     files = [
         _stamp(Path(path)) for path, length in zip(paths, lengths, strict=True) if length is None and path is not None
     ]
-    return hashlib.sha256(json.dumps([table.name, names, lengths, files]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([table.name, table.ids, lengths, files]).encode()).hexdigest()[:16]
 
 
 def _stamp(path: Path) -> list:

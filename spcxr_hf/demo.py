@@ -32,6 +32,7 @@ from .corruption import GroupMasking
 from .dicom import quiet
 from .errors import SpcxrError
 from .hub import Installed, install_checkpoints
+from .lungs import LungAreas, measure_lungs
 from .pictures import overlay, to_grey
 from .radiograph import file_kind, read_radiograph
 
@@ -40,7 +41,6 @@ EXAMPLE = "RG1_UNCR.dcm"  # a chest radiograph, postero-anterior, in the package
 GET_DEMO = 'pip install "spcxr-hf[demo]"'
 
 SEED = 0
-SMALLEST_LUNG = 0.1  # of the larger one; a second region below that is no lung but an island
 PANEL_INCHES, TITLE_INCHES, DOTS_PER_INCH = 3.2, 0.45, 110
 
 
@@ -66,14 +66,6 @@ class Reconstructed(NamedTuple):
     composed: torch.Tensor
     mask: torch.Tensor
     error: float  # mean absolute error over the corrupted pixels, on the scale 0..1
-
-
-class LungAreas(NamedTuple):
-    """Shares of the image, 0..1: all that is lung, and the two lungs by the side of the image that they lie on."""
-
-    total: float
-    image_left: float
-    image_right: float
 
 
 @dataclass(frozen=True)
@@ -244,65 +236,6 @@ def segment_lungs(lungs: Loaded, radiograph: Image.Image) -> torch.Tensor:
     outputs = lungs.model(**inputs)
     size = (radiograph.height, radiograph.width)
     return lungs.processor.post_process_semantic_segmentation(outputs, target_sizes=[size])[0] == labels["lung"]
-
-
-# ---- areas -------------------------------------------------------------------------------------------------------
-
-
-def measure_lungs(mask: np.ndarray) -> LungAreas:
-    """The area of the mask (height, width), boolean, and of the two lungs in it.
-
-    The lungs are the two largest connected regions. Where there is one, or the second is a mere island, as when the two
-    have grown together, the column through the mask's centre of mass parts them instead.
-    """
-    total = int(mask.sum())
-    if total == 0:
-        return LungAreas(0.0, 0.0, 0.0)
-    areas, centres = connected_regions(mask)
-    largest = np.argsort(areas)[::-1][:2]
-    if len(largest) == 2 and areas[largest[1]] >= SMALLEST_LUNG * areas[largest[0]]:
-        first, second = sorted(largest, key=lambda region: centres[region])
-        left, right = areas[first], areas[second]
-    else:
-        middle = round((mask.sum(axis=0) * (np.arange(mask.shape[1]) + 0.5)).sum() / total)
-        left, right = mask[:, :middle].sum(), mask[:, middle:].sum()
-    return LungAreas(total / mask.size, float(left) / mask.size, float(right) / mask.size)
-
-
-def connected_regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Area in pixels and mean column of each region of a boolean mask (height, width) whose pixels touch by a side.
-
-    Row by row: a row is a few runs of true pixels, and a run belongs to the regions of the runs that it touches in the
-    row above.
-    """
-    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    rows, starts = np.nonzero(edges == 1)
-    ends = np.nonzero(edges == -1)[1]  # exclusive; in the same order
-    regions = _join_runs(rows.tolist(), starts.tolist(), ends.tolist())
-    _, region = np.unique(regions, return_inverse=True)
-    lengths = ends - starts
-    areas = np.bincount(region, weights=lengths)
-    return areas, np.bincount(region, weights=lengths * (starts + ends) / 2) / areas
-
-
-def _join_runs(rows: list[int], starts: list[int], ends: list[int]) -> list[int]:
-    """For each run, sorted by row and start, the index of a run that stands for its region."""
-    parents = list(range(len(rows)))
-
-    def representative(run: int) -> int:
-        while parents[run] != run:
-            parents[run] = run = parents[parents[run]]
-        return run
-
-    above = 0  # the first run of the row above that is not wholly left of this one
-    for run, row in enumerate(rows):
-        while rows[above] < row - 1 or (rows[above] == row - 1 and ends[above] <= starts[run]):
-            above += 1
-        touching = above
-        while rows[touching] == row - 1 and starts[touching] < ends[run]:
-            parents[representative(touching)] = representative(run)
-            touching += 1
-    return [representative(run) for run in range(len(rows))]
 
 
 # ---- the picture -------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ pacemaker can have no finding).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -131,6 +132,66 @@ def label_struct(labels: Mapping[str, Sequence | np.ndarray], uncertain: Uncerta
     columns = [resolve(values, uncertain, name) for name, values in labels.items()]
     # null, not NaN: what reads a cell of the struct would take NaN for true
     return pa.StructArray.from_arrays([pa.array(column, from_pandas=True) for column in columns], names)
+
+
+# ---- cells as targets ------------------------------------------------------------------------------------------
+
+
+def parse_classes(words: Sequence[str]) -> dict[str, list[str]]:
+    """Class -> the labels that count as it, of words such as `normal` and `pneumonia=bacterial+viral`.
+
+    Raises:
+        SpcxrError: a class stands twice.
+    """
+    pairs = [word.partition("=") for word in words]
+    classes = {name: labels.split("+") if labels else [name] for name, _, labels in pairs}
+    if len(classes) < len(words):
+        raise SpcxrError(f"a class stands twice among {' '.join(words)}")
+    return classes
+
+
+def names_in(cell: Any, multi_label: bool) -> list[str]:
+    """The labels that one cell of a column names.
+
+    Args:
+        cell: A word or a number; a list of findings, which counts as `normal` where it is empty and `abnormal` else;
+            with `multi_label` a list of the labels that hold, or a struct with a field for each; None: missing.
+        multi_label: Whether labels may hold together.
+
+    Raises:
+        SpcxrError: labels may hold together, but the cell is neither list nor struct.
+    """
+    if cell is None:
+        return []
+    if multi_label and not isinstance(cell, list | dict):
+        raise SpcxrError(f"multi_label needs lists or structs in the column of labels; it holds {cell!r}")
+    if isinstance(cell, list) and not multi_label:
+        return ["abnormal" if cell else "normal"]
+    return [str(name) for name in cell] if multi_label else [str(cell)]
+
+
+def targets_of(cell: Any, classes: Mapping[str, Sequence[str]], multi_label: bool) -> list[float]:
+    """1, 0 or NaN (not known) for each class, of one cell as `names_in` takes it.
+
+    Args:
+        classes: Class -> the labels that count as it. A class of several labels holds where one of them does.
+        multi_label: Whether labels may hold together; where not, a cell that names none of the classes is not known.
+    """
+    if cell is None:
+        return [math.nan] * len(classes)
+    if isinstance(cell, dict):
+        return [_joined([cell.get(label) for label in labels]) for labels in classes.values()]
+    names = names_in(cell, multi_label)
+    targets = [float(any(label in names for label in labels)) for labels in classes.values()]
+    return targets if multi_label or any(targets) else [math.nan] * len(classes)
+
+
+def _joined(values: list[Any]) -> float:
+    """1 where one of these labels holds, NaN where one is not known, else 0."""
+    return 1.0 if any(values) else math.nan if None in values else 0.0
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------
 
 
 def label_names(tables: Any) -> list[str]:

@@ -74,7 +74,7 @@ def read_radiograph(
     name, content = _read_bytes(source)
     try:
         if isinstance(content, bytes) and (kind := file_kind(content, name)) != "DICOM":
-            image, colour = _read_picture(content, kind)
+            image, colour = _read_picture(content, kind, name)
         else:
             image, colour = read_dicom(content, full_depth=full_depth, window=window), 0.0
     except SpcxrError as error:
@@ -155,8 +155,10 @@ def file_kind(data: bytes, name: str = "") -> str | None:
 # ---- pictures ----------------------------------------------------------------------------------------------------
 
 
-def _read_picture(data: bytes, kind: str | None) -> tuple[Image.Image, float]:
+def _read_picture(data: bytes, kind: str | None, name: str) -> tuple[Image.Image, float]:
     """PNG, JPEG, TIFF, WebP or BMP -> mode `L` or `I;16`, and how colourful it was."""
+    if kind is None and name.lower().endswith(".img"):
+        raise SpcxrError("a raw .IMG, as JSRT ships, has no header; spcxr_hf.masks.convert_jsrt makes PNG files")
     if kind is None:
         raise SpcxrError("not a PNG, JPEG, TIFF, WebP, BMP or DICOM file")
     try:

@@ -19,14 +19,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -34,66 +34,12 @@ from transformers import PreTrainedModel
 from .checkpoints import resume, save_checkpoint, written_aside
 from .data import MicroBatch, StepPlan
 from .errors import SpcxrError
-from .recipe import save_recipe
+from .launch import RunArguments, check_launch, check_run, learning_rate_schedule, prepare_folder
 from .report import write_report
-from .training import CosineSchedule, StepLog, set_schedule
+from .sharding import Shards, own_share, whole_tensor
+from .training import StepLog, set_schedule
 
-# Every process holds the whole model.
-PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-@dataclass
-class RunArguments:
-    """What the command lines of all training scripts share."""
-
-    data: str = field(metadata={"help": "Parquet shards or a folder of pictures"})
-    output: str = field(metadata={"help": "folder for checkpoints, pictures and the log"})
-    cache: str = field(
-        default="memory", metadata={"help": "where decoded images are kept: none (read on the way), memory or device"}
-    )
-    cache_folder: str | None = field(
-        default=None, metadata={"help": "folder that keeps the decoded images between starts"}
-    )
-    stored_size: int = field(default=256, metadata={"help": "images are kept at this size, in pixels"})
-    workers: int = field(default=2, metadata={"help": "processes that read images on the way, with --cache none"})
-    image_size: int = field(default=224, metadata={"help": "side of the input in pixels, a multiple of 16"})
-    init_from: str | None = field(
-        default=None, metadata={"help": "checkpoint to start from, of any task and image size"}
-    )
-    attention: str = field(
-        default="sdpa", metadata={"help": "attention implementation; eager is faster on a CPU below 224 px"}
-    )
-    drop_path_rate: float = field(default=0.1, metadata={"help": "stochastic depth of the last block"})
-    steps: int = field(default=1000, metadata={"help": "optimiser steps in all"})
-    batch_size: int = field(default=64, metadata={"help": "images per optimiser step over all processes"})
-    micro_batch_size: int = field(
-        default=32, metadata={"help": "images per forward pass; batch_size / this is a multiple of the processes"}
-    )
-    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
-    final_learning_rate: float = field(default=1e-6, metadata={"help": "learning rate at the end of the cosine"})
-    warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up"})
-    decay_steps: int | None = field(
-        default=None, metadata={"help": "length of the cosine at the end; all steps after the warm-up by default"}
-    )
-    weight_decay: float = field(default=0.05, metadata={"help": "weight decay of AdamW"})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    ema_decay: float = field(
-        default=0.0, metadata={"help": "decay of the weights' moving average, which becomes the final model; 0: none"}
-    )
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
-    deterministic: bool = field(default=False, metadata={"help": "refuse algorithms that give other results each time"})
-    save_every: int = field(default=500, metadata={"help": "steps between checkpoints"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "how many of the newest checkpoints to keep"})
-    log_every: int = field(default=20, metadata={"help": "steps between rows of the log"})
-    max_skipped: int = field(
-        default=10, metadata={"help": "stop after so many steps in a row whose loss is not a finite number"}
-    )
-    trackers: list[str] = field(
-        default_factory=list, metadata={"help": "where else to log: tensorboard, trackio, wandb, ..."}
-    )
-    seed: int = field(default=0, metadata={"help": "everything random follows from it"})
+__all__ = ["Run", "RunArguments", "StepSource", "check_run", "learning_rate_schedule", "start_accelerator"]
 
 
 class StepSource(Protocol):
@@ -111,7 +57,9 @@ class Run:
         output: Where everything is written.
         state: What the run needs to go on besides weights and optimiser, as JSON: "step", "seconds", "skipped", and
             whatever the script adds.
-        model: The model as it is trained (wrapped by Accelerate); `bare_model` is the model itself.
+        model: The model as it is trained (wrapped by Accelerate, or sharded); `bare_model` is the model itself.
+        optimizer: AdamW.
+        scaler: What scales the loss of an fp16 run; it does nothing in others.
         scores: What the script measured in this step; goes into the log and to the trackers.
         is_due: Whether a checkpoint follows this step.
     """
@@ -133,7 +81,12 @@ class Run:
         )
         self.scores: dict[str, Any] = {}
         self.is_due = False
+        # Not Accelerate's: that has none on a CPU, where it would run fp16 in float32 without a word.
+        self._is_fp16 = arguments.mixed_precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self._is_fp16)
+        self._shards: Shards | None = None
         self._average: dict[str, torch.Tensor] | None = None
+        self._whole_average: dict[str, torch.Tensor] | None = None
         self._asked_to_stop = self._stop = False
         self._unsynchronised = ExitStack()
         if self.is_main:
@@ -147,28 +100,51 @@ class Run:
 
     @property
     def bare_model(self) -> PreTrainedModel:
-        """The model without Accelerate's wrapping."""
+        """The model without wrapping. Of a sharded run it has its weights where `is_due`, and when the run is over."""
+        if self._shards is not None:
+            return self._shards.whole
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def start(self, model: PreTrainedModel, groups: list[dict], **state: Any) -> None:
         """Take a model and AdamW's parameter groups; go on from the newest checkpoint, or begin with `state`."""
+        is_sharded = self.arguments.shard and self.plan.processes > 1
+        if not is_sharded:
+            model.to(self.accelerator.device)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, self.arguments.adam_beta2), fused=True)
         self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "skipped": 0, "without_best": 0, **state}
         found = resume(self.output, model, optimizer)
+        average = None
         if found is not None:
-            saved, self._average = found
+            saved, average = found
+            if (scaler := saved.pop("scaler", None)) is not None:
+                self.scaler.load_state_dict(scaler)
             self.state.update(saved)
-            if "scaler" in saved and self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(saved["scaler"])
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        if self.arguments.ema_decay and self._average is None:
-            self._average = {name: value.detach().clone() for name, value in self._averaged()}
-        elif self._average is not None:
-            self._average = {name: value.to(self.accelerator.device) for name, value in self._average.items()}
+        if is_sharded:
+            self._shards = Shards(model, optimizer, self.accelerator.device)
+            self.model, self.optimizer = self._shards.model, self._shards.optimizer
+        else:
+            self.model, self.optimizer = self.accelerator.prepare_model(model), optimizer
+        self._start_average(average)
         self._step_model = torch.compile(self.model) if self.arguments.compile else self.model
+        if self._is_over:
+            self._fill()
 
-    def _averaged(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, value) for name, value in self.bare_model.named_parameters() if value.requires_grad]
+    def _start_average(self, saved: dict[str, torch.Tensor] | None) -> None:
+        if saved is not None and self._shards is not None:
+            self._average = self._shards.divide(saved)
+        elif saved is not None:
+            self._average = {name: value.to(self.accelerator.device) for name, value in saved.items()}
+        elif self.arguments.ema_decay:
+            self._average = {name: value.detach().clone() for name, value in self._trained()}
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that are averaged, or this process's shares of them."""
+        model = self.bare_model if self._shards is None else self._shards.model
+        return [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+
+    @property
+    def _is_over(self) -> bool:
+        return bool(self.state["step"] >= self.arguments.steps or self.state.get("stopped_early"))
 
     def steps(self, source: StepSource) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The number of every step that is left, from 0, and this process's micro-batches; logs and saves behind each.
@@ -199,6 +175,9 @@ class Run:
                     break
 
     def _begin(self, micro_batches: list[MicroBatch]) -> None:
+        if self._shards is not None:
+            self._shards.empty()
+            self._whole_average = None
         self.scores = {}
         self._ids = [name for micro_batch in micro_batches for name in micro_batch.ids]
         self._left = len(micro_batches)
@@ -209,16 +188,24 @@ class Run:
     def forward(self, micro_batch: MicroBatch) -> Iterator[nn.Module]:
         """The model, for its pass over a micro-batch: with its random numbers, in the run's precision."""
         self._left -= 1
-        if self._left:  # processes exchange their gradients behind the last micro-batch only
+        # Processes exchange their gradients behind the last micro-batch only; those of a sharded model behind each, or
+        # else every process would hold all of them.
+        if self._left and self._shards is None:
             self._unsynchronised.enter_context(self.accelerator.no_sync(self.model))
         torch.manual_seed(micro_batch.seed)  # stochastic depth
-        with self.accelerator.autocast():
+        with self.autocast():
             yield self._step_model
+
+    def autocast(self) -> AbstractContextManager:
+        """The run's precision."""
+        if self._is_fp16:
+            return torch.autocast(self.accelerator.device.type, torch.float16)
+        return self.accelerator.autocast()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of the micro-batch that has just gone forward."""
         self._losses.append(loss.detach().float())
-        self.accelerator.backward(loss / self._count)
+        self.scaler.scale(loss / self._count).backward()
         self._unsynchronised.close()
 
     def update(self, learning_rate: float, weight_decay: float) -> None:
@@ -228,21 +215,46 @@ class Run:
             SpcxrError: `max_skipped` steps in a row had no finite loss; the message names the images of the last.
         """
         set_schedule(self.optimizer, learning_rate, weight_decay)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
+        self.scaler.unscale_(self.optimizer)
+        norm = whole_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm))
         loss = torch.stack(self._losses).mean()
-        told = torch.stack([loss, torch.tensor(float(self._asked_to_stop), device=loss.device)])
-        loss_value, stop = self.accelerator.reduce(told, "mean").tolist()
+        told = torch.stack([loss, torch.tensor(float(self._asked_to_stop), device=loss.device), norm])
+        loss_value, stop, norm_value = self.accelerator.reduce(told, "mean").tolist()
         self._stop = stop > 0
-        # A scaled gradient (fp16) may overflow: that is the scaler's to see to. The norm is the same on all processes.
-        finite = math.isfinite(loss_value) and (self.accelerator.scaler is not None or math.isfinite(float(norm)))
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             self.optimizer.step()
             self._in_a_row = 0
             self._update_average()
         self.optimizer.zero_grad()
         self._row = {"loss": round(loss_value, 5), "learning_rate": f"{learning_rate:.3g}"}
-        if not finite:
+        was_too_large = self._update_scale()
+        if math.isfinite(loss_value) and was_too_large:
+            self.state["overflows"] = self.state.get("overflows", 0) + 1
+        elif not finite:
             self._skip()
+        if self.is_due:
+            self._fill()
+
+    def _update_scale(self) -> bool:
+        """Adapt the scale of an fp16 run's loss; whether it was what made gradients overflow in this step.
+
+        A scale above 1 may have been, and is halved. Gradients that still overflow at 1 have another fault, which the
+        run must not go on with for ever.
+        """
+        if not self._is_fp16:
+            return False
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        return before > 1 and self.scaler.get_scale() < before
+
+    def _fill(self) -> None:
+        """Have the weights of a sharded model in `bare_model`, on every process, and their average beside it."""
+        if self._shards is None or self._shards.is_filled:
+            return
+        self._shards.fill()
+        if self._average is not None:
+            self._whole_average = {name: whole_tensor(value) for name, value in self._average.items()}
 
     def _skip(self) -> None:
         self.state["skipped"] += 1
@@ -259,27 +271,29 @@ class Run:
     def _update_average(self) -> None:
         if self._average is None:
             return
-        for name, value in self._averaged():
-            self._average[name].lerp_(value, 1 - self.arguments.ema_decay)
+        for name, value in self._trained():
+            own_share(self._average[name]).lerp_(own_share(value), 1 - self.arguments.ema_decay)
 
     @contextmanager
     def averaged(self) -> Iterator[PreTrainedModel]:
-        """The bare model with its averaged weights, where the run keeps them, and with its own again afterwards."""
+        """The bare model with its averaged weights, where the run keeps them, and with its own again afterwards.
+
+        Raises:
+            RuntimeError: of a sharded run: no checkpoint is due, so that no process has the weights.
+        """
+        if self._shards is not None and not self._shards.is_filled:
+            raise RuntimeError("a sharded run has its weights together only where run.is_due")
         model = self.bare_model
-        if self._average is None:
+        average = self._average if self._shards is None else self._whole_average
+        if average is None:
             yield model
             return
-        own = {name: value.detach().clone() for name, value in self._averaged()}
-        self._put(self._average)
+        own = {name: value.detach().clone() for name, value in model.named_parameters() if name in average}
+        put_parameters(model, average)
         try:
             yield model
         finally:
-            self._put(own)
-
-    @torch.no_grad()
-    def _put(self, values: dict[str, torch.Tensor]) -> None:
-        for name, value in self._averaged():
-            value.copy_(values[name])
+            put_parameters(model, own)
 
     def collect(self, own: list) -> list:
         """The items of all processes, where this one holds those at process, process + processes, ... (tensors too)."""
@@ -319,20 +333,18 @@ class Run:
             self.accelerator.log({name: float(value) for name, value in row.items() if value != ""}, step=done)
 
     def _save(self) -> None:
+        """Write a checkpoint; all processes call it, the main one writes."""
         self.state["seconds"] = round(time.perf_counter() - self._started, 1)
-        if self.accelerator.scaler is not None:
-            self.state["scaler"] = self.accelerator.scaler.state_dict()
+        state = {name: value for name, value in self.state.items() if name != "step"}
+        if self._is_fp16:
+            state["scaler"] = self.scaler.state_dict()
+        optimizer, average = self.optimizer, self._average
+        if self._shards is not None:
+            self._fill()
+            optimizer, average = self._shards.gather_optimizer(keep=self.is_main), self._whole_average
         if self.is_main:
-            state = {name: value for name, value in self.state.items() if name != "step"}
-            save_checkpoint(
-                self.output,
-                self.state["step"],
-                self.bare_model,
-                self.optimizer,
-                state,
-                self.arguments.keep_checkpoints,
-                self._average,
-            )
+            keep = self.arguments.keep_checkpoints
+            save_checkpoint(self.output, self.state["step"], self.bare_model, optimizer, state, keep, average)
 
     def draw_curves(self, curves: dict[str, str], y_label: str = "") -> None:
         """Write the log's columns as `loss.png`; `curves` maps what a curve is called to its column."""
@@ -347,9 +359,11 @@ class Run:
             "seconds": seconds,
             "images per second": self.state["step"] * self.plan.batch_size / seconds if seconds else 0.0,
             "steps skipped, loss not finite": self.state["skipped"],
-            "processes": self.plan.processes,
+            "processes": f"{self.plan.processes}{', sharded' if self._shards is not None else ''}",
             "device": self._device_name(),
         }
+        if self._is_fp16:
+            figures["steps skipped, loss scale too high"] = self.state.get("overflows", 0)
         if "best" in self.state:
             figures[f"best {self.state['best_metric']}"] = f"{self.state['best']} (step {self.state['best_step']})"
         write_report(self.output, title, figures, asdict(self.arguments), pictures)
@@ -393,66 +407,24 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
     """The processes that this run consists of.
 
     Raises:
-        SpcxrError: several processes were started and do not know of each other: each would train on all the data and
-            write over the others' checkpoints.
+        SpcxrError: they were started in a way that would fail late or not do what was meant; see `check_launch`.
     """
     trackers = list(arguments.trackers)
     accelerator = Accelerator(
-        mixed_precision=arguments.mixed_precision, log_with=trackers or None, project_dir=arguments.output
+        # fp16 is the run's own: see `Run.scaler`.
+        mixed_precision="no" if arguments.mixed_precision == "fp16" else arguments.mixed_precision,
+        log_with=trackers or None,
+        project_dir=arguments.output,
     )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
-        raise SpcxrError(
-            f"{started} processes were started but each runs alone; "
-            "on a CPU start them by `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
-        )
-    if accelerator.distributed_type not in PLAIN:
-        raise SpcxrError(
-            f"{accelerator.distributed_type.value} divides the model among the processes; checkpoints hold it whole: "
-            "use data parallelism (DDP), every preset fits one GPU"
-        )
+    check_launch(accelerator)
     if trackers:
         accelerator.init_trackers("spcxr", config={name: str(value) for name, value in asdict(arguments).items()})
     return accelerator
 
 
-def check_run(arguments: RunArguments) -> None:
-    """Refuse a command line that would fail late.
-
-    Raises:
-        SpcxrError: a value is out of its range; the message names it.
-    """
-    choices = {"cache": ("none", "memory", "device"), "mixed_precision": ("no", "bf16", "fp16")}
-    for name, allowed in choices.items():
-        if (value := getattr(arguments, name)) not in allowed:
-            raise SpcxrError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}; got {value!r}")
-    least = {"steps": 1, "save_every": 1, "log_every": 1, "keep_checkpoints": 1, "max_skipped": 1, "workers": 0}
-    for name, lowest in least.items():
-        if (value := getattr(arguments, name)) < lowest:
-            raise SpcxrError(f"{name} must be at least {lowest}; got {value}")
-    if not 0 <= arguments.ema_decay < 1:
-        raise SpcxrError(f"ema_decay must lie in [0, 1); got {arguments.ema_decay}")
-
-
-def prepare_folder(output: Path, arguments: RunArguments) -> None:
-    """Make the run's folder, with the resolved recipe in it.
-
-    Raises:
-        SpcxrError: it cannot be written to.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        save_recipe(arguments, output / "recipe.yaml")
-    except OSError as error:
-        raise SpcxrError(f"{output}: cannot be written to ({error})") from error
-
-
-def learning_rate_schedule(arguments: RunArguments) -> CosineSchedule:
-    """The learning rate over the steps of a run."""
-    return CosineSchedule(
-        arguments.learning_rate,
-        arguments.final_learning_rate,
-        arguments.warmup_steps,
-        arguments.steps,
-        arguments.decay_steps,
-    )
+@torch.no_grad()
+def put_parameters(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Copy values by name into a model's parameters; those that have none stay."""
+    for name, parameter in model.named_parameters():
+        if name in values:
+            parameter.copy_(values[name])

@@ -30,18 +30,19 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .data import MicroBatch, StepPlan, open_image, step_seed
+from .data import MicroBatch, OnError, StepPlan, open_image, step_seed
 from .errors import SpcxrError
 from .shards import Row, ShardIndex, Source, read_index
 
 DEALING, UNIT_ORDER, ROW_ORDER = -1, -2, -3  # keep the three permutations apart, and from the seeds of the steps
+LEAST_SEEN = 1000  # images after which a share of broken ones is believed
 
 
 # ---- who reads what, in which order ----------------------------------------------------------------------------
@@ -196,6 +197,7 @@ class StreamingRadiographs:
 
     With `on_error="skip"` a broken image is left out and named in `StreamedBatch.skipped`, and `skipped` here: the
     micro-batch is smaller, its lane goes on by as many rows as ever (or the position would not follow from the step).
+    Where more than half are broken, of the first 1,000 images or of all there are, it ends in any case.
 
     Workers take the micro-batches in turn. Where their number does not divide the process's lanes, several workers read
     the same units (each decodes its own images only): choose a divisor where reading is slow or memory scarce.
@@ -226,7 +228,7 @@ class StreamingRadiographs:
         *,
         columns: Sequence[str] = (),
         window: int = 8,
-        on_error: Literal["stop", "skip"] = "stop",
+        on_error: OnError = "stop",
     ):
         _check_least(1, stored_size=stored_size, window=window)
         _check_least(0, workers=workers)
@@ -272,12 +274,14 @@ class StreamingRadiographs:
 
         Raises:
             SpcxrError: there are too few rows; an image or a shard cannot be read, or (with "skip") none of a
-                micro-batch; a worker died. The message names it.
+                micro-batch, or more than half of them; a worker died. The message names it.
         """
         _check_least(0, first_step=first_step)
         steps = range(first_step, sys.maxsize if last_step is None else last_step)
+        lanes = self.lanes(plan)
+        seen, lost, enough = 0, 0, min(LEAST_SEEN, sum(map(len, lanes)))
         loader = DataLoader(
-            _MicroBatches(self.index, self.lanes(plan), steps, plan.lane_size, self),
+            _MicroBatches(self.index, lanes, steps, plan.lane_size, self),
             batch_size=None,
             num_workers=self.workers,
             collate_fn=_as_it_is,
@@ -288,6 +292,12 @@ class StreamingRadiographs:
                 if isinstance(made, SpcxrError):
                     raise made
                 self.skipped |= made.skipped
+                seen, lost = seen + len(made.ids) + len(made.skipped), lost + len(made.skipped)
+                if 2 * lost > seen >= enough:
+                    example = next(reversed(self.skipped.values()))
+                    raise SpcxrError(
+                        f"{self.index.name}: {lost} of {seen} files are broken, more than half; one of them: {example}"
+                    )
                 yield made
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):

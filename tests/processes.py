@@ -32,7 +32,7 @@ def start_group(
     ]
 
 
-def finish(processes: Sequence[BaseProcess], timeout: float = 120) -> list[int | None]:
+def finish(processes: Sequence[BaseProcess], timeout: float = 300) -> list[int | None]:
     """Wait for all; their exit codes."""
     for process in processes:
         process.join(timeout)

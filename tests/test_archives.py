@@ -14,19 +14,12 @@ from made_up import encoded, picture, write_set
 from PIL import Image
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.archives import (
-    ARCHIVES,
-    convert_jsrt,
-    read_archive,
-    read_jsrt_image,
-    read_mask,
-    read_set,
-    rle_mask,
-    with_masks,
-)
+from spcxr_hf.archives import ARCHIVES, read_archive, read_set
 from spcxr_hf.data import RadiographTable, decode_images, decode_masks
 from spcxr_hf.labels import CHEXPERT14, COMMON, NIH14, VINDR28, label_matrix, label_names
 from spcxr_hf.manifests import SCHEMA, unite
+from spcxr_hf.masks import convert_jsrt, read_jsrt_image, read_mask, rle_mask, with_masks
+from spcxr_hf.radiograph import read_radiograph
 
 NAN = float("nan")
 
@@ -596,6 +589,8 @@ def test_jsrt_files_that_are_none(tmp_path, data, said):
     (tmp_path / "JPCLN001.IMG").write_bytes(data)
     with pytest.raises(SpcxrError, match=said):
         read_jsrt_image(tmp_path / "JPCLN001.IMG")
+    with pytest.raises(SpcxrError, match=r"JPCLN001.IMG: a raw .IMG, as JSRT ships, .*spcxr_hf.masks.convert_jsrt"):
+        read_radiograph(tmp_path / "JPCLN001.IMG")
     with pytest.raises(SpcxrError, match="none.IMG: No such file"):
         read_jsrt_image(tmp_path / "none.IMG")
 

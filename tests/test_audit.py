@@ -14,7 +14,7 @@ from spcxr_hf import audit as module
 from spcxr_hf.audit import audit
 from spcxr_hf.data import RadiographTable, read_table
 from spcxr_hf.errors import SpcxrError
-from tests.made_up import STRUCT, encoded
+from tests.made_up import STRUCT, encoded, write_set
 from tests.test_leaks import crop, radiograph
 
 VOID = {"meta", "img", "br", "link"}
@@ -222,3 +222,12 @@ def test_refusals(table, tmp_path, settings, message):
         audit(table, tmp_path / "file")
     with pytest.raises(SpcxrError, match="no rows to audit"):
         audit(RadiographTable(table.rows.slice(0, 0), "none"), tmp_path / "out")
+
+
+def test_a_broken_image_ends_the_audit_where_that_is_asked_for(tmp_path):
+    rows = read_table(write_set(tmp_path / "set.parquet", ["train", "val"], unreadable=["val"]))
+    with pytest.raises(SpcxrError, match=r"set\.parquet: row 1"):
+        audit(rows, tmp_path / "page", on_error="stop")
+    assert not list((tmp_path / "page").iterdir())
+    with pytest.raises(SpcxrError, match="on_error must be stop or skip; got 'never'"):
+        audit(rows, tmp_path / "page", on_error="never")

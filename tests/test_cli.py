@@ -1,14 +1,46 @@
 """The command line: what it prints, and one line instead of a traceback."""
 
+import json
+import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
+from PIL import Image
 from test_hub import make_checkpoint
+from test_inference import save_model, save_pictures
 from typer.testing import CliRunner
 
 import spcxr_hf
-from spcxr_hf import cli
+from spcxr_hf import (
+    SpcxrForImageClassification,
+    SpcxrForPreTraining,
+    SpcxrForSemanticSegmentation,
+    cli,
+    tasks,
+    writers,
+)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    return save_model(SpcxrForImageClassification, tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory) -> Path:
+    names = {0: "background", 1: "lung"}
+    return save_model(SpcxrForSemanticSegmentation, tmp_path_factory.mktemp("segmenter"), id2label=names)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    return save_model(SpcxrForPreTraining, tmp_path_factory.mktemp("pretrained"))
 
 
 @pytest.fixture
@@ -93,3 +125,172 @@ def test_demo_hands_everything_on(tmp_path, monkeypatch):
     cards, output = tmp_path / "cards", tmp_path / "out.png"
     assert run_main(monkeypatch, "demo", tmp_path / "in.png", "--output", output, "--checkpoints", cards) == 0
     assert calls == [(tmp_path / "in.png", output, cards)]
+
+
+# Many files through a model
+
+
+def lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_predict_to_a_pipe_is_json_lines_and_nothing_else(tmp_path, classifier, monkeypatch, capsys):
+    save_pictures(tmp_path / "scans", 3)
+    assert run_main(monkeypatch, "predict", tmp_path / "scans", "--model", classifier, "--batch-size", 2) == 0
+    printed = capsys.readouterr()
+    assert [Path(record["path"]).name for record in lines(printed.out)] == ["0.png", "1.png", "2.png"]
+    assert "Research use only, not for clinical use." in printed.err
+    assert "\x1b" not in printed.out + printed.err
+
+
+@pytest.mark.parametrize(("broken", "status"), [([], 0), ([1], 3), ([0, 1, 2], 1)])
+def test_exit_status_tells_of_broken_files(tmp_path, classifier, monkeypatch, capsys, broken, status):
+    paths = save_pictures(tmp_path / "scans", 3)
+    for index in broken:
+        paths[index].write_bytes(b"no picture")
+    assert run_main(monkeypatch, "predict", tmp_path / "scans", "--model", classifier) == status
+    printed = capsys.readouterr()
+    assert len(lines(printed.out)) == 3 - len(broken)
+    assert printed.err.count("error: ") == len(broken)
+
+
+def test_resume_repeats_nothing(tmp_path, pretrained, monkeypatch, capsys):
+    paths, output = save_pictures(tmp_path / "scans", 4), tmp_path / "out.parquet"
+    paths[3].rename(tmp_path / "later.png")
+    embed = ["embed", tmp_path / "scans", "--model", pretrained, "--output", output]
+    assert run_main(monkeypatch, *embed) == 0
+    (tmp_path / "later.png").rename(paths[3])
+    assert run_main(monkeypatch, *embed) == 1
+    assert "--resume goes on with it" in capsys.readouterr().err
+    assert run_main(monkeypatch, *embed, "--resume") == 0
+    assert "1 images in" in (told := capsys.readouterr().err)
+    assert "3 were done before" in told
+    assert pq.read_table(output)["path"].to_pylist() == [str(path) for path in paths]
+
+
+def test_segment_writes_masks_and_areas(tmp_path, segmenter, monkeypatch, capsys):
+    paths = save_pictures(tmp_path / "scans" / "sub", 2)
+    words = ["segment", tmp_path / "scans", "--model", segmenter, "--masks", tmp_path / "masks"]
+    assert run_main(monkeypatch, *words) == 0
+    for path, record in zip(paths, lines(capsys.readouterr().out), strict=True):
+        mask = Image.open(record["mask"])
+        assert record["mask"] == str(tmp_path / "masks" / "sub" / path.name)
+        assert mask.size == Image.open(path).size
+        assert set(np.unique(mask)) <= {0, 255}
+    (tmp_path / "masks" / "sub" / "1.png").unlink()
+    assert run_main(monkeypatch, *words, "--resume") == 0
+    assert [Path(record["path"]).name for record in lines(capsys.readouterr().out)] == ["1.png"]
+    assert run_main(monkeypatch, *words) == 1
+    assert "--overwrite makes all anew" in capsys.readouterr().err
+    assert run_main(monkeypatch, *words[:-1], tmp_path / "scans", "--overwrite") == 1
+    assert "would be written over an input" in capsys.readouterr().err
+
+
+def test_segment_dicom(tmp_path, segmenter, monkeypatch, capsys):
+    pytest.importorskip("highdicom")
+    store = pytest.importorskip("pydicom.data")
+    import pydicom
+
+    source = store.get_testdata_file("RG1_UNCR.dcm", download=False)
+    if source is None:
+        pytest.skip("pydicom-data is not installed")
+    (png,) = save_pictures(tmp_path, 1)
+    words = ["segment", png, source, "--model", segmenter, "--masks", tmp_path / "masks", "--mask-format", "seg"]
+    assert run_main(monkeypatch, *words) == 3
+    printed = capsys.readouterr()
+    assert f"error: {png}: not a DICOM file, and a DICOM segmentation must refer to one" in printed.err
+    (record,) = lines(printed.out)
+    made, original = pydicom.dcmread(record["mask"]), pydicom.dcmread(source)
+    assert (made.Modality, made.StudyInstanceUID) == ("SEG", original.StudyInstanceUID)
+    assert (made.Rows, made.Columns) == (original.Rows, original.Columns)
+    assert made.ReferencedSeriesSequence[0].ReferencedInstanceSequence[0].ReferencedSOPInstanceUID == (
+        original.SOPInstanceUID
+    )
+    assert made.pixel_array.mean() == pytest.approx(record["lung_area"]["total"])
+    assert "research use only" in made.ContentDescription
+
+
+def test_reconstruct_and_explain_draw(tmp_path, pretrained, classifier, segmenter, monkeypatch, capsys):
+    (path,) = save_pictures(tmp_path, 1)
+    folder = tmp_path / "pictures"
+    assert run_main(monkeypatch, "reconstruct", path, "--model", pretrained, "--pictures", folder / "r") == 0
+    explain = ["explain", path, "--model", classifier, "--lungs", segmenter, "--pictures", folder / "e"]
+    assert run_main(monkeypatch, *explain) == 0
+    reconstructed, explained = lines(capsys.readouterr().out)
+    assert list(reconstructed["fills"]) == ["noise", "zeros", "block"]
+    assert Image.open(explained["picture"]).size == Image.open(path).size
+    no_lungs = ["--lungs", "none", "--overwrite", "--target", "embedding"]
+    assert run_main(monkeypatch, *explain[:4], *explain[6:], *no_lungs) == 0
+
+
+def test_two_files_with_one_picture_are_refused(tmp_path, segmenter, monkeypatch, capsys):
+    one, two = save_pictures(tmp_path / "a", 1)[0], save_pictures(tmp_path / "b", 1)[0]
+    assert run_main(monkeypatch, "segment", one, two, "--model", segmenter, "--masks", tmp_path / "masks") == 1
+    assert "give the folder above them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_ctrl_c_leaves_whole_records(tmp_path, pretrained, monkeypatch, capsys, kind):
+    save_pictures(tmp_path / "scans", 8)
+    output, batches = tmp_path / f"out.{kind}", []
+    embed = tasks.embed
+
+    def interrupted(loaded, batch):
+        batches.append(batch)
+        if len(batches) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return embed(loaded, batch)
+
+    monkeypatch.setattr(tasks, "embed", interrupted)
+    words = ["embed", tmp_path / "scans", "--model", pretrained, "--batch-size", 2, "--output", output]
+    assert run_main(monkeypatch, *words) == 130
+    assert "interrupted; what is written is whole" in capsys.readouterr().err
+    assert len(writers.finished(output, kind, str(pretrained))) == 4
+    assert run_main(monkeypatch, *words, "--resume") == 0
+    assert len(writers.finished(output, kind, str(pretrained))) == 8
+    assert len(batches) == 4
+
+
+def test_audit_takes_single_files(tmp_path, monkeypatch, capsys):
+    paths = save_pictures(tmp_path, 3)
+    paths[1].write_bytes(b"no picture")
+    assert run_main(monkeypatch, "audit", *paths, "--output", tmp_path / "audit") == 3
+    assert capsys.readouterr().out == f"{tmp_path / 'audit' / 'audit.html'}\n"
+    assert json.loads((tmp_path / "audit" / "audit.json").read_text())["broken"]
+
+
+def test_export_and_publish_hand_everything_on(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("spcxr_hf.export_vit.export_vit", lambda *given, **named: calls.append((given, named)))
+    assert run_main(monkeypatch, "export", "spcxr/base", "--to", "vit", "--output", tmp_path, "--channels", 1) == 0
+    assert calls.pop() == (("spcxr/base", tmp_path), {"num_channels": 1})
+    monkeypatch.setattr("spcxr_hf.publishing.publish", lambda *given, **named: calls.append((given, named)) or [])
+    assert run_main(monkeypatch, "publish", "base", "--namespace", "lab", "--dry-run", "--checkpoints", tmp_path) == 0
+    assert calls == [((tmp_path, "lab", False, True), {"tag": None, "only": ["base"]})]
+    assert run_main(monkeypatch, "export", "spcxr/base", "--to", "pdf", "--output", tmp_path) == 1
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", [command.callback.__name__ for command in cli.app.registered_commands])
+def test_every_command_shows_an_example(command):
+    found = CliRunner().invoke(cli.app, [command, "--help"])
+    assert found.exit_code == 0
+    assert f"Example:\n    spcxr {command}" in found.output
+
+
+@pytest.mark.slow
+def test_the_command_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['/usr/bin/spcxr', '--help']\n"
+        "from spcxr_hf.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit:\n    pass\n"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'pydicom') if name in sys.modules])\n"
+        "import spcxr_hf; from transformers import AutoConfig\n"
+        "assert spcxr_hf.SpcxrModel and AutoConfig.for_model('spcxr')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "Exit status:" in done.stdout

@@ -149,6 +149,73 @@ def test_json_round_trip(changed, tmp_path):
     )
 
 
+POINTS = {"Lung": {"youden": 0.25, "sensitivity 0.90": 0.0}, "Lung + Heart": {"youden": 1.0}}
+LABELS = {"id2label": {0: "Lung", 1: "Heart", 2: "Spine"}, "label2id": {"Lung": 0, "Heart": 1, "Spine": 2}}
+MULTI_LABEL = {"problem_type": "multi_label_classification"}
+
+
+@pytest.mark.parametrize("default", [None, "youden"])
+def test_operating_points_survive_the_disk(tmp_path, default):
+    config = tiny_config(**LABELS, operating_points=POINTS, operating_point=default)
+    config.save_pretrained(tmp_path)
+    loaded = SpcxrConfig.from_pretrained(tmp_path)
+    assert (loaded.operating_points, loaded.operating_point) == (POINTS, default)
+    assert SpcxrConfig.from_dict(config.to_dict()).operating_points == POINTS
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ({"Lung": {"youden": 1.5}}, "must lie in \\[0, 1\\]; got 1.5 for 'Lung', 'youden'"),
+        ({"Lung": {"youden": -0.01}}, "must lie in"),
+        ({"Lung": {"youden": float("nan")}}, "must lie in"),
+        ({"Lung": {}}, "no threshold for 'Lung'"),
+        ({"lung": {"youden": 0.5}}, "got 'lung', and the labels are Lung, Heart, Spine"),
+        ({"Lung + Liver": {"youden": 0.5}}, "got 'Lung \\+ Liver'"),
+        ({"Lung + Lung": {"youden": 0.5}}, "different labels"),
+        ({"Lung+Heart": {"youden": 0.5}}, "joined by"),
+        ({"Lung": {"youden": "0.5"}}, "operating_points"),
+        ({"Lung": {"youden": True}}, "operating_points"),
+        ({"Lung": {"youden": None}}, "operating_points"),
+        ({"Lung": 0.5}, "operating_points"),
+        ({0: {"youden": 0.5}}, "operating_points"),
+        ([0.5], "operating_points"),
+    ],
+    ids=str,
+)
+def test_operating_points_that_are_refused(points, message):
+    with pytest.raises((StrictDataclassError, ValueError), match=message):
+        SpcxrConfig(**LABELS, operating_points=points)
+
+
+def test_probabilities_of_labels_that_hold_together_are_not_added():
+    assert SpcxrConfig(**LABELS, **MULTI_LABEL, operating_points={"Lung": {"youden": 0.5}})
+    with pytest.raises((StrictDataclassError, ValueError), match="do not add up; got 'Lung \\+ Heart'"):
+        SpcxrConfig(**LABELS, **MULTI_LABEL, operating_points={"Lung + Heart": {"youden": 0.5}})
+
+
+def test_a_label_that_holds_a_plus_is_a_label():
+    labels = {0: "air + fluid", 1: "neither"}
+    assert SpcxrConfig(id2label=labels, **MULTI_LABEL, operating_points={"air + fluid": {"youden": 0.5}})
+
+
+@pytest.mark.parametrize("points", [None, {}, {"Lung": {"youden": 0.5}, "Heart": {"other": 0.5}}], ids=str)
+def test_the_default_operating_point_is_one_that_all_targets_have(points):
+    with pytest.raises((StrictDataclassError, ValueError), match="operating_point must be a name .* got 'youden'"):
+        SpcxrConfig(**LABELS, operating_points=points, operating_point="youden")
+
+
+@pytest.mark.parametrize("other", [{"num_labels": 2}, {"id2label": {0: "Hand", 1: "Foot"}}, LABELS], ids=str)
+def test_thresholds_stay_behind_with_their_head(other, tmp_path):
+    tiny_config(**LABELS, operating_points=POINTS, operating_point="youden").save_pretrained(tmp_path)
+    loaded = SpcxrConfig.from_pretrained(tmp_path, **other)
+    assert loaded.operating_points is None and loaded.operating_point is None
+    assert loaded.num_labels == (other.get("num_labels") or len(other["id2label"]))
+    loaded.save_pretrained(tmp_path / "again")  # saving validates
+    kept = SpcxrConfig.from_pretrained(tmp_path, image_size=64)
+    assert kept.operating_points == POINTS
+
+
 def test_two_configurations_share_nothing():
     first, second = SpcxrConfig(), SpcxrConfig()
     first.auto_map["AutoModel"] = "elsewhere.Model"

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from spcxr_hf import data
-from spcxr_hf.data import batches, decode_images, decode_masks, open_mask, read_table, step_seed
+from spcxr_hf.data import batches, decode_images, decode_masks, decode_set, open_mask, read_table, step_seed
 from spcxr_hf.errors import SpcxrError
 from tests.made_up import STRUCT, encoded, picture, write_set
 
@@ -149,6 +149,58 @@ def test_the_cache_is_not_written_through(shard, tmp_path):
     first = decode_images(table, 16, cache=tmp_path).clone()
     decode_images(table, 16, cache=tmp_path).zero_()
     assert torch.equal(decode_images(table, 16, cache=tmp_path), first)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_broken_rows_are_left_out_and_told(tmp_path, cached, monkeypatch):
+    splits = ["train", "val", "train", "train", "val"]
+    table = read_table(write_set(tmp_path / "set.parquet", splits, unreadable=["val"]))
+    cache = tmp_path / "cache" if cached else None
+    for _ in range(2):
+        found = decode_set(table, 16, cache, masks=True, on_error="skip")
+        assert found.table.ids == ["row-0", "row-2", "row-3"]
+        assert found.rows.tolist() == [0, 2, 3]
+        assert torch.equal(found.images, decode_images(found.table, 16))
+        assert torch.equal(found.masks, decode_masks(found.table, 16))
+        assert list(found.skipped) == ["row-1", "row-4"]
+        assert found.skipped["row-1"].startswith("set.parquet: row-1: ")
+        with pytest.raises(SpcxrError, match=r"set\.parquet: row-1: "):
+            decode_set(table, 16, cache)
+
+
+def test_a_mended_file_is_read_though_the_cache_has_none_of_it(tmp_path, monkeypatch):
+    table = read_table(write_set(tmp_path / "set.parquet", ["train"] * 3))
+    whole = data.open_image
+
+    def break_row_1(cell, name):
+        if name.endswith("row-1"):
+            raise SpcxrError(f"{name}: broken")
+        return whole(cell, name)
+
+    monkeypatch.setattr(data, "open_image", break_row_1)
+    assert list(decode_set(table, 16, tmp_path, on_error="skip").skipped) == ["row-1"]
+    monkeypatch.undo()
+    assert torch.equal(decode_set(table, 16, tmp_path).images, decode_images(table, 16))
+
+
+def test_a_mask_that_is_missing_counts_as_broken(tmp_path):
+    table = read_table(write_set(tmp_path / "set.parquet", ["train"] * 3))
+    cells = table.column("lung_mask")
+    place = table.rows.column_names.index("lung_mask")
+    rows = table.rows.set_column(place, "lung_mask", pa.array([None, *cells[1:]], STRUCT))
+    found = decode_set(data.RadiographTable(rows, "set"), 16, masks=True, on_error="skip")
+    assert found.skipped == {"row-0": "set: row-0: no lung mask in this row"}
+    assert len(found.images) == len(found.masks) == 2
+
+
+@pytest.mark.parametrize("on_error", ["skip", "stop"])
+def test_more_than_half_broken(tmp_path, on_error):
+    table = read_table(write_set(tmp_path / "set.parquet", ["val", "val", "train"], unreadable=["val"]))
+    message = "2 of 3 files are broken, more than half; the first: .*row-0" if on_error == "skip" else "row-0"
+    with pytest.raises(SpcxrError, match=message):
+        decode_set(table, 16, on_error=on_error)
+    with pytest.raises(SpcxrError, match="on_error must be stop or skip; got 'no'"):
+        decode_set(table, 16, on_error="no")
 
 
 # Order

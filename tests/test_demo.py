@@ -1,6 +1,7 @@
 """The main job: numbers printed, one picture written, nothing downloaded."""
 
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from test_hub import make_stand_ins
 
 from spcxr_hf import demo
-from spcxr_hf.demo import EXAMPLE, LungAreas, connected_regions, measure_lungs, run_demo
+from spcxr_hf.demo import EXAMPLE, run_demo
 from spcxr_hf.errors import SpcxrError
 
 
@@ -127,64 +128,10 @@ def test_the_example_is_not_downloaded(monkeypatch):
 
 def test_checkpoints_that_do_not_serve(checkpoints, no_network, tmp_path):
     image = picture(tmp_path / "mine.png")
-    (tmp_path / "cards").mkdir()
-    (tmp_path / "cards" / "base").symlink_to(checkpoints / "lung-segmentation")
+    shutil.copytree(checkpoints / "lung-segmentation", tmp_path / "cards" / "base")
     with pytest.raises(SpcxrError, match="spcxr/base lacks 8 weights of SpcxrForPreTraining"):
         run_demo(image, tmp_path / "out.png", tmp_path / "cards")
-    (tmp_path / "cards" / "base").unlink()
-    (tmp_path / "cards" / "other").symlink_to(checkpoints / "base")
+    shutil.rmtree(tmp_path / "cards" / "base")
+    shutil.copytree(checkpoints / "base", tmp_path / "cards" / "other")
     with pytest.raises(SpcxrError, match="needs the checkpoint spcxr/base; installed are spcxr/other"):
         run_demo(image, tmp_path / "out.png", tmp_path / "cards")
-
-
-# Areas
-
-
-def draw_mask(*boxes: tuple[int, int, int, int]) -> np.ndarray:
-    """100 x 80 pixels, true in the boxes (top, bottom, left, right)."""
-    mask = np.zeros((100, 80), dtype=bool)
-    for top, bottom, left, right in boxes:
-        mask[top:bottom, left:right] = True
-    return mask
-
-
-@pytest.mark.parametrize(
-    ("boxes", "total", "left", "right"),
-    [
-        ([], 0, 0, 0),
-        ([(10, 60, 45, 65), (10, 50, 10, 30)], 1800, 800, 1000),  # two lungs
-        ([(10, 60, 45, 65), (10, 50, 10, 30), (90, 92, 0, 5)], 1810, 800, 1000),  # and an island
-        ([(10, 60, 10, 70)], 3000, 1500, 1500),  # grown together
-        ([(10, 60, 10, 70), (90, 92, 0, 5)], 3010, 1510, 1500),  # and an island
-    ],
-)
-def test_lung_areas(boxes, total, left, right):
-    found = measure_lungs(draw_mask(*boxes))
-    assert found == pytest.approx(LungAreas(total / 8000, left / 8000, right / 8000))
-
-
-def flood_fill(mask: np.ndarray) -> list[tuple[int, float]]:
-    """Area and mean column of every region, pixel by pixel."""
-    left, found = {tuple(pixel) for pixel in np.argwhere(mask).tolist()}, []
-    while left:
-        stack, region = [left.pop()], []
-        while stack:
-            row, column = stack.pop()
-            region.append(column)
-            for neighbour in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
-                if neighbour in left:
-                    left.remove(neighbour)
-                    stack.append(neighbour)
-        found.append((len(region), sum(region) / len(region) + 0.5))
-    return sorted(found)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_connected_regions_are_those_of_a_flood_fill(seed):
-    random = np.random.default_rng(seed)
-    mask = random.random(random.integers(1, 40, 2)) < random.uniform(0.1, 0.9)
-    if not mask.any():
-        mask[0, 0] = True
-    areas, centres = connected_regions(mask)
-    found = sorted(zip(areas.tolist(), centres.tolist(), strict=True))
-    assert np.allclose(found, flood_fill(mask))

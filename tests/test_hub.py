@@ -19,6 +19,7 @@ from spcxr_hf import (
     SpcxrForPreTraining,
     SpcxrForSemanticSegmentation,
     SpcxrImageProcessor,
+    checkpoint_folder,
     hub,
 )
 from spcxr_hf.hub import install_checkpoints
@@ -227,6 +228,10 @@ def test_force_moves_main_and_removes_nothing(cards, cache, downloaded):
         ("model.safetensors", b"", "model.safetensors: damaged"),
         ("pytorch_model.bin", b"pickle", r"only safetensors are installed, and pytorch_model\.bin can be a pickle"),
         ("extra/optimizer.PT", b"pickle", r"extra/optimizer\.PT can be a pickle"),
+        ("weights.dat", b"\x80\x04\x95renamed", r"weights\.dat can be a pickle"),
+        ("weights.dat", b"PK\x03\x04renamed", r"weights\.dat can be a pickle"),
+        ("model.safetensors", (10**8).to_bytes(8, "little") + b"{}", r"a header of 100000000 bytes; at most 10000000"),
+        ("more.safetensors", (2).to_bytes(8, "little") + b"[]", r"more\.safetensors: damaged"),
     ],
 )
 def test_a_damaged_folder_is_refused_by_name(cards, cache, name, content, complaint):
@@ -239,6 +244,18 @@ def test_a_damaged_folder_is_refused_by_name(cards, cache, name, content, compla
     with pytest.raises(SpcxrError, match=rf"worse.*{complaint}"):
         install_checkpoints(cards, cache)
     assert not cache.exists()  # the good one beside it neither
+
+
+@pytest.mark.parametrize("name", ["config.json", "notes.txt", "results"])
+def test_links_are_refused(cards, cache, tmp_path, name):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "config.json").write_text("{}")
+    link = cards / "base" / name
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "outside" / ("" if name == "results" else "config.json"))
+    with pytest.raises(SpcxrError, match=rf"{name}: a symbolic link"):
+        install_checkpoints(cards, cache)
+    assert not cache.exists()
 
 
 def test_weights_cut_short_are_refused(cards, cache):
@@ -266,7 +283,7 @@ def test_a_folder_without_checkpoints_is_refused(cards, cache, tmp_path):
 
 
 def test_without_the_source_tree_the_error_says_what_to_do(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "BUNDLED", tmp_path / "site-packages" / "model_cards")
+    monkeypatch.setattr(checkpoint_folder, "BUNDLED", tmp_path / "site-packages" / "model_cards")
     with pytest.raises(SpcxrError, match="clone that and install from it.*--checkpoints FOLDER"):
         install_checkpoints(cache_dir=cache)
 

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -13,7 +15,10 @@ from spcxr_hf.labels import (
     label_matrix,
     label_names,
     label_struct,
+    names_in,
+    parse_classes,
     resolve,
+    targets_of,
 )
 
 NAN = float("nan")
@@ -138,3 +143,32 @@ def test_two_columns_of_one_label_are_refused():
         label_struct({"Effusion": [1], "Pleural_Effusion": [0]})
     with pytest.raises(SpcxrError, match="no labels"):
         label_struct({})
+
+
+def test_targets_of_a_cell():
+    classes = {"normal": ["normal"], "ill": ["viral", "bacterial"]}
+    for cell, expected in (("viral", [0, 1]), ("normal", [1, 0]), ("other", None), (None, None), ([], [1, 0])):
+        assert np.array_equal(targets_of(cell, classes, False), expected or [math.nan] * 2, equal_nan=True)
+    for cell, expected in (
+        (["viral", "normal"], [1, 1]),
+        ([], [0, 0]),
+        (None, [math.nan] * 2),
+        ({"normal": False, "viral": None, "bacterial": True}, [0, 1]),
+        ({"normal": True, "viral": None, "bacterial": False}, [1, math.nan]),
+    ):
+        assert np.array_equal(targets_of(cell, classes, True), expected, equal_nan=True)
+
+
+def test_a_class_may_join_labels():
+    words = ["normal", "pneumonia=bacterial+viral"]
+    assert parse_classes(words) == {"normal": ["normal"], "pneumonia": ["bacterial", "viral"]}
+    with pytest.raises(SpcxrError, match="a class stands twice among normal normal"):
+        parse_classes(["normal", "normal"])
+
+
+def test_what_a_cell_names():
+    assert names_in(3, False) == ["3"] and names_in(None, True) == []
+    assert (names_in([], False), names_in(["Mass"], False)) == (["normal"], ["abnormal"])
+    assert names_in({"Mass": None, "Edema": 1}, True) == ["Mass", "Edema"]
+    with pytest.raises(SpcxrError, match="multi_label needs lists or structs in the column of labels; it holds 'Mass'"):
+        names_in("Mass", True)

@@ -14,7 +14,17 @@ from PIL import Image
 from spcxr_hf import leaks
 from spcxr_hf.data import RadiographTable
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.leaks import check_leaks, find_duplicates, find_patient_leaks, read_thumbnails, refuse_leaks, thumbnail
+from spcxr_hf.leaks import (
+    LeakError,
+    check_leaks,
+    copies_to_leave_out,
+    find_duplicates,
+    find_patient_leaks,
+    read_thumbnails,
+    refuse_leaks,
+    thumbnail,
+)
+from spcxr_hf.sets import read_ids
 from tests.made_up import STRUCT, encoded, picture
 from training_scripts import check_leaks as check_leaks_script
 
@@ -248,16 +258,24 @@ def test_training_is_refused(leaking):
     with pytest.raises(
         SpcxrError, match=r"^made-up: split leaks: 1 patient\(s\) on several sides: patient 'a' in"
     ) as told:
-        refuse_leaks(leaking, "split")
+        refuse_leaks(leaking, "split", images=False)
     assert "\n" not in str(told.value) and "image pair" not in str(told.value)
     with pytest.raises(SpcxrError, match="nearly equal image pair"):
-        refuse_leaks(leaking, "split", images=True)
+        refuse_leaks(leaking, "split")
     with pytest.warns(UserWarning, match="split leaks: 1 patient"):
-        assert refuse_leaks(leaking, "split", allow=True).found
+        assert refuse_leaks(leaking, "split", allow="all").found
+    for allowed, left in (("patients", "images"), ("images", "patients")):
+        with pytest.raises(LeakError) as told:
+            refuse_leaks(leaking, "split", allow=allowed)
+        assert getattr(told.value.report, left)
+    with pytest.raises(SpcxrError, match="allow must be no, patients, images, all; got 'yes'"):
+        refuse_leaks(leaking, "split", allow="yes")
 
 
 def test_training_goes_on_without_a_leak(leaking):
-    report = refuse_leaks(RadiographTable(leaking.rows.slice(1, 5), "made-up"), "split", ("train", "test"))
+    report = refuse_leaks(
+        RadiographTable(leaking.rows.slice(1, 5), "made-up"), "split", ("train", "test"), images=False
+    )
     assert not report.found and report.images is None
 
 
@@ -265,7 +283,7 @@ def test_only_the_first_examples_are_told():
     images = [{"bytes": None, "path": None}] * 10
     rows = table(images, split=["train", "test"] * 5, patient=[f"p{number // 2}" for number in range(10)])
     with pytest.raises(SpcxrError, match=r"5 patient\(s\).*'p0'.*'p2'.*, \.\.\.$") as told:
-        refuse_leaks(rows, "split")
+        refuse_leaks(rows, "split", images=False)
     assert "p3" not in str(told.value)
 
 
@@ -328,3 +346,36 @@ def test_the_threshold_is_the_largest_that_finds_nearly_all():
     assert check_leaks_script.choose_threshold(similarities) == 0.89
     similarities["crop"] = np.array([0.9] * 97 + [0.7, 0.65, 0.1])
     assert check_leaks_script.choose_threshold(similarities) == 0.69
+
+
+def test_the_less_important_copy_goes():
+    sides = {"a": "train", "b": "val", "c": "test", "d": "shift", "e": None, "f": "train", "g": "fold 1", "h": "fold 2"}
+    for pair, gone in (("ad", "a"), ("ba", "a"), ("bc", "b"), ("dc", "c"), ("gd", "d"), ("hg", "g")):
+        assert copies_to_leave_out([tuple(pair)], sides) == {gone}
+    assert copies_to_leave_out([("a", "e"), ("a", "f"), ("x", "a")], sides) == set()
+    assert copies_to_leave_out([("a", "b"), ("b", "c"), ("a", "c")], sides) == {"a", "b"}
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_copies_of_a_split_are_listed(tmp_path, known):
+    images = [radiograph(0), radiograph(1), reencode(radiograph(0)), brighten(radiograph(1)), radiograph(2)]
+    rows = table(images, id=list("abcde"), split=["train", "val", "test", "shift", "train"])
+    pq.write_table(rows.rows, tmp_path / "set.parquet")
+    words = ["--data", str(tmp_path / "set.parquet"), "--copies_of", "split"]
+    if known:  # rounded to three digits: what may be above the threshold counts
+        pairs = [["a", "c", 0.9], ["d", "b", leaks.SAME_IMAGE], ["e", "c", 0.769]]
+        (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+        words += ["--known_pairs", str(tmp_path / "pairs.json")]
+    with pytest.raises(SpcxrError, match="--copies_list FILE"):
+        check_leaks_script.main(words)
+    check_leaks_script.main([*words, "--copies_list", str(tmp_path / "copies.txt")])
+    assert (tmp_path / "copies.txt").read_text().splitlines()[0].endswith("on a later side of it: 1 in train, 1 in val")
+    assert read_ids(tmp_path / "copies.txt") == {"a", "b"}
+    assert not check_leaks(RadiographTable(rows.without({"a", "b"}).rows, "left"), "split").found
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "[[1, 2]]", "{}x"])
+def test_pairs_that_cannot_be_read(tmp_path, text):
+    (tmp_path / "pairs.json").write_text(text)
+    with pytest.raises(SpcxrError, match="pairs.json: not a list of"):
+        check_leaks_script.read_pairs(tmp_path / "pairs.json")

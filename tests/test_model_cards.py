@@ -1,20 +1,27 @@
 """The checkpoints in the tree: whole, loadable, half precision, and every figure on their cards from their results."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 import spcxr_hf
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
-from training_scripts import prepare_checkpoint
+from tests.made_up import write_set
+from training_scripts import count_sources, prepare_checkpoint
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 FOLDERS = sorted(path for path in CARDS.iterdir() if path.is_dir())
+CLASSIFIERS = ("pneumonia", "screening", "covid")
 CODE = {"configuration_spcxr.py", "image_processing_spcxr.py", "modeling_spcxr.py"}
 
 
@@ -87,8 +94,112 @@ def test_prepare(tmp_path, monkeypatch):
     for name, tensor in trained.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.half().float()), name
 
+    (tmp_path / "toy.md").write_text("{{ probe/auroc | .1f }}, {{ probe/ci | .0% }}, {{ probe/a / b/c }}")
+    (tmp_path / "probe.json").write_text(json.dumps({"auroc": 0.75, "ci": [0.7, 0.8], "a / b": {"c": 3}, "none": None}))
+    (tmp_path / "roc.png").write_bytes(b"png")
+    renew = [*flags, "--card_only", "true", "--results", str(tmp_path / "probe.json")]
+    prepare_checkpoint.main([*renew, "--pictures", str(tmp_path / "roc.png")])
+    assert (folder / "README.md").read_text() == "0.8, 70%–80%, 3"
+    assert (folder / "pictures" / "roc.png").read_bytes() == b"png"
+    with pytest.raises(SpcxrError, match="missing.json: no such file"):
+        prepare_checkpoint.main([*flags, "--card_only", "true", "--results", str(tmp_path / "missing.json")])
+
+    (tmp_path / "toy.md").write_text("{{ probe/none }}")
+    with pytest.raises(SpcxrError, match="no figure in the result 'probe/none'"):
+        prepare_checkpoint.main([*flags, "--card_only", "true"])
     (tmp_path / "toy.md").write_text("{{ probe/accuracy }}")
     with pytest.raises(SpcxrError, match="no result 'probe/accuracy'"):
         prepare_checkpoint.main([*flags, "--card_only", "true"])
     with pytest.raises(SpcxrError, match="--model is needed"):
         prepare_checkpoint.main(flags)
+
+
+# ---- the cards of classifiers ----------------------------------------------------------------------------------
+
+
+def entries(name: str) -> list[str]:
+    """What a template asks for."""
+    text = (prepare_checkpoint.CARDS / f"{name}.md").read_text(encoding="utf-8")
+    return re.findall(r"\{\{ ([^{}|]+?)(?: \| [^{} ]+)? \}\}", text)
+
+
+def made_up_results(name: str, folder: Path) -> dict[str, Any]:
+    """A folder in which every entry is there."""
+    results: dict[str, Any] = {"recipe": {}, "config": {}}
+    for path in entries(name):
+        *outer, last = re.split(r"(?<! )/(?! )", path)
+        place = results
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[last] = [0.25, 0.75] if last.endswith("_ci95") else 0.5
+    write(results, folder)
+    return results
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    (folder / "results").mkdir(parents=True, exist_ok=True)
+    for name, values in results.items():
+        place = folder / ("config.json" if name == "config" else f"results/{name}.json")
+        place.write_text(json.dumps(values))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(results["recipe"]))
+    (folder / "results" / "recipe.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_cards_of_classifiers_say_what_they_must(name, tmp_path):
+    made_up_results(name, tmp_path)
+    text = prepare_checkpoint.render_card(name, tmp_path)
+    assert "{{" not in text and "0.500 (0.250–0.750)" in text
+    (tmp_path / "README.md").write_text(text)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.pipeline_tag, card.data.base_model) == ("image-classification", "spcxr/base")
+    assert card.data.datasets and card.data.metrics and card.data.license and card.data.widget
+    assert {result.metric_value for result in card.data.eval_results} == {0.5}
+    for said in (
+        "Not for clinical use", "## Intended use", "must not be used", "## Figures",
+        "## Calibration and operating points", "## Shortcuts",
+        "## Data and licence", "## Limits and groups under-represented", "## How it was made",
+        "## Citation", "arXiv 2211.12944", "pictures/roc.png", f'model="spcxr/{name}"',
+    ):  # fmt: skip
+        assert said in card.text, said
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_card_without_a_figure_is_not_rendered(name, tmp_path):
+    for path in (
+        entries(name)[0],
+        next(path for path in entries(name) if "auroc" in path),
+    ):
+        results = made_up_results(name, tmp_path)
+        *outer, last = re.split(r"(?<! )/(?! )", path)
+        place = results
+        for key in outer:
+            place = place[key]
+        del place[last]
+        write(results, tmp_path)
+        with pytest.raises(SpcxrError, match=re.escape(f"no result '{path}'")):
+            prepare_checkpoint.render_card(name, tmp_path)
+
+
+def test_sources_are_counted(tmp_path):
+    path = write_set(tmp_path / "set.parquet", ["train"] * 4 + ["val"] * 2)
+    table = pq.read_table(path)
+    for column, values in {
+        "source": ["a", "a", "b", "b", "a", "b"],
+        "licence": ["CC BY 4.0", "CC BY 4.0", "terms", "CC0", "terms", "terms"],
+        "licence_class": ["open", "open", "research", "open", "research", "research"],
+        "view": ["AP", "PA", "PA", None, "AP", "AP"],
+        "findings": [["x", "y"], [], ["x"], None, [], []],
+    }.items():
+        table = table.append_column(column, pa.array(values))
+    pq.write_table(table, path)
+    flags = ["--data", str(path), "--split_column", "pneumonia_split", "--splits", "train"]
+    output = tmp_path / "counts.json"
+    count_sources.main([*flags, "--output", str(output), "--label_column", "findings"])
+    found = json.loads(output.read_text())["splits"]["train"]
+    assert (found["images"], found["labels"]) == (3, {"no finding": 1, "x": 2, "y": 1})
+    assert found["sources"]["b"] == {"images": 1, "licence": {"terms": 1}, "licence_class": {"research": 1}}
+    assert found["licence_class"] == {"open": 2, "research": 1} and found["view"] == {"AP": 1, "PA": 2}
+    assert found["images_of_unknown_patients"] == 1 and found["patients"] == 2
+    whole = count_sources.main(["--data", str(path), "--split_column", "pretrain", "--splits", "true"])
+    assert whole["splits"]["true"]["images"] == 4

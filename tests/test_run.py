@@ -1,6 +1,7 @@
 """The training engine: killed runs end as others do, two processes do as one, and what is not finite does no harm."""
 
 import csv
+import functools
 import json
 import os
 import random
@@ -240,6 +241,66 @@ def test_too_many_in_a_row_end_the_run_and_name_the_images(shard, tmp_path, monk
     with pytest.raises(SpcxrError, match=r"step 6: .*not finite in 3 steps in a row; images of the last: row-\d"):
         pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "9", "--max_skipped", "3"))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+
+
+# fp16
+
+
+FP16 = [*BRIEF, "--mixed_precision", "fp16", "--decay_steps", "0", "--final_weight_decay", "0.04"]
+
+
+def start_scale(monkeypatch, scale: float) -> None:
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale))
+
+
+def training_state(output: Path) -> dict:
+    return json.loads((list_checkpoints(output)[-1] / "training_state.json").read_text())
+
+
+def test_fp16_computes_in_fp16(shard, tmp_path):
+    """Also on a CPU, where Accelerate would go on in float32 without a word."""
+    for name, flags in (("half", FP16), ("full", [*FP16, "--mixed_precision", "no"])):
+        pretrain.main(words(shard, tmp_path / name, *flags, "--steps", "3"))
+    half, full = ([float(row["loss"]) for row in log_rows(tmp_path / name)] for name in ("half", "full"))
+    assert half == pytest.approx(full, abs=5e-3)
+    assert half != full
+    assert training_state(tmp_path / "half")["scaler"]["_growth_tracker"] == 3
+    assert "| steps skipped, loss scale too high | 0 |" in (tmp_path / "half" / "report.md").read_text()
+
+
+def test_a_scale_that_is_too_high_falls_and_is_no_fault_of_the_images(shard, tmp_path, monkeypatch):
+    """And a run that is cut in between goes on to the same weights and scale."""
+    start_scale(monkeypatch, 2.0**40)
+    pretrain.main(words(shard, tmp_path / "whole", *FP16, "--steps", "30", "--max_skipped", "2"))
+    for steps in ("5", "30"):
+        pretrain.main(words(shard, tmp_path / "cut", *FP16, "--steps", steps, "--max_skipped", "2"))
+    state = training_state(tmp_path / "whole")
+    assert 5 < state["overflows"] < 30
+    assert state["scaler"]["scale"] == 2.0 ** (40 - state["overflows"])
+    assert state["skipped"] == 0
+    again = training_state(tmp_path / "cut")
+    assert (again["scaler"], again["overflows"]) == (state["scaler"], state["overflows"])
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_gradients_that_overflow_at_any_scale_end_the_run(shard, tmp_path, monkeypatch):
+    def with_a_fault(arguments):
+        model = build_model(arguments)
+        model.spcxr.layernorm.weight.register_hook(lambda gradient: gradient * float("inf"))
+        return model
+
+    build_model = pretrain.build_model
+    monkeypatch.setattr(pretrain, "build_model", with_a_fault)
+    start_scale(monkeypatch, 4.0)  # two steps at 4 and 2 are the scale's, the three from 1 on are not
+    with pytest.raises(SpcxrError, match=r"step 5: .*not finite in 3 steps in a row; images of the last: row-\d"):
+        pretrain.main(words(shard, tmp_path, *FP16, "--steps", "9", "--max_skipped", "3"))
+
+
+def test_images_that_are_not_finite_are_a_fault_in_fp16_too(shard, tmp_path, monkeypatch):
+    spoil(monkeypatch, {1, 2})
+    pretrain.main(words(shard, tmp_path, *FP16, "--steps", "4", "--max_skipped", "3"))
+    state = training_state(tmp_path)
+    assert (state["skipped"], state.get("overflows", 0)) == (2, 0)
 
 
 # The rest

@@ -271,3 +271,29 @@ def test_the_script_refuses_in_one_line(own, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(linear_probe.__file__, run_name="__main__")
     assert stop.value.code == f"error: {tmp_path}: no config.json in this folder"
+
+
+def test_a_leaking_split_is_refused(own, model, tmp_path):
+    table = pq.read_table(own)
+    cells = table["image"].to_pylist()
+    cells[27] = cells[3]  # test, train
+    shard = str(tmp_path / "leaking.parquet")
+    pq.write_table(table.set_column(0, "image", pa.array(cells, STRUCT)), shard)
+    flags = ["--model", model, "--data", shard, *OWN, *SMALL]
+    with pytest.raises(SpcxrError, match=r"split leaks: 1 nearly equal image pair.*--exclude FILE leaves copies out"):
+        linear_probe.main(flags)
+    (tmp_path / "copies.txt").write_text("row 3\n")
+    assert linear_probe.main([*flags, "--exclude", str(tmp_path / "copies.txt")])["images"]["train"] == 11
+    assert linear_probe.main([*flags, "--allow_leaks", "images"])["images"]["train"] == 12
+    assert linear_probe.main([*flags, "--report_test", "false"])["images"] == {"train": 12, "val": 8}
+
+
+def test_broken_files_are_skipped_and_listed(own, model, tmp_path):
+    table = pq.read_table(own)
+    cells = table["image"].to_pylist()
+    cells[2] = {"bytes": b"no picture", "path": None}
+    pq.write_table(table.set_column(0, "image", pa.array(cells, STRUCT)), tmp_path / "set.parquet")
+    flags = ["--model", model, "--data", str(tmp_path / "set.parquet"), *OWN, *SMALL, "--on_error", "skip"]
+    result = linear_probe.main([*flags, "--output", str(tmp_path / "report" / "probe.json")])
+    assert result["images"] == {"train": 11, "val": 8, "test": 8}
+    assert (tmp_path / "report" / "skipped.csv").read_text().splitlines()[1].startswith("row 2,")

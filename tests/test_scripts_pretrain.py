@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from spcxr_hf import SpcxrError
+from spcxr_hf.augment import Views
 from spcxr_hf.run import RunArguments, start_accelerator
 from tests.made_up import picture, write_set
 from tests.processes import free_port
@@ -194,3 +195,24 @@ def test_two_machines(shard, tmp_path):
         )
     assert [launcher.wait(300) for launcher in launchers] == [0, 0], (tmp_path / "0").read_text()
     assert "| processes | 2 |" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_broken_files_are_skipped_and_listed(tmp_path, cache, capsys):
+    """In a stream a step may be smaller, and the list grows with the checkpoints."""
+    shard = write_set(tmp_path / "set.parquet", ["train", "train", "val", "train"] * 3, unreadable=["val"])
+    flags = ["--data", str(shard), "--output", str(tmp_path / "run"), *BRIEF, "--pretrain_only", "false"]
+    flags += ["--cache", cache, "--workers", "0", "--micro_batch_size", "4"]
+    with pytest.raises(SpcxrError, match="row-"):
+        pretrain.main(flags)
+    pretrain.main([*flags, "--on_error", "skip"])
+    lines = (tmp_path / "run" / "skipped.csv").read_text().splitlines()
+    assert {line.partition(",")[0] for line in lines} == {"id", "row-2", "row-6", "row-10"}
+    assert capsys.readouterr().out.splitlines()[-1].startswith("skipped 3 broken files, listed in ")
+
+
+def test_views_are_as_mild_as_they_were():
+    arguments = pretrain.Arguments(data="", output="")
+    assert arguments.views(32) == Views(32, (0.25, 1.0))  # the defaults of `Views` are pretraining's
+    with pytest.raises(SpcxrError, match="crop_scale is the least and the largest area"):
+        pretrain.Arguments(data="", output="", crop_scale=[0.5]).views(32)

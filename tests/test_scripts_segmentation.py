@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -284,3 +286,27 @@ def test_labels_are_drawn_in_proportion():
 def test_probe_refusals(shard, pretrained, flags, message):
     with pytest.raises(SpcxrError, match=message):
         linear_probe.main(["--model", pretrained, "--data", shard, *flags])
+
+
+def test_broken_files_are_skipped_and_a_leak_is_refused(tmp_path, pretrained):
+    path = write_set(tmp_path / "set.parquet", SPLITS)
+    rows = pq.read_table(path).to_pylist()
+    rows[1]["lung_mask"] = None
+    rows[13]["image"] = rows[19]["image"] = {"bytes": b"no picture", "path": None}
+    rows.append(rows[4] | {"id": "copy", "patient": None, "lung_split": "test"})
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
+    flags = ["--init_from", pretrained, "--steps", "1"]
+    with pytest.raises(SpcxrError, match=r"lung_split leaks: 1 nearly equal image pair.*--copies_of lung_split"):
+        run(str(path), tmp_path / "run", *flags)
+    (tmp_path / "copies.txt").write_text("row-4\n")
+    flags += ["--exclude", str(tmp_path / "copies.txt")]
+    with pytest.raises(SpcxrError, match="row-1: no lung mask"):
+        run(str(path), tmp_path / "run", *flags)
+    run(str(path), tmp_path / "run", *flags, "--on_error", "skip")
+    listed = (tmp_path / "run" / "skipped.csv").read_text().splitlines()
+    assert [line.partition(",")[0] for line in listed] == ["id", "row-1", "row-13"]
+    words = ["--model", str(tmp_path / "run" / "final"), "--data", str(path), "--splits", "test", "--on_error", "skip"]
+    report = evaluate_segmentation.main([*words, "--output", str(tmp_path / "report" / "results.json")])
+    assert report["splits"]["test"]["images"] == 6  # seven, of which one is broken
+    listed = (tmp_path / "report" / "skipped.csv").read_text().splitlines()
+    assert [line.partition(",")[0] for line in listed] == ["id", "row-1", "row-19"]

@@ -383,6 +383,19 @@ def test_skip_leaves_out_and_lists(tmp_path, kind, workers):
     assert "row 5: row-5" in stream.skipped["row-5"]
 
 
+@pytest.mark.parametrize(("broken", "stops"), [(6, False), (7, True)])
+def test_skip_stops_where_more_than_half_is_broken(tmp_path, broken, stops):
+    """Not before all twelve rows were seen, and without regard to which micro-batch they fall in."""
+    shards = write_broken(tmp_path, "parquet", set(range(broken)))
+    stream = StreamingRadiographs(shards, SIZE, on_error="skip")
+    found = stream.micro_batches(StepPlan(12, 12), 0, 2)
+    if stops:
+        with pytest.raises(SpcxrError, match="7 of 12 files are broken, more than half; one of them: .*row-"):
+            next(found)
+    else:
+        assert [len(batch.ids) for batch in found] == [6, 6]
+
+
 def test_skip_stops_where_nothing_is_left(tmp_path):
     stream = StreamingRadiographs(write_broken(tmp_path, "parquet", set(range(12))), SIZE, on_error="skip")
     with pytest.raises(SpcxrError, match=r"step 0, lane 0: none of 2 images can be read; the last: .*a\.parquet: row "):

@@ -6,6 +6,11 @@ Copies of random images (a crop, a re-encoded one, one of another brightness and
 and all pairs are compared. The threshold is the largest that finds 98 % of each kind among the copies of one random
 half of the images; what is reported is measured on the other half. Then the leaks between the images that pretraining
 may see and those of any other split, and the patients that are on both sides.
+
+    python training_scripts/check_leaks.py --data DATA --copies_of split --copies_list copies.txt
+
+compares the sides of one split and lists what to leave out (`--exclude` of the other scripts), so that no image is on
+two sides: the copy in `train` goes before that in `val`, `test` and `shift`.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +33,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError
+from spcxr_hf.archives import read_set
 from spcxr_hf.data import RadiographTable, open_image, read_table
 from spcxr_hf.leaks import (
     SAME_IMAGE,
     Pair,
+    check_leaks,
+    copies_to_leave_out,
     find_duplicates,
     find_patient_leaks,
     known_patients,
@@ -39,6 +47,7 @@ from spcxr_hf.leaks import (
     thumbnail,
 )
 from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.sets import write_ids
 
 LOWEST = 0.6  # similarities from here on are kept, to choose a threshold among them
 CHOSEN_RECALL = 0.98
@@ -56,13 +65,29 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "of the halves and the copies"})
     pairs: str | None = field(default=None, metadata={"help": "JSON file of all pairs of the set: ids and similarity"})
     copies_list: str | None = field(
-        default=None, metadata={"help": "text file of the pretraining images that copy a held-out one, for --exclude"}
+        default=None, metadata={"help": "text file of the images that copy a held-out one, for --exclude"}
+    )
+    copies_of: str | None = field(
+        default=None,
+        metadata={"help": "column of a split: only list its copies (train goes before val, test and shift); "
+                  "by default copies_list has the pretraining images"},
+    )  # fmt: skip
+    known_pairs: str | None = field(
+        default=None, metadata={"help": "with copies_of: a file that --pairs wrote, in place of comparing the images"}
     )
     sheet: str | None = field(default=None, metadata={"help": "PNG of found pairs to look at; never into the tree"})
 
 
-def main() -> None:
-    arguments = parse_arguments(Arguments)
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(Arguments, argv)
+    if arguments.copies_of is not None:
+        list_copies(arguments, arguments.copies_of)
+    else:
+        measure_search(arguments)
+
+
+def measure_search(arguments: Arguments) -> None:
+    """All that the first paragraphs above tell of."""
     generator = np.random.default_rng(arguments.seed)
     table = read_table(arguments.data)
     if arguments.rows:
@@ -92,12 +117,49 @@ def main() -> None:
         pairs_found = [describe(table, pair) for pair in found.real(None, LOWEST)]
         Path(arguments.pairs).write_text(json.dumps(pairs_found) + "\n", encoding="utf-8")
     if arguments.copies_list:
-        names = sorted(table.ids[row] for row in pretraining_copies(found))
+        names = [table.ids[row] for row in pretraining_copies(found)]
         what = f"pretraining images with a near copy (similarity > {SAME_IMAGE}) in a val, test or shift split"
-        comment = f"# {len(names)} {what}"
-        Path(arguments.copies_list).write_text("\n".join([comment, *names]) + "\n", encoding="utf-8")
+        write_ids(arguments.copies_list, names, f"{len(names)} {what}")
     if arguments.sheet:
         draw(thumbnails, found, Path(arguments.sheet))
+
+
+# The copies of one split
+
+
+def list_copies(arguments: Arguments, split_column: str) -> None:
+    """Write the images whose leaving takes every near copy off the other sides of a split."""
+    if arguments.copies_list is None:
+        raise SpcxrError("--copies_of lists copies: say where with --copies_list FILE")
+    table = read_set(arguments.data)
+    side_of = dict(zip(table.ids, table.column(split_column), strict=True))
+    if arguments.known_pairs is not None:
+        pairs = read_pairs(Path(arguments.known_pairs))
+    else:
+        pairs = [(leak.first, leak.second) for leak in check_leaks(table, split_column).images or []]
+    names = copies_to_leave_out(pairs, side_of)
+    sides = Counter(side_of[name] for name in names)
+    print(json.dumps({"images": len(names), "sides": dict(sorted(sides.items()))}))
+    what = f"images of {split_column} with a near copy (similarity > {SAME_IMAGE}) on a later side of it"
+    where = ", ".join(f"{count} in {side}" for side, count in sorted(sides.items()))
+    write_ids(arguments.copies_list, sorted(names), f"{len(names)} {what}" + (f": {where}" if where else ""))
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """The ids of those pairs of a file of `--pairs` that count as one image.
+
+    Similarities stand there rounded to three digits: one that may be above the threshold counts.
+
+    Raises:
+        SpcxrError: the file cannot be read, or holds something else.
+    """
+    try:
+        pairs: Iterable = json.loads(path.read_text(encoding="utf-8"))
+        return [(str(first), str(second)) for first, second, similarity in pairs if similarity >= round(SAME_IMAGE, 3)]
+    except OSError as error:
+        raise SpcxrError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError) as error:
+        raise SpcxrError(f"{path}: not a list of [id, id, similarity] ({error})") from error
 
 
 # Seeded leaks

@@ -30,9 +30,10 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.archives import read_set
-from spcxr_hf.data import RadiographTable, open_image
+from spcxr_hf.classifiers import one_line
+from spcxr_hf.data import OnError, RadiographTable, check_broken, open_image
 from spcxr_hf.encoders import LOADING_ERRORS
+from spcxr_hf.labels import names_in, parse_classes, targets_of
 from spcxr_hf.metrics import (
     brier_score,
     classification_report,
@@ -41,16 +42,23 @@ from spcxr_hf.metrics import (
     write_results,
 )
 from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.sets import SetArguments, read_rows, report_skipped
 
 HOTTEST = 1000.0  # a temperature lies between 1 / this and this
 
 
 @dataclass
-class Arguments:
-    """Measure a classifier."""
+class _Source:
+    """The flags that have no default; those of the set come behind them."""
 
     model: str = field(metadata={"help": "folder or Hub id of an image classifier with its image processor"})
     data: str = field(metadata={"help": "Parquet shards with a column of labels and a column of splits"})
+
+
+@dataclass
+class Arguments(SetArguments, _Source):
+    """Measure a classifier."""
+
     label_column: str = field(
         default="label",
         metadata={"help": "column of the labels: one for each row (a list counts as normal, if empty, or abnormal); "
@@ -85,12 +93,14 @@ class Predictions:
         targets: (n, classes) float32: 1, 0, or NaN where a label is missing.
         patients: (n) whose image each row is, None where unknown; None altogether where the set has no such column.
         left_out: Rows whose label is missing, or none of the classes.
+        skipped: Id -> cause of images that cannot be read.
     """
 
     logits: torch.Tensor
     targets: torch.Tensor
     patients: list | None
     left_out: int
+    skipped: dict[str, str]
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -99,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     processes = start_processes()
     model, processor = load_model(arguments.model, processes.device)
     classes = classes_of(arguments, model)
-    table = read_set(arguments.data)
+    table = read_rows(arguments.data, arguments.exclude)
     wanted = dict.fromkeys([*arguments.splits, *([arguments.temperature_from] if arguments.temperature_from else [])])
     sets = {split: select_split(arguments, table, split, classes, is_multi_label(model)) for split in wanted}
 
@@ -113,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         for split in arguments.splits:
             result["splits"][split] = report(arguments, found[split], list(classes), is_multi_label(model), temperature)
         write(arguments, result)
+        report_skipped(arguments.output, {name: why for one in found.values() for name, why in one.skipped.items()})
     processes.wait_for_everyone()
     return result
 
@@ -164,11 +175,6 @@ def load_model(source: str, device: torch.device) -> tuple[PreTrainedModel, Any]
     return model.to(device).eval(), processor
 
 
-def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else f"{text[:240]} ..."
-
-
 def is_multi_label(model: PreTrainedModel) -> bool:
     return model.config.problem_type == "multi_label_classification"
 
@@ -180,9 +186,8 @@ def classes_of(arguments: Arguments, model: PreTrainedModel) -> dict[str, list[s
         SpcxrError: the classes of the command line are not the model's.
     """
     names = [str(name) for _, name in sorted(dict(model.config.id2label or {}).items())]
-    pairs = [word.partition("=") for word in arguments.classes]
-    given = {name: labels.split("+") if labels else [name] for name, _, labels in pairs}
-    if given and (sorted(given) != sorted(names) or len(pairs) > len(given)):
+    given = parse_classes(arguments.classes)
+    if given and sorted(given) != sorted(names):
         raise SpcxrError(f"{arguments.model}: its classes are {', '.join(names)}; --classes names {', '.join(given)}")
     return {name: given.get(name, [name]) for name in names}
 
@@ -214,33 +219,6 @@ def select_split(
     return rows, targets
 
 
-def names_in(cell: Any, multi_label: bool) -> list[str]:
-    """The labels that one cell of the column names; of a multi-label model those of a list, or a struct's fields."""
-    if cell is None:
-        return []
-    if multi_label and not isinstance(cell, list | dict):
-        raise SpcxrError(f"a multi-label model needs lists or structs in the column of labels; it holds {cell!r}")
-    if isinstance(cell, list) and not multi_label:
-        return ["abnormal" if cell else "normal"]
-    return [str(name) for name in cell] if multi_label else [str(cell)]
-
-
-def targets_of(cell: Any, classes: dict[str, list[str]], multi_label: bool) -> list[float]:
-    """1, 0 or NaN (not known) for each class."""
-    if cell is None:
-        return [math.nan] * len(classes)
-    if isinstance(cell, dict):
-        return [joined([cell.get(label) for label in labels]) for labels in classes.values()]
-    names = names_in(cell, multi_label)
-    targets = [float(any(label in names for label in labels)) for labels in classes.values()]
-    return targets if multi_label or any(targets) else [math.nan] * len(classes)
-
-
-def joined(values: list[Any]) -> float:
-    """1 where one of these labels holds, NaN where one is not known, else 0."""
-    return 1.0 if any(values) else math.nan if None in values else 0.0
-
-
 # ---- predictions -----------------------------------------------------------------------------------------------
 
 
@@ -255,20 +233,40 @@ def predict(
     """The logits of every row that has a label; each process works on every so-manieth of them."""
     kept = torch.nonzero(~targets.isnan().all(dim=1)).flatten().tolist()
     own = kept[processes.process_index :: processes.num_processes]
-    cells, names = rows.rows["image"], rows.ids
     logits: list[tuple[int, list[float]]] = []
+    names = rows.ids
+    broken: dict[int, str] = {}
     for start in tqdm(range(0, len(own), arguments.batch_size), desc=rows.name, unit="batch"):
-        part = own[start : start + arguments.batch_size]
-        images = [open_image(cells[row].as_py(), f"{rows.name}: {names[row]}") for row in part]
-        logits += zip(part, forward(arguments, model, processor, images).tolist(), strict=True)
+        images = read_images(rows, names, own[start : start + arguments.batch_size], arguments.on_error, broken)
+        if images:
+            logits += zip(images, forward(arguments, model, processor, list(images.values())).tolist(), strict=True)
     by_row = dict(gather_object(logits))  # by its number, so that none is counted twice
+    broken = dict(gather_object(list(broken.items())))
+    check_broken(rows.name, list(broken.values()), len(kept), arguments.on_error)
+    seen = [row for row in kept if row in by_row]
     patients = rows.column("patient") if "patient" in rows.rows.column_names else None
     return Predictions(
-        torch.tensor([by_row[row] for row in kept]),
-        targets[kept],
-        None if patients is None else [patients[row] for row in kept],
+        torch.tensor([by_row[row] for row in seen]),
+        targets[seen],
+        None if patients is None else [patients[row] for row in seen],
         len(rows) - len(kept),
+        {names[row]: cause for row, cause in broken.items()},
     )
+
+
+def read_images(
+    rows: RadiographTable, names: Sequence[str], numbers: Sequence[int], on_error: OnError, broken: dict[int, str]
+) -> dict[int, Image.Image]:
+    """The images of these rows, by their numbers; a broken one goes to `broken`, with its cause, or ends it."""
+    images = {}
+    for row in numbers:
+        try:
+            images[row] = open_image(rows.rows["image"][row].as_py(), f"{rows.name}: {names[row]}")
+        except SpcxrError as error:
+            if on_error == "stop":
+                raise
+            broken[row] = str(error)
+    return images
 
 
 @torch.no_grad()
@@ -351,6 +349,7 @@ def report(
     else:
         entry = classification_report(probabilities, found.targets.argmax(dim=1), names, found.patients, **options)
     entry["left_out"] = found.left_out
+    entry["broken"] = len(found.skipped)
     if temperature is not None:
         entry["without_temperature"] = calibration(
             to_probabilities(found.logits, multi_label), found.targets, multi_label

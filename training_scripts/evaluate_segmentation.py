@@ -21,18 +21,24 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.archives import read_set
-from spcxr_hf.data import RadiographTable, decode_masks, open_image, open_mask
+from spcxr_hf.data import RadiographTable, decode_masks, decode_set, open_image, open_mask
 from spcxr_hf.metrics import bootstrap_interval, dice, iou
 from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.sets import SetArguments, read_rows, report_skipped
 
 
 @dataclass
-class Arguments:
-    """Measure lung masks against those drawn by humans."""
+class _Source:
+    """The flags that have no default; those of the set come behind them."""
 
     model: str = field(metadata={"help": "folder of a segmentation model with its image processor"})
     data: str = field(metadata={"help": "Parquet shards with lung masks"})
+
+
+@dataclass
+class Arguments(SetArguments, _Source):
+    """Measure lung masks against those drawn by humans."""
+
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
     splits: list[str] = field(
         default_factory=lambda: ["val"], metadata={"help": "values of lung_split: val, test, shift"}
@@ -45,16 +51,17 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
-    table = read_set(arguments.data)
-    mean_mask = (
-        decode_masks(table.where("lung_split", "train"), 256).float().mean(dim=0) if arguments.baseline else None
-    )
+    table = read_rows(arguments.data, arguments.exclude)
+    skipped: dict[str, str] = {}
+    mean_mask = None
+    if arguments.baseline:
+        mean_mask = decode_masks(readable(arguments, table, "train", skipped), 256).float().mean(dim=0)
     model = AutoModelForSemanticSegmentation.from_pretrained(arguments.model).to(arguments.device).eval()
     processor = AutoImageProcessor.from_pretrained(arguments.model)
 
     result: dict = {"model": Path(arguments.model).resolve().name, "image_size": model.config.image_size, "splits": {}}
     for split in arguments.splits:
-        rows = table.where("lung_split", split)
+        rows = readable(arguments, table, split, skipped)
         targets = [open_mask(cell, f"{rows.name}, row {row}") for row, cell in enumerate(rows.column("lung_mask"))]
         patients = name_patients(rows)
         entry: dict = {"images": len(rows), "patients": len(set(patients))}
@@ -68,7 +75,18 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if arguments.output:
         Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    report_skipped(arguments.output, skipped)
     return result
+
+
+def readable(arguments: Arguments, table: RadiographTable, split: str, skipped: dict[str, str]) -> RadiographTable:
+    """The rows of a split; with `on_error` skip those whose image and mask can be read, the others go to `skipped`."""
+    rows = table.where("lung_split", split)
+    if arguments.on_error == "stop":
+        return rows
+    decoded = decode_set(rows, 16, masks=True, on_error="skip")
+    skipped.update(decoded.skipped)
+    return decoded.table
 
 
 def name_patients(table: RadiographTable) -> list[str]:

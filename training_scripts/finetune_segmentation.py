@@ -4,7 +4,8 @@
         --init_from model_cards/CHECKPOINT --data ../shared/data
 
 Started again with the same command, it goes on from its newest checkpoint. `--from_scratch true` trains the same
-network without pretraining. The model is chosen on the rows `val`; `test` and `shift` are never read here.
+network without pretraining. The model is chosen on the rows `val`; nothing is learned from `test` and `shift`, or
+measured on them. A `lung_split` that leaks between any of them is refused (`--allow_leaks`, `--exclude`).
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from typing import Any, Literal
 import torch
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForSemanticSegmentation, SpcxrImageProcessor
-from spcxr_hf.archives import read_set
-from spcxr_hf.augment import Views, normalise, resize
+from spcxr_hf.augment import AugmentationArguments, normalise, resize
 from spcxr_hf.checkpoints import written_aside
 from spcxr_hf.convert import change_image_size
-from spcxr_hf.data import MicroBatch, RadiographSet, RadiographTable, decode_images, decode_masks
+from spcxr_hf.data import MicroBatch, RadiographSet, RadiographTable, decode_set
 from spcxr_hf.metrics import dice
 from spcxr_hf.pictures import overlay, save_grid
 from spcxr_hf.recipe import parse_arguments, save_recipe
 from spcxr_hf.run import Run, RunArguments, learning_rate_schedule
+from spcxr_hf.sets import SplitArguments, check_split, list_skipped, read_rows, tell_skipped
 from spcxr_hf.training import layerwise_groups, new_config
 
 LABELS = {0: "background", 1: "lung"}
@@ -33,7 +34,7 @@ CURVES = {"cross-entropy + Dice loss": "loss", "Dice on val": "val_dice"}  # nam
 
 
 @dataclass
-class Arguments(RunArguments):
+class Arguments(AugmentationArguments, SplitArguments, RunArguments):
     """Fine-tune SPCXR to segment the lungs."""
 
     from_scratch: bool = field(
@@ -46,13 +47,6 @@ class Arguments(RunArguments):
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate of the head"})
     warmup_steps: int = field(default=50, metadata={"help": "steps of linear warm-up"})
     layer_decay: float = field(default=0.75, metadata={"help": "learning rate of a block relative to the one above it"})
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.4, 1.0], metadata={"help": "area of a crop, least and largest"}
-    )
-    flip: float = field(default=0.5, metadata={"help": "probability of a left-right flip"})
-    brightness: float = field(default=0.2, metadata={"help": "largest shift of the grey values, on 0 .. 1"})
-    contrast: float = field(default=0.4, metadata={"help": "largest relative change of the contrast"})
-    blur: float = field(default=0.2, metadata={"help": "probability of a Gaussian blur"})
     patience: int = field(
         default=0, metadata={"help": "end after so many checkpoints in a row without a better Dice on val; 0: never"}
     )
@@ -72,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(arguments, run, training, validation)
     if run.is_main:
         finish(arguments, run)
+        tell_skipped(run.output)
     run.end()
 
 
@@ -81,22 +76,28 @@ def check(arguments: Arguments) -> None:
         raise SpcxrError("give --init_from CHECKPOINT, or --from_scratch true")
     if arguments.cache == "none":
         raise SpcxrError("masks are kept with their images: cache must be memory or device")
+    arguments.views(arguments.image_size)
     if arguments.final not in ("best", "last"):
         raise SpcxrError(f"final must be best or last; got {arguments.final!r}")
 
 
 def load_sets(arguments: Arguments, run: Run) -> tuple[RadiographSet, RadiographSet]:
     """The rows `train` and `val`, decoded."""
-    table = read_set(arguments.data)
+    table = read_rows(arguments.data, arguments.exclude)
+    splits = [table.where("lung_split", split) for split in ("train", "val")]
+    check_split(table, "lung_split", arguments.allow_leaks, processes=run.accelerator, cache=arguments.cache_folder)
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
-        training, validation = (load_set(arguments, table.where("lung_split", split)) for split in ("train", "val"))
+        (training, lost), (validation, lost_of_val) = (load_set(arguments, split) for split in splits)
+    if run.is_main:
+        list_skipped(run.output, lost | lost_of_val)
     return training.to(run.accelerator.device) if arguments.cache == "device" else training, validation
 
 
-def load_set(arguments: Arguments, table: RadiographTable) -> RadiographSet:
-    """Decode the images and masks of a split."""
-    images = decode_images(table, arguments.stored_size, arguments.cache_folder)
-    return RadiographSet(images, table.ids, {"masks": decode_masks(table, arguments.stored_size)})
+def load_set(arguments: Arguments, table: RadiographTable) -> tuple[RadiographSet, dict[str, str]]:
+    """Decode the images and masks of a split; id -> cause of the rows that are broken and skipped."""
+    decoded = decode_set(table, arguments.stored_size, arguments.cache_folder, masks=True, on_error=arguments.on_error)
+    assert decoded.masks is not None  # they were asked for
+    return RadiographSet(decoded.images, decoded.table.ids, {"masks": decoded.masks}), decoded.skipped
 
 
 def build_model(arguments: Arguments) -> SpcxrForSemanticSegmentation:
@@ -140,21 +141,12 @@ def train(arguments: Arguments, run: Run, training: RadiographSet, validation: R
                 run.draw_curves(CURVES)
 
 
-def augmentation(arguments: Arguments) -> Views:
-    return Views(
-        size=arguments.image_size,
-        scale=(arguments.crop_scale[0], arguments.crop_scale[1]),
-        flip=arguments.flip,
-        brightness=arguments.brightness,
-        contrast=arguments.contrast,
-        blur=arguments.blur,
-    )
-
-
 def draw_views(arguments: Arguments, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Random views of these images: pixel_values (B, 1, S, S) and labels (B, S, S)."""
     generator = torch.Generator(micro_batch.images.device).manual_seed(micro_batch.seed)
-    views, masks = augmentation(arguments).with_masks(micro_batch.images, micro_batch.columns["masks"], generator)
+    views, masks = arguments.views(arguments.image_size).with_masks(
+        micro_batch.images, micro_batch.columns["masks"], generator
+    )
     assert masks is not None  # they come back as they are given
     return normalise(views), masks.long()
 

@@ -8,6 +8,8 @@ logistic regression, the number of neighbours of k-NN) is chosen on `val`; `test
 of other hospitals, are for the report (`--report_test false` leaves them unread). `--random_init true` measures the
 same network without its weights: what the training gave is the difference.
 
+A split that leaks between any of these is refused (`--allow_leaks`, `--exclude`).
+
 Two classes are measured by AUROC, more by balanced accuracy; intervals come from a bootstrap over patients. A task is
 one of `TASKS`, or two columns of one's own set: `--label_column`, `--split_column`.
 """
@@ -26,11 +28,11 @@ import torch
 from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.archives import read_set
-from spcxr_hf.data import RadiographTable, decode_images
+from spcxr_hf.data import RadiographTable, decode_set
 from spcxr_hf.encoders import Encoder, check_pooling, load_encoder
 from spcxr_hf.metrics import bootstrap_draws
 from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.sets import SplitArguments, check_split, read_rows, report_skipped
 
 NORMAL, ABNORMAL = "normal", "abnormal"  # what a list of findings counts as: empty, or not
 
@@ -97,11 +99,17 @@ TASKS = {
 
 
 @dataclass
-class Arguments:
-    """Measure frozen features by a logistic regression or by their nearest neighbours."""
+class _Source:
+    """The flags that have no default; those of the set come behind them."""
 
     model: str = field(metadata={"help": "checkpoint folder or Hub id, of any task"})
     data: str = field(metadata={"help": "Parquet shards with a column of labels and a column of splits"})
+
+
+@dataclass
+class Arguments(SplitArguments, _Source):
+    """Measure frozen features by a logistic regression or by their nearest neighbours."""
+
     task: list[str] = field(
         default_factory=lambda: ["pediatric_pneumonia", "pneumonia_three_way"],
         metadata={"help": f"any of {', '.join(TASKS)}; several at once where they share their columns"},
@@ -164,11 +172,11 @@ class Split:
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
     check(arguments)
-    table = read_set(arguments.data)
+    table = read_rows(arguments.data, arguments.exclude)
     tasks = choose_tasks(arguments, table)
     encoder = load(arguments, arguments.seeds[0])
     size = arguments.image_size or encoder.image_size
-    splits = load_splits(arguments, table, tasks[0], size)
+    splits, skipped = load_splits(arguments, table, tasks[0], size)
     scores: dict[tuple, list] = {}
     for seed in arguments.seeds:
         if seed != arguments.seeds[0] and arguments.random_init:
@@ -188,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if arguments.output:
         Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    report_skipped(arguments.output, skipped)
     return result
 
 
@@ -250,25 +259,36 @@ def order(label: str) -> tuple[bool, float, str]:
 # Images and labels
 
 
-def load_splits(arguments: Arguments, table: RadiographTable, task: Task, size: int) -> dict[str, Split]:
-    """Every split that is asked for, its labels checked before any image is decoded."""
+def load_splits(
+    arguments: Arguments, table: RadiographTable, task: Task, size: int
+) -> tuple[dict[str, Split], dict[str, str]]:
+    """Every split that is asked for, checked before any image is decoded; id -> cause of broken images, skipped."""
     names = ["train", "val", *(task.report if arguments.report_test else ())]
     rows = {name: rows_of(table, task.split_column, name) for name in names}
-    numbers = {name: number_labels(part, task) for name, part in rows.items()}
-    for name in names:
-        missing = sorted({*range(len(task.labels))} - {*numbers[name].tolist()})
-        if missing and name != "shift":  # images of other hospitals may lack a class
-            raise SpcxrError(f"{rows[name].name}: no image with {task.label_column} = {task.labels[missing[0]]!r}")
-    return {
-        name: Split(
-            decode_images(part, size, arguments.cache),
-            numbers[name],
-            name_patients(part),
-            np.array(part.column(task.within[0])) if task.within else None,
+    for name, part in rows.items():
+        check_labels(part, task, may_lack=name == "shift")  # images of other hospitals may lack a class
+    check_split(table, task.split_column, arguments.allow_leaks, names, cache=arguments.cache)
+    splits, skipped = {}, {}
+    for name, part in rows.items():
+        decoded = decode_set(part, size, arguments.cache, on_error=arguments.on_error)
+        skipped |= decoded.skipped
+        splits[name] = Split(
+            decoded.images,
+            check_labels(decoded.table, task, may_lack=name == "shift"),
+            name_patients(decoded.table),
+            np.array(decoded.table.column(task.within[0])) if task.within else None,
             np.empty(0),
         )
-        for name, part in rows.items()
-    }
+    return splits, skipped
+
+
+def check_labels(table: RadiographTable, task: Task, may_lack: bool) -> np.ndarray:
+    """Label numbers (n,) of the rows, each of them there unless the rows may lack one."""
+    numbers = number_labels(table, task)
+    missing = sorted({*range(len(task.labels))} - {*numbers.tolist()})
+    if missing and not may_lack:
+        raise SpcxrError(f"{table.name}: no image with {task.label_column} = {task.labels[missing[0]]!r}")
+    return numbers
 
 
 def rows_of(table: RadiographTable, column: str, split: str) -> RadiographTable:

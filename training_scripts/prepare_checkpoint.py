@@ -3,7 +3,8 @@
     python training_scripts/prepare_checkpoint.py --name base --model runs/pretrain/final --results runs/probe.json
 
 The card is rendered from `training_scripts/cards/<name>.md`, in which `{{ probe/tasks/pneumonia/metric }}` stands for
-that entry of the results file `probe.json`. `--card_only true` renews card and code and leaves the weights alone.
+that entry of the results file `probe.json`, and `{{ probe/tasks/pneumonia/metric | .3f }}` for the same in a format. A
+card whose results lack an entry is not rendered. `--card_only true` renews card and code and leaves the weights alone.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Arguments:
     name: str = field(metadata={"help": "last part of the id: base, lung-segmentation, ..."})
     model: str | None = field(default=None, metadata={"help": "folder `final` of the training run"})
     results: list[str] = field(default_factory=list, metadata={"help": "JSON files with the figures on the card"})
+    pictures: list[str] = field(default_factory=list, metadata={"help": "PNG files that the card shows"})
     cards: str = field(default=str(REPOSITORY / "model_cards"), metadata={"help": "where the folder is made"})
     card_only: bool = field(default=False, metadata={"help": "renew the card, the code and these results alone"})
 
@@ -50,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SpcxrError("--model is needed unless --card_only true")
         copy_model(Path(arguments.model), folder)
         copy_recipe(Path(arguments.model), folder)
-    copy_results([Path(result) for result in arguments.results], folder)
+    copy_files([Path(result) for result in arguments.results], folder / "results")
+    copy_files([Path(picture) for picture in arguments.pictures], folder / "pictures")
     copy_code(folder)
     (folder / "README.md").write_text(render_card(arguments.name, folder), encoding="utf-8")
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
@@ -83,17 +86,22 @@ def copy_recipe(source: Path, folder: Path) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
 
-def copy_results(sources: Sequence[Path], folder: Path) -> None:
-    (folder / "results").mkdir(parents=True, exist_ok=True)
+def copy_files(sources: Sequence[Path], folder: Path) -> None:
+    """Figures or pictures, under the names that they have."""
     for source in sources:
-        shutil.copyfile(source, folder / "results" / source.name)
+        if not source.is_file():
+            raise SpcxrError(f"{source}: no such file")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / source.name)
 
 
 def render_card(name: str, folder: Path) -> str:
     """The card of a checkpoint, every `{{ file/key/key }}` replaced by that entry of `results/file.json`.
 
+    A slash with blanks around it is part of a key. `{{ file/key | .3f }}` formats a number, or each number of a list.
+
     Raises:
-        SpcxrError: there is no such template, results file or entry.
+        SpcxrError: there is no such template, results file or entry, or no figure in it; the message names the entry.
     """
     template = CARDS / f"{name}.md"
     if not template.is_file():
@@ -104,13 +112,16 @@ def render_card(name: str, folder: Path) -> str:
 
     def entry(match: re.Match) -> str:
         value: Any = results
-        for key in match[1].split("/"):
+        for key in re.split(r"(?<! )/(?! )", match[1]):
             if not isinstance(value, Mapping) or key not in value:
                 raise SpcxrError(f"{template}: no result {match[1]!r} in {folder}")
             value = value[key]
-        return "–".join(str(end) for end in value) if isinstance(value, list) else str(value)
+        values = value if isinstance(value, list) else [value]
+        if None in values or not values:
+            raise SpcxrError(f"{template}: no figure in the result {match[1]!r} in {folder}")
+        return "–".join(format(one, match[2] or "") for one in values)
 
-    return re.sub(r"\{\{ ([^{}]+) \}\}", entry, template.read_text(encoding="utf-8"))
+    return re.sub(r"\{\{ ([^{}|]+?)(?: \| ([^{} ]+))? \}\}", entry, template.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

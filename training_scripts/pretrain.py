@@ -8,42 +8,40 @@ Started again with the same command, it goes on from its newest checkpoint.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
-from spcxr_hf.archives import read_set
-from spcxr_hf.augment import Views, normalise, resize
+from spcxr_hf.augment import AugmentationArguments, normalise, resize
 from spcxr_hf.checkpoints import written_aside
 from spcxr_hf.convert import change_image_size
 from spcxr_hf.corruption import Corrupted, GroupMasking
-from spcxr_hf.data import MicroBatch, RadiographSet, decode_images, read_ids
+from spcxr_hf.data import MicroBatch, RadiographSet, decode_set
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
 from spcxr_hf.pictures import save_grid, to_grey
 from spcxr_hf.recipe import parse_arguments, save_recipe
 from spcxr_hf.run import Run, RunArguments, StepSource, learning_rate_schedule
+from spcxr_hf.sets import SetArguments, list_skipped, read_rows, tell_skipped
 from spcxr_hf.streaming import StreamingRadiographs
 from spcxr_hf.training import CosineSchedule, new_config, parameter_groups
 
 CURVES = {"L1 over corrupted pixels": "loss"}  # name -> column of the log
+VIEWS = {one.name: one.metadata for one in fields(AugmentationArguments)}  # their help; milder by default here
 
 
 @dataclass
-class Arguments(RunArguments):
+class Arguments(AugmentationArguments, SetArguments, RunArguments):
     """Pretrain the SPCXR encoder by group-masked model learning."""
 
     pretrain_only: bool = field(default=True, metadata={"help": "only rows whose column `pretrain` is true"})
-    exclude: str | None = field(
-        default=None, metadata={"help": "text file of ids to leave out, as copies of held-out images; one a line"}
-    )
     size: str = field(default="small", metadata={"help": "tiny, small or base"})
     weight_decay: float = field(default=0.04, metadata={"help": "weight decay at the start"})
     final_weight_decay: float = field(default=0.4, metadata={"help": "weight decay at the end of its cosine"})
     max_grad_norm: float = field(default=3.0, metadata={"help": "gradients are clipped to this norm"})
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.25, 1.0], metadata={"help": "area of a crop, least and largest"}
-    )
+    crop_scale: list[float] = field(default_factory=lambda: [0.25, 1.0], metadata=VIEWS["crop_scale"])
+    brightness: float = field(default=0.1, metadata=VIEWS["brightness"])
+    contrast: float = field(default=0.2, metadata=VIEWS["contrast"])
     fills: list[str] = field(
         default_factory=lambda: ["noise", "replace"], metadata={"help": "noise, zeros, block, replace"}
     )
@@ -65,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(arguments, run, images)
     if run.is_main:
         finish(arguments, run)
+        tell_skipped(run.output)
     run.end()
 
 
@@ -75,16 +74,18 @@ def load_images(arguments: Arguments, run: Run) -> StepSource:
             raise SpcxrError(
                 "--exclude works on images that are kept: with --cache none write shards without these rows"
             )
+        column = "pretrain" if arguments.pretrain_only else None
         return StreamingRadiographs(
-            arguments.data, arguments.stored_size, "pretrain" if arguments.pretrain_only else None, arguments.workers
+            arguments.data, arguments.stored_size, column, arguments.workers, on_error=arguments.on_error
         )
-    table = read_set(arguments.data)
+    table = read_rows(arguments.data, arguments.exclude)
     if arguments.pretrain_only:
         table = table.where("pretrain", True)
-    if arguments.exclude:
-        table = table.without(read_ids(arguments.exclude))
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
-        images = RadiographSet(decode_images(table, arguments.stored_size, arguments.cache_folder), table.ids)
+        decoded = decode_set(table, arguments.stored_size, arguments.cache_folder, on_error=arguments.on_error)
+    if run.is_main:
+        list_skipped(run.output, decoded.skipped)
+    images = RadiographSet(decoded.images, decoded.table.ids)
     return images.to(run.accelerator.device) if arguments.cache == "device" else images
 
 
@@ -108,26 +109,30 @@ def train(arguments: Arguments, run: Run, source: StepSource) -> None:
     """The loop: view, corrupt, reconstruct, step; now and then a checkpoint and pictures."""
     learning_rate = learning_rate_schedule(arguments)
     weight_decay = CosineSchedule(arguments.weight_decay, arguments.final_weight_decay, 0, arguments.steps)
+    corrupted = None
     for step, micro_batches in run.steps(source):
         for micro_batch in micro_batches:
-            clean, corrupted = draw_views(arguments, micro_batch, run.accelerator.device)
+            clean, corrupted = draw_views(arguments, micro_batch, run.accelerator.device, corrupted)
             with run.forward(micro_batch) as model:
                 loss = model(corrupted.pixel_values, bool_masked_pos=corrupted.mask, labels=clean).loss
             run.backward(loss)
         run.update(learning_rate(step), weight_decay(step))
         run.state["images_seen"] += arguments.batch_size
         run.bare_model.config.images_seen = run.state["images_seen"]  # travels with every checkpoint
+        if run.is_due and isinstance(source, StreamingRadiographs):
+            list_skipped(run.output, source.skipped, run.accelerator)
         if run.is_due and run.is_main:
             draw(arguments, run, micro_batches[0].images)
             run.draw_curves(CURVES, "L1")
 
 
-def draw_views(arguments: Arguments, micro_batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, Corrupted]:
-    """Random views of these images, normalised (B, 1, S, S), and their corruption, on the device."""
+def draw_views(
+    arguments: Arguments, micro_batch: MicroBatch, device: torch.device, earlier: Corrupted | None = None
+) -> tuple[torch.Tensor, Corrupted]:
+    """Random views of these images, normalised (B, 1, S, S), and their corruption, in the memory of an earlier one."""
     generator = torch.Generator(device).manual_seed(micro_batch.seed)
-    make_views = Views(size=arguments.image_size, scale=(arguments.crop_scale[0], arguments.crop_scale[1]))
-    clean = normalise(make_views(micro_batch.images.to(device), generator))
-    return clean, masking(arguments)(clean, generator)
+    clean = normalise(arguments.views(arguments.image_size)(micro_batch.images.to(device), generator))
+    return clean, masking(arguments)(clean, generator, reuse=earlier)
 
 
 def masking(arguments: Arguments) -> GroupMasking:

@@ -1,0 +1,307 @@
+"""The tables, goals and curves of the evidence, made from its results file and from nothing else.
+
+What was not run is called so; nothing is filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+NOT_RUN = "not run"
+REACHED, MISSED, OPEN = "reached", "missed", "open: cells not run"
+FEW = 0.1  # the largest share of the labels that counts as few
+POINTS_ONCE, POINTS_ALWAYS = 0.25, 0.05  # of balanced accuracy
+LABELS = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "auroc": "AUROC",
+    "within_auroc": "AUROC within a source",
+}
+
+Results = Mapping[str, Any]
+
+
+# ---- goals -------------------------------------------------------------------------------------------------------
+
+
+def goals(results: Results) -> list[dict[str, str]]:
+    """The goals of the comparison, each with what was found and whether it is reached.
+
+    A goal for every setting is missed as soon as one misses it, and reached only when every one was run.
+    """
+    few = [entry for entry in settings(results) if entry["fraction"] <= FEW]
+    whole = [entry for entry in settings(results) if entry["fraction"] == 1]
+    return [
+        _goal("balanced accuracy at least +25 points in one setting of 10 % of the labels or less", few,
+              POINTS_ONCE, any_of=True),
+        _goal("balanced accuracy at least +5 points in every setting of 10 % or less", few, POINTS_ALWAYS),
+        _goal("never worse at 100 %", whole, 0.0),
+        *_peer_goals(results),
+    ]  # fmt: skip
+
+
+def settings(results: Results) -> list[dict[str, Any]]:
+    """Every task and share of the labels, with the difference of balanced accuracy on the main report, or None."""
+    ours, floor = results["compare"]["ours"], results["compare"]["floor"]
+    found = []
+    for task, entry in results["fine_tuning"].items():
+        for fraction, setting in entry["fractions"].items():
+            difference = _dig(setting, "differences", f"{ours} - {floor}", entry["main"], "balanced_accuracy")
+            found.append({"task": task, "fraction": float(fraction), "difference": difference})
+    return found
+
+
+def _goal(what: str, entries: Sequence[Mapping[str, Any]], least: float, any_of: bool = False) -> dict[str, str]:
+    """One goal over settings."""
+    known = [entry for entry in entries if entry["difference"] is not None]
+    passed = [entry["difference"]["mean"] >= least for entry in known]
+    complete = len(known) == len(entries) > 0
+    if any_of:
+        state = REACHED if any(passed) else MISSED if complete else OPEN
+    else:
+        state = MISSED if not all(passed) else REACHED if complete else OPEN
+    said = "; ".join(
+        f"{entry['task']} {_percent(entry['fraction'])}: {_points(entry['difference'])}" for entry in known
+    )
+    return {"goal": what, "found": said or NOT_RUN, "state": state}
+
+
+def _peer_goals(results: Results) -> Iterator[dict[str, str]]:
+    """Ahead of the other pretext on at least three of four tasks, by each way of using the features."""
+    ours, peer = results["compare"]["ours"], results["compare"]["peer"]
+    for method in ("linear", "knn"):
+        pairs = {
+            task: [_probe_value(results, model, task, method, "1") for model in (ours, peer)]
+            for task in results.get("probing", {}).get("tasks", ())
+        }
+        yield _peer_goal(f"ahead of {peer} on at least 3 of 4 tasks ({_method_name(method)}, all labels)", pairs)
+    tuned: dict[str, list[float | None]] = {}
+    for task, entry in results["fine_tuning"].items():
+        for fraction, setting in entry["fractions"].items():
+            reports = [_dig(setting, "inits", init, "reports", entry["main"]) for init in (ours, peer)]
+            tuned[f"{task} {_percent(float(fraction))}"] = [_dig(one, "balanced_accuracy", "mean") for one in reports]
+    yield _peer_goal(f"ahead of {peer} on at least 3 of 4 settings (fine-tuning, balanced accuracy)", tuned)
+
+
+def _peer_goal(what: str, pairs: Mapping[str, Sequence[float | None]]) -> dict[str, str]:
+    known = {name: pair for name, pair in pairs.items() if None not in pair}
+    ahead = [name for name, (ours, peer) in known.items() if ours > peer]  # type: ignore[operator]
+    lost, needed = len(known) - len(ahead), -(-3 * len(pairs) // 4)
+    state = REACHED if pairs and len(ahead) >= needed else MISSED if lost > len(pairs) - needed else OPEN
+    said = f"ahead on {len(ahead)} of {len(known)}" + (f" ({', '.join(ahead)})" if ahead else "")
+    return {"goal": what, "found": said if known else NOT_RUN, "state": state}
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def blocks(results: Results) -> dict[str, str]:
+    """Markdown by the name of the block that it goes into: `evidence`, `evidence <task>`, `evidence goals`, ..."""
+    parts = {
+        "evidence comparison": comparison_table(results),
+        "evidence drift": other_reports_table(results),
+        "evidence probes": probe_table(results),
+        "evidence ablations": ablation_table(results),
+        "evidence cost": cost_table(results),
+        "evidence goals": goal_table(results),
+    }
+    for task in results["fine_tuning"]:
+        parts[f"evidence {task}"] = "\n\n".join(
+            [comparison_table(results, [task]), other_reports_table(results, [task]), note(results)]
+        )
+    titles = ("Against no pretraining", "Elsewhere", "Frozen features", "Ablations", "Cost", "Goals")
+    named = zip(titles, list(parts.values())[: len(titles)], strict=True)
+    whole = "\n\n".join(f"**{title}**\n\n{text}" for title, text in named)
+    return {"evidence": f"{whole}\n\n{note(results)}", **parts}
+
+
+def note(results: Results) -> str:
+    """How the figures came about, in two sentences."""
+    return f"{results['setting']} {results['method']}"
+
+
+def comparison_table(results: Results, tasks: Sequence[str] | None = None) -> str:
+    """A row for each task and share of the labels: balanced accuracy of every init, the difference, AUROC."""
+    inits, (ours, floor) = results["inits"], (results["compare"][name] for name in ("ours", "floor"))
+    heads = [f"{figure}, {init}" for figure in ("balanced accuracy", "AUROC") for init in inits]
+    lines = [_row(["task", "labels", *heads[: len(inits)], f"{ours} - {floor}", *heads[len(inits) :]])]
+    lines.append(_row(["---"] * (3 + len(heads))))
+    for task, entry in _chosen(results, tasks):
+        for fraction, setting in entry["fractions"].items():
+            cells = [
+                [
+                    _with_spread(_dig(setting, "inits", init, "reports", entry["main"], figure), setting, init)
+                    for init in inits
+                ]
+                for figure in ("balanced_accuracy", "auroc")
+            ]
+            difference = _dig(setting, "differences", f"{ours} - {floor}", entry["main"], "balanced_accuracy")
+            labels = setting.get("labels")
+            share = _percent(float(fraction)) + (f" ({labels})" if labels else "")
+            lines.append(_row([task, share, *cells[0], _points(difference), *cells[1]]))
+    return "\n".join(lines)
+
+
+def other_reports_table(results: Results, tasks: Sequence[str] | None = None) -> str:
+    """Every report but the main one: other hospitals, other ages; a row for each figure."""
+    inits = results["inits"]
+    ours, floor = (results["compare"][name] for name in ("ours", "floor"))
+    lines = [_row(["task", "on", "labels", "figure", *inits, f"{ours} - {floor}"]), _row(["---"] * (5 + len(inits)))]
+    for task, entry in _chosen(results, tasks):
+        for fraction, setting in entry["fractions"].items():
+            for report, names in entry["reports"].items():
+                if report == entry["main"]:
+                    continue
+                for figure in names:
+                    cells = [
+                        _with_spread(_dig(setting, "inits", init, "reports", report, figure), setting, init)
+                        for init in inits
+                    ]
+                    difference = _dig(setting, "differences", f"{ours} - {floor}", report, figure)
+                    words = [task, report, _percent(float(fraction)), _figure_name(figure)]
+                    lines.append(_row([*words, *cells, _points(difference)]))
+    return "\n".join(lines)
+
+
+def probe_table(results: Results) -> str:
+    """Linear probe and k-NN on frozen features: a row for each task, method and share of the labels."""
+    probing = results.get("probing", {})
+    models, tasks = probing.get("models", []), probing.get("tasks", {})
+    lines = [_row(["task", "method", "labels", "metric", *models]), _row(["---"] * (4 + len(models)))]
+    for task, metric in tasks.items():
+        for method in probing["methods"]:
+            for fraction in probing["fractions"]:
+                values = [_probe_value(results, model, task, method, fraction) for model in models]
+                cells = [NOT_RUN if value is None else f"{value:.3f}" for value in values]
+                if any(value is not None for value in values):
+                    lines.append(_row([task, _method_name(method), _percent(float(fraction)), metric, *cells]))
+    return "\n".join(lines) if len(lines) > 2 else f"Frozen features: {NOT_RUN}."
+
+
+def ablation_table(results: Results) -> str:
+    """Short pretrainings, each other in one thing, by a linear probe."""
+    entries = results.get("ablations", {}).get("variants", {})
+    tasks = results.get("ablations", {}).get("tasks", [])
+    if not entries:
+        return f"Ablations: {NOT_RUN}."
+    lines = [_row(["variant", *tasks]), _row(["---"] * (1 + len(tasks)))]
+    for name, found in entries.items():
+        lines.append(_row([name, *(NOT_RUN if found is None else f"{found[task]:.3f}" for task in tasks)]))
+    return "\n".join([*lines, "", results["ablations"]["setting"]])
+
+
+def cost_table(results: Results) -> str:
+    """What the trainings took."""
+    lines = [_row(["training", "device", "minutes", "images/s", "energy"]), _row(["---"] * 5)]
+    for name, cost in results["cost"]["trainings"].items():
+        if cost is None:
+            lines.append(_row([name, *[NOT_RUN] * 4]))
+            continue
+        energy = f"{cost['energy_wh']:.0f} Wh" if cost.get("energy_wh") else "not read"
+        lines.append(_row([name, cost["device"], f"{cost['minutes']:.1f}", f"{cost['images_per_second']:.1f}", energy]))
+    return "\n".join(lines)
+
+
+def goal_table(results: Results) -> str:
+    """The goals and whether they are reached."""
+    rows = [_row([entry["goal"], entry["found"], entry["state"]]) for entry in results["goals"]]
+    return "\n".join([_row(["goal", "found", "state"]), _row(["---"] * 3), *rows])
+
+
+def _chosen(results: Results, tasks: Sequence[str] | None) -> list[tuple[str, Any]]:
+    return [(task, entry) for task, entry in results["fine_tuning"].items() if tasks is None or task in tasks]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:g} %"
+
+
+def _points(difference: Mapping[str, Any] | None) -> str:
+    """A difference in points of a hundred, with its interval."""
+    if difference is None:
+        return NOT_RUN
+    ends = difference["ci95"]
+    interval = f" [{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]" if ends else ""
+    return f"{100 * difference['mean']:+.1f}{interval}"
+
+
+def _with_spread(summary: Mapping[str, Any] | None, setting: Mapping[str, Any], init: str) -> str:
+    """A mean with its interval, the deviation over the seeds, and how many seeds are still to come."""
+    if summary is None:
+        return NOT_RUN
+    ends, missing = summary["ci95"], setting["inits"][init]["missing"]
+    interval = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
+    spread = f", sd {summary['sd']:.3f}" if summary["sd"] is not None else ""
+    gaps = f", {len(missing)} of {len(missing) + len(summary['seeds'])} seeds {NOT_RUN}" if missing else ""
+    return f"{summary['mean']:.3f}{interval}{spread}{gaps}"
+
+
+def _figure_name(figure: str) -> str:
+    if figure.startswith("recall_"):
+        return f"recall of {figure.removeprefix('recall_')}"
+    return LABELS[figure]
+
+
+def _method_name(method: str) -> str:
+    return {"linear": "linear probe", "knn": "k-NN"}[method]
+
+
+def _probe_value(results: Results, model: str, task: str, method: str, fraction: str) -> float | None:
+    return _dig(results, "probing", "results", model, method, task, fraction, "test", "mean")
+
+
+def _dig(entry: Any, *keys: str) -> Any:
+    """What lies at these keys, None where one of them does not."""
+    for key in keys:
+        entry = entry.get(key) if isinstance(entry, Mapping) else None
+    return entry
+
+
+# ---- curves ------------------------------------------------------------------------------------------------------
+
+
+def draw_curves(results: Results, folder: Path) -> list[Path]:
+    """Label-efficiency curves: balanced accuracy over the share of the labels, a PNG for each task that was run.
+
+    Without matplotlib (the extra `demo`) it says so and draws none.
+    """
+    try:
+        from matplotlib.figure import Figure  # a figure of its own touches no global state
+    except ImportError:
+        print(f'{folder}: no curves without matplotlib; `pip install "spcxr-hf[demo]"`', flush=True)
+        return []
+    drawn = []
+    for task, entry in results["fine_tuning"].items():
+        curves = {init: _points_of_curve(entry, init) for init in results["inits"]}
+        if not any(curves.values()):
+            continue
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for init, points in curves.items():
+            if points:
+                shares, means, lows, highs = zip(*points, strict=True)
+                axes.plot(shares, means, marker="o", label=init)
+                axes.fill_between(shares, lows, highs, alpha=0.15)
+        axes.set(xscale="log", xlabel="labels used, %", ylabel=f"balanced accuracy, {entry['main']}", title=task)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        drawn.append(folder / f"evidence_{task}.png")
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(drawn[-1], dpi=120)
+    return drawn
+
+
+def _points_of_curve(entry: Mapping[str, Any], init: str) -> list[tuple[float, float, float, float]]:
+    points = []
+    for fraction, setting in entry["fractions"].items():
+        summary = _dig(setting, "inits", init, "reports", entry["main"], "balanced_accuracy")
+        if summary is not None:
+            low, high = summary["ci95"] or (summary["mean"], summary["mean"])
+            points.append((100 * float(fraction), summary["mean"], low, high))
+    return points

@@ -1,0 +1,139 @@
+"""What a run is asked for, and whether it can be had: its command line, its folder, the processes it was started as."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator, DistributedType
+
+from .errors import SpcxrError
+from .recipe import save_recipe
+from .training import CosineSchedule
+
+# Every process holds the whole model, or the run itself divides it (`--shard true`).
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+@dataclass
+class RunArguments:
+    """What the command lines of all training scripts share."""
+
+    data: str = field(metadata={"help": "Parquet shards or a folder of pictures"})
+    output: str = field(metadata={"help": "folder for checkpoints, pictures and the log"})
+    cache: str = field(
+        default="memory", metadata={"help": "where decoded images are kept: none (read on the way), memory or device"}
+    )
+    cache_folder: str | None = field(
+        default=None, metadata={"help": "folder that keeps the decoded images between starts"}
+    )
+    stored_size: int = field(default=256, metadata={"help": "images are kept at this size, in pixels"})
+    workers: int = field(default=2, metadata={"help": "processes that read images on the way, with --cache none"})
+    image_size: int = field(default=224, metadata={"help": "side of the input in pixels, a multiple of 16"})
+    init_from: str | None = field(
+        default=None, metadata={"help": "checkpoint to start from, of any task and image size"}
+    )
+    attention: str = field(
+        default="sdpa", metadata={"help": "attention implementation; eager is faster on a CPU below 224 px"}
+    )
+    drop_path_rate: float = field(default=0.1, metadata={"help": "stochastic depth of the last block"})
+    steps: int = field(default=1000, metadata={"help": "optimiser steps in all"})
+    batch_size: int = field(default=64, metadata={"help": "images per optimiser step over all processes"})
+    micro_batch_size: int = field(
+        default=32, metadata={"help": "images per forward pass; batch_size / this is a multiple of the processes"}
+    )
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
+    final_learning_rate: float = field(default=1e-6, metadata={"help": "learning rate at the end of the cosine"})
+    warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up"})
+    decay_steps: int | None = field(
+        default=None, metadata={"help": "length of the cosine at the end; all steps after the warm-up by default"}
+    )
+    weight_decay: float = field(default=0.05, metadata={"help": "weight decay of AdamW"})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "decay of the weights' moving average, which becomes the final model; 0: none"}
+    )
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
+    shard: bool = field(
+        default=False,
+        metadata={"help": "divide weights, gradients and optimiser state among the processes (FSDP)"},
+    )
+    compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
+    deterministic: bool = field(default=False, metadata={"help": "refuse algorithms that give other results each time"})
+    save_every: int = field(default=500, metadata={"help": "steps between checkpoints"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "how many of the newest checkpoints to keep"})
+    log_every: int = field(default=20, metadata={"help": "steps between rows of the log"})
+    max_skipped: int = field(
+        default=10, metadata={"help": "stop after so many steps in a row whose loss is not a finite number"}
+    )
+    trackers: list[str] = field(
+        default_factory=list, metadata={"help": "where else to log: tensorboard, trackio, wandb, ..."}
+    )
+    seed: int = field(default=0, metadata={"help": "everything random follows from it"})
+
+
+def check_run(arguments: RunArguments) -> None:
+    """Refuse a command line that would fail late.
+
+    Raises:
+        SpcxrError: a value is out of its range; the message names it.
+    """
+    choices = {"cache": ("none", "memory", "device"), "mixed_precision": ("no", "bf16", "fp16")}
+    for name, allowed in choices.items():
+        if (value := getattr(arguments, name)) not in allowed:
+            raise SpcxrError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}; got {value!r}")
+    least = {"steps": 1, "save_every": 1, "log_every": 1, "keep_checkpoints": 1, "max_skipped": 1, "workers": 0}
+    for name, lowest in least.items():
+        if (value := getattr(arguments, name)) < lowest:
+            raise SpcxrError(f"{name} must be at least {lowest}; got {value}")
+    if not 0 <= arguments.ema_decay < 1:
+        raise SpcxrError(f"ema_decay must lie in [0, 1); got {arguments.ema_decay}")
+
+
+def prepare_folder(output: Path, arguments: RunArguments) -> None:
+    """Make the run's folder, with the resolved recipe in it.
+
+    Raises:
+        SpcxrError: it cannot be written to.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        save_recipe(arguments, output / "recipe.yaml")
+    except OSError as error:
+        raise SpcxrError(f"{output}: cannot be written to ({error})") from error
+
+
+def learning_rate_schedule(arguments: RunArguments) -> CosineSchedule:
+    """The learning rate over the steps of a run."""
+    return CosineSchedule(
+        arguments.learning_rate,
+        arguments.final_learning_rate,
+        arguments.warmup_steps,
+        arguments.steps,
+        arguments.decay_steps,
+    )
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuse processes that were started in a way that this engine does not train in.
+
+    Raises:
+        SpcxrError: several processes do not know of each other: each would train on all the data and write over the
+            others' checkpoints; or accelerate was told to divide the model.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise SpcxrError(
+            f"{started} processes were started but each runs alone; "
+            "on a CPU start them by `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
+        )
+    # On a CPU, accelerate ignores that it was asked for FSDP: the run would be another than was meant.
+    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if is_fsdp or accelerator.distributed_type not in PLAIN:
+        kind = "FSDP" if is_fsdp else accelerator.distributed_type.value
+        raise SpcxrError(
+            f"accelerate was told to divide the model itself ({kind}): start plain processes "
+            "(distributed_type: MULTI_GPU) and give the script `--shard true`, as recipes/accelerate/fsdp.yaml does"
+        )

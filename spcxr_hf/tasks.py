@@ -1,0 +1,349 @@
+"""A batch through a model to records: predict, embed, segment, reconstruct, explain.
+
+Each takes what `inference` loads and reads and returns a record per image, in order: a dict with `path`, the task's own
+findings, `model`, `warnings` and `note`. Nothing in a record is a diagnosis: a probability lies above or below a
+threshold, and the threshold has a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from transformers import PreTrainedModel
+
+from .corruption import FILLS, GroupMasking
+from .dicom_seg import SourceError, check_highdicom, write_segmentation
+from .errors import SpcxrError
+from .explain import draw_explanation, explain, share_inside, target_matrix
+from .inference import Batch, Failed, Loaded, Prepared, Source, prepare
+from .lungs import measure_lungs
+from .pictures import to_grey
+from .radiograph import read_radiograph
+from .writers import NOTE, write_png
+
+Record = dict[str, Any]
+PANELS = ("clean", "corrupted", "reconstructed", "error")
+LONGEST_SIDE = 1024  # pixels of a picture over a radiograph
+GAP, TITLE = 4, 14  # pixels between tiles, and above them for a line of text
+
+
+def _record(loaded: Loaded, image: Prepared, **found: Any) -> Record:
+    frame = {"model": loaded.name, "warnings": image.warnings, "note": NOTE}
+    return {"path": str(image.source.path), **found, **frame}
+
+
+# ---- predict -----------------------------------------------------------------------------------------------------
+
+
+class Predictor:
+    """Probabilities of a classifier, and on which side of its operating points they lie.
+
+    Probabilities are the softmax or, for several labels at once, the sigmoid of the logits; calibration is part of a
+    checkpoint's head.
+
+    Args:
+        loaded: A classifier.
+        operating_point: Which of the checkpoint's; by default the one that it names itself.
+
+    Raises:
+        SpcxrError: the model is for regression, or has no such operating point.
+    """
+
+    def __init__(self, loaded: Loaded, operating_point: str | None = None) -> None:
+        config = loaded.model.config
+        if config.problem_type == "regression":
+            raise SpcxrError(f"{loaded.name}: a regression model gives no probabilities")
+        self.labels = [str(config.id2label[index]) for index in range(config.num_labels)]
+        self.point, self.thresholds = choose_operating_point(config, operating_point)
+        for target in self.thresholds:
+            self._members(target)
+
+    @torch.inference_mode()
+    def __call__(self, loaded: Loaded, batch: Batch) -> list[Record]:
+        """A record per image: `probabilities` by label, and by target the `probability` and its `decision`."""
+        values = probabilities(loaded.model, loaded.model(batch.pixel_values(loaded.device)).logits).cpu()
+        if not values.isfinite().all():
+            raise SpcxrError(f"{loaded.name}: the model's answers are not finite numbers; the checkpoint is damaged")
+        return [
+            _record(loaded, image, **self._judge(row)) for image, row in zip(batch.images, values.tolist(), strict=True)
+        ]
+
+    def _judge(self, row: Sequence[float]) -> Record:
+        by_label = dict(zip(self.labels, row, strict=True))
+        targets = {}
+        for target, threshold in self.thresholds.items():
+            probability = min(1.0, sum(by_label[label] for label in self._members(target)))
+            decision = "above" if probability >= threshold else "below"
+            targets[target] = {"probability": probability, "decision": decision, "threshold": threshold}
+        return {"probabilities": by_label, "operating_point": self.point, "targets": targets}
+
+    def _members(self, target: str) -> list[str]:
+        """The labels whose probabilities a target adds up."""
+        members = [target] if target in self.labels else target.split(" + ")
+        if unknown := [label for label in members if label not in self.labels]:
+            raise SpcxrError(f"an operating point is for {unknown[0]!r}, but the labels are {', '.join(self.labels)}")
+        return members
+
+
+def choose_operating_point(config: Any, name: str | None = None) -> tuple[str | None, dict[str, float]]:
+    """The operating point's name and its threshold by target; none where the checkpoint has none.
+
+    Raises:
+        SpcxrError: no target has an operating point of that name.
+    """
+    points: Mapping[str, Mapping[str, float]] = getattr(config, "operating_points", None) or {}
+    names = list(dict.fromkeys(known for thresholds in points.values() for known in thresholds))
+    if name is not None and name not in names:
+        raise SpcxrError(f"no operating point {name!r}; the checkpoint has {', '.join(names) or 'none'}")
+    chosen = name or getattr(config, "operating_point", None) or next(iter(names), None)
+    return chosen, {target: values[chosen] for target, values in points.items() if chosen in values}
+
+
+def probabilities(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    """Logits (B, L) -> probabilities (B, L), as the pipelines of transformers have them."""
+    if model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1:
+        return logits.float().sigmoid()
+    return logits.float().softmax(dim=-1)
+
+
+# ---- embed -------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def embed(loaded: Loaded, batch: Batch) -> list[Record]:
+    """A record per image: `embedding`, the pooled vector, as a list of D numbers."""
+    pooled = loaded.model(batch.pixel_values(loaded.device)).pooler_output.float().cpu()
+    if not pooled.isfinite().all():
+        raise SpcxrError(f"{loaded.name}: the model's answers are not finite numbers; the checkpoint is damaged")
+    return [_record(loaded, image, embedding=row) for image, row in zip(batch.images, pooled.tolist(), strict=True)]
+
+
+# ---- segment -----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def segment(loaded: Loaded, batch: Batch, save: Callable[[np.ndarray, Prepared], Path]) -> list[Record | Failed]:
+    """A record per image: `mask`, where it was saved, and `lung_area` as shares of the image.
+
+    An image of which no DICOM segmentation can be made is a `Failed` instead.
+
+    Args:
+        loaded: A segmentation model with a label "lung".
+        batch: Images.
+        save: Takes a mask (height, width), boolean, of the image's own size, and returns its file.
+
+    Raises:
+        SpcxrError: the model has no such label, or a mask cannot be saved.
+    """
+    masks = segment_lungs(loaded, batch)
+    found: list[Record | Failed] = []
+    for image, mask in zip(batch.images, masks, strict=True):
+        try:
+            found.append(_record(loaded, image, mask=str(save(mask, image)), lung_area=_areas(mask)))
+        except SourceError as error:
+            found.append(Failed(image.source, str(error)))
+    return found
+
+
+def mask_saver(mask_format: str, model: str) -> tuple[Callable[..., Path], str]:
+    """How masks are saved, and the suffix of their files: "png" (white is lung) or "seg" (DICOM segmentations).
+
+    Returns:
+        A function of a mask (height, width), its image and where the picture of a source goes; and ".png" or ".dcm".
+
+    Raises:
+        SpcxrError: there is no such format, or its package is missing.
+    """
+    if mask_format not in ("png", "seg"):
+        raise SpcxrError(f"no mask format {mask_format!r}; there are png and seg")
+    if mask_format == "seg":
+        check_highdicom()
+
+    def save(mask: np.ndarray, image: Prepared, place: Callable[[Source], Path]) -> Path:
+        path = place(image.source)
+        if mask_format == "seg":
+            write_segmentation(mask, image.source.path, path, model)
+        else:
+            write_png(Image.fromarray(mask.astype(np.uint8) * 255), path)
+        return path
+
+    return save, ".png" if mask_format == "png" else ".dcm"
+
+
+@torch.inference_mode()
+def segment_lungs(loaded: Loaded, batch: Batch) -> list[np.ndarray]:
+    """True where lung is, (height, width) of each image itself.
+
+    Raises:
+        SpcxrError: the model has no label "lung".
+    """
+    labels = loaded.model.config.label2id or {}
+    if "lung" not in labels:
+        raise SpcxrError(f"{loaded.name} names no label 'lung'; it has {', '.join(labels)}")
+    outputs = loaded.model(batch.pixel_values(loaded.device))
+    sizes = [image.size for image in batch.images]
+    found = loaded.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+    return [(labelled == labels["lung"]).cpu().numpy() for labelled in found]
+
+
+def _areas(mask: np.ndarray) -> dict[str, float]:
+    """Shares of the image. In a frontal view the image's left is the patient's right."""
+    areas = measure_lungs(mask)
+    return {"total": areas.total, "image_left": areas.image_left, "image_right": areas.image_right}
+
+
+# ---- reconstruct -------------------------------------------------------------------------------------------------
+
+
+class Reconstructor:
+    """Corrupts each image in several ways, the same at every start, and draws what the model makes of it.
+
+    Args:
+        save: Takes a picture and the image it is of, and returns its file.
+        fills: What the corrupted groups hold: "noise", "zeros", "block", "replace".
+        seed: Where the groups lie; every image has the same ones.
+        second: `pixel_values` (C, H, W) of the image that "replace" takes its pixels from.
+
+    Raises:
+        SpcxrError: there is no such fill, or "replace" has no second image.
+    """
+
+    def __init__(
+        self,
+        save: Callable[[Image.Image, Prepared], Path],
+        fills: Sequence[str] = FILLS[:3],
+        seed: int = 0,
+        second: torch.Tensor | None = None,
+    ) -> None:
+        GroupMasking(fills=tuple(fills))  # refuses what is no fill
+        if "replace" in fills and second is None:
+            raise SpcxrError("the fill replace takes its pixels from a second image: give --second FILE")
+        self.save, self.fills, self.seed, self.second = save, tuple(dict.fromkeys(fills)), seed, second
+
+    @torch.inference_mode()
+    def __call__(self, loaded: Loaded, batch: Batch) -> list[Record]:
+        """A record per image: `picture`, and by fill the `masked` share and the mean absolute `error` in it (0..1)."""
+        return [self._reconstruct(loaded, image) for image in batch.images]
+
+    def _reconstruct(self, loaded: Loaded, image: Prepared) -> Record:
+        clean = image.pixel_values.unsqueeze(0)
+        corrupted, masks = zip(*(self._corrupt(clean, fill) for fill in self.fills), strict=True)
+        images, mask = torch.cat(corrupted), torch.cat(masks)
+        reconstruction = loaded.model(images.to(loaded.device)).reconstruction.float().cpu()
+        composed = torch.where(mask, reconstruction, clean)
+        mean, std = loaded.processor.image_mean[0], loaded.processor.image_std[0]
+        grey, corrupted_grey, composed_grey = (to_grey(values, mean, std) for values in (clean, images, composed))
+        error = (composed_grey - grey).abs()
+        found, rows = {}, {}
+        for row, fill in enumerate(self.fills):
+            pixels = mask[row, 0]
+            found[fill] = {"masked": pixels.float().mean().item(), "error": error[row][pixels].mean().item()}
+            rows[fill] = [grey[0], corrupted_grey[row], composed_grey[row], error[row]]
+        picture = self.save(draw_rows(rows, PANELS), image)
+        return _record(loaded, image, picture=str(picture), seed=self.seed, fills=found)
+
+    def _corrupt(self, clean: torch.Tensor, fill: str) -> tuple[torch.Tensor, torch.Tensor]:
+        images = clean if fill != "replace" or self.second is None else torch.cat((clean, self.second.unsqueeze(0)))
+        found = GroupMasking(fills=(fill,))(images, torch.Generator().manual_seed(self.seed))
+        return found.pixel_values[:1], found.mask[:1]
+
+
+def read_second(loaded: Loaded, path: Path) -> torch.Tensor:
+    """`pixel_values` (C, H, W) of the image that "replace" takes its pixels from.
+
+    Raises:
+        SpcxrError: it cannot be used.
+    """
+    seen = prepare(Source(path, path.name), loaded.processor)
+    if isinstance(seen, Failed):
+        raise SpcxrError(seen.cause)
+    return seen.pixel_values
+
+
+def draw_rows(rows: Mapping[str, Sequence[torch.Tensor]], titles: Sequence[str]) -> Image.Image:
+    """A grid of grey tiles (H, W) in 0 .. 1, all of one size: a row for each name, a column for each title."""
+    height, width = next(iter(rows.values()))[0].shape
+    size = (len(titles) * (width + GAP) - GAP, len(rows) * (height + TITLE + GAP) + TITLE)
+    canvas = Image.new("L", size, 255)
+    pen = ImageDraw.Draw(canvas)
+    for y, (name, tiles) in enumerate(rows.items()):
+        top = y * (height + TITLE + GAP)
+        for x, (title, tile) in enumerate(zip(titles, tiles, strict=True)):
+            pen.text((x * (width + GAP), top), f"{name}: {title}" if x == 1 else title, fill=0)
+            grey = Image.fromarray((tile.clamp(0, 1).numpy() * 255).round().astype(np.uint8))
+            canvas.paste(grey, (x * (width + GAP), top + TITLE))
+    pen.text((0, size[1] - TITLE), NOTE, fill=0)
+    return canvas
+
+
+# ---- explain -----------------------------------------------------------------------------------------------------
+
+
+class Explainer:
+    """Draws which parts of each radiograph a model's answer rests on, over the radiograph, the lungs outlined.
+
+    Args:
+        loaded: A classifier; for the target None any SPCXR model.
+        save: Takes a picture and the image it is of, and returns its file.
+        target: A label, or labels joined by " + "; "probable" is each image's most probable label; None the embedding.
+        method: "relevance" or "rollout" (`explain.explain`).
+        lungs: A segmentation model for the outline and the share of relevance inside the lungs; None leaves both out.
+
+    Raises:
+        SpcxrError: the model has no such label.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        save: Callable[[Image.Image, Prepared], Path],
+        target: str | None = "probable",
+        method: str = "relevance",
+        lungs: Loaded | None = None,
+    ) -> None:
+        self.save, self.target, self.method, self.lungs = save, target, method, lungs
+        if target not in (None, "probable"):
+            target_matrix(loaded.model, target, 1)  # refuses what is no label
+
+    def __call__(self, loaded: Loaded, batch: Batch) -> list[Record]:
+        """A record per image: `picture`, `target`, `method`, and `relevance_in_lungs` beside `lung_area` (0 .. 1)."""
+        pixel_values = batch.pixel_values(loaded.device)
+        names = self._targets(loaded, pixel_values)
+        targets = None if self.target is None else [str(name) for name in names]
+        maps = explain(loaded.model, pixel_values, targets, self.method).cpu()
+        return [
+            self._draw(loaded, image, name, one) for image, name, one in zip(batch.images, names, maps, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _targets(self, loaded: Loaded, pixel_values: torch.Tensor) -> list[str | None]:
+        if self.target != "probable":
+            return [self.target] * len(pixel_values)
+        best = loaded.model(pixel_values).logits.argmax(dim=-1).tolist()
+        return [str(loaded.model.config.id2label[index]) for index in best]
+
+    def _draw(self, loaded: Loaded, image: Prepared, target: str | None, relevance: torch.Tensor) -> Record:
+        radiograph = read_radiograph(image.source.path, strict=None)
+        radiograph.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        mask = self._lungs_of(image)
+        grey = torch.from_numpy(np.asarray(radiograph, dtype=np.float32) / 255)
+        colour = draw_explanation(grey, relevance, mask)
+        picture = Image.fromarray((colour.clamp(0, 1).numpy() * 255).round().astype(np.uint8))
+        found: Record = {"picture": str(self.save(picture, image)), "target": target, "method": self.method}
+        if mask is not None:
+            share = share_inside(relevance, mask)
+            found |= {"relevance_in_lungs": share if share == share else None, "lung_area": mask.float().mean().item()}
+        return _record(loaded, image, **found)
+
+    def _lungs_of(self, image: Prepared) -> torch.Tensor | None:
+        if self.lungs is None:
+            return None
+        seen = prepare(image.source, self.lungs.processor)
+        if isinstance(seen, Failed):
+            raise SpcxrError(seen.cause)
+        return torch.from_numpy(segment_lungs(self.lungs, Batch([seen], []))[0])

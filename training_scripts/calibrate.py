@@ -1,0 +1,362 @@
+"""Calibrate a classifier on `val` and give it decision thresholds; both become part of the checkpoint.
+
+    python training_scripts/calibrate.py --model runs/finetune_classification/final --data ../shared/data \
+        --label_column pneumonia_label --split_column pneumonia_split \
+        --classes normal "bacterial pneumonia=bacterial" "viral pneumonia=viral" \
+        --sums "bacterial pneumonia + viral pneumonia" --output runs/pneumonia_calibrated
+
+Columns and classes may be left out where a `recipe.yaml` of the training lies beside the weights. One temperature for
+classes that exclude each other, a scale and a bias for each label that may hold with others; folded into the head's
+weights, so that softmax or sigmoid of the logits is the calibrated probability everywhere. The folder `output` then has
+weights, config (with the thresholds), image processor, recipe, `calibration.json` and, with matplotlib, two pictures.
+
+Everything is fitted on `val`. The other splits are for the report: Brier score and expected calibration error before
+and after, and the sensitivity and specificity that the thresholds reach there, with 95 % intervals by patient.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from spcxr_hf import SpcxrError
+from spcxr_hf.calibration import (
+    JOIN,
+    POINTS,
+    Calibration,
+    decision_figures,
+    fit_calibration,
+    fold_into_head,
+    operating_points,
+    reliability_bins,
+    set_operating_points,
+    target_values,
+    to_probabilities,
+)
+from spcxr_hf.checkpoints import written_aside
+from spcxr_hf.labels import parse_classes
+from spcxr_hf.metrics import bootstrap_draws, classification_report, multilabel_report, patient_groups, write_results
+from spcxr_hf.pictures import save_curves
+from spcxr_hf.predicting import (
+    LabelledRows,
+    class_names,
+    is_multi_label,
+    load_judged,
+    match_classes,
+    open_images,
+    predict_logits,
+    select_rows,
+)
+from spcxr_hf.recipe import parse_arguments, read_recipe
+from spcxr_hf.sets import read_rows
+
+RECIPE = "recipe.yaml"
+DECISIONS = ("sensitivity", "specificity", "accuracy")
+
+
+@dataclass
+class Arguments:
+    """Calibrate a classifier and choose its decision thresholds."""
+
+    model: str = field(metadata={"help": "folder of a trained classifier with its image processor"})
+    data: str = field(metadata={"help": "Parquet shards with a column of labels and a column of splits"})
+    output: str = field(metadata={"help": "folder for the calibrated checkpoint and calibration.json"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "column of the labels; by default that of the model's recipe"}
+    )
+    split_column: str | None = field(
+        default=None, metadata={"help": "column of the splits; by default that of the model's recipe"}
+    )
+    classes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "the model's classes, as `normal pneumonia=bacterial+viral`; by default the recipe's"},
+    )
+    sums: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"classes that get a threshold together, joined by '{JOIN}', as 'bacterial{JOIN}viral'"},
+    )
+    exclude: str | None = field(
+        default=None, metadata={"help": "text file of ids to leave out, one a line, as copies of training images"}
+    )
+    fit_on: str = field(default="val", metadata={"help": "split that everything is fitted on"})
+    splits: list[str] = field(
+        default_factory=lambda: ["val", "test"], metadata={"help": "splits to report; the fitted one is always there"}
+    )
+    operating_point: str = field(default="youden", metadata={"help": f"the default one: {', '.join(POINTS)}"})
+    bins: int = field(default=15, metadata={"help": "bins of the reliability diagram and the calibration error"})
+    batch_size: int = field(default=32, metadata={"help": "images per forward pass"})
+    bf16: bool = field(default=False, metadata={"help": "run the model in bfloat16 autocast"})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
+    resamples: int = field(default=2000, metadata={"help": "draws of the bootstrap"})
+    seed: int = field(default=0, metadata={"help": "of the bootstrap"})
+
+
+@dataclass(frozen=True)
+class Split:
+    """What the model says of a split: logits (n, classes) beside the rows' targets (n, classes)."""
+
+    rows: LabelledRows
+    logits: torch.Tensor
+
+    @property
+    def targets(self) -> np.ndarray:
+        return self.rows.targets.double().numpy()
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    arguments = parse_arguments(Arguments, argv)
+    check(arguments)
+    model, processor = load_judged(arguments.model, arguments.device)
+    classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
+    multi_label = is_multi_label(model)
+    splits = predict(arguments, model, processor, classes)
+
+    fitted = splits[arguments.fit_on]
+    calibration = fit_calibration(fitted.logits, fitted.rows.targets, multi_label)
+    points = operating_points(
+        to_probabilities(calibration(fitted.logits), multi_label).numpy(), fitted.targets, list(classes), arguments.sums
+    )
+    fold_into_head(model, calibration)
+    set_operating_points(model.config, points, arguments.operating_point)
+
+    result = describe(arguments, model, classes, calibration)
+    for name, split in splits.items():
+        result["splits"][name] = report(arguments, split, calibration, list(classes), points, multi_label)
+    save(arguments, model, processor, result)
+    draw(arguments, result, splits, calibration, list(classes), multi_label)
+    return result
+
+
+# ---- the command line ------------------------------------------------------------------------------------------
+
+
+def check(arguments: Arguments) -> None:
+    """Refuse a command line that would fail late; fill in what the model's recipe says."""
+    for name in ("batch_size", "resamples", "bins"):
+        if getattr(arguments, name) < 1:
+            raise SpcxrError(f"{name} must be at least 1; got {getattr(arguments, name)}")
+    if arguments.operating_point not in POINTS:
+        raise SpcxrError(f"operating_point must be {', '.join(POINTS)}; got {arguments.operating_point!r}")
+    if Path(arguments.output).resolve() == Path(arguments.model).resolve():
+        raise SpcxrError(f"{arguments.output}: the calibrated model needs a folder of its own")
+    there = {path.name for path in Path(arguments.output).glob("*")}
+    if there and "calibration.json" not in there:  # the folder is replaced whole
+        raise SpcxrError(f"{arguments.output}: holds something else than a calibrated model; name another folder")
+    fill_in(arguments, Path(arguments.model) / RECIPE)
+
+
+def fill_in(arguments: Arguments, recipe: Path) -> None:
+    """Take the columns and classes that the command line leaves out from the training's recipe."""
+    known = read_recipe(recipe) if recipe.is_file() else {}
+    arguments.label_column = arguments.label_column or known.get("label_column")
+    arguments.split_column = arguments.split_column or known.get("split_column")
+    arguments.classes = arguments.classes or known.get("classes") or []
+    for name in ("label_column", "split_column"):
+        if not getattr(arguments, name):
+            raise SpcxrError(f"{recipe}: no such recipe with a {name}; give --{name}")
+
+
+# ---- the report ------------------------------------------------------------------------------------------------
+
+
+def predict(
+    arguments: Arguments, model: PreTrainedModel, processor: Any, classes: dict[str, list[str]]
+) -> dict[str, Split]:
+    """The logits of every split, the fitted one first; all labels are read before the first image is."""
+    table = read_rows(arguments.data, arguments.exclude)
+    columns = str(arguments.label_column), str(arguments.split_column)
+    names = dict.fromkeys([arguments.fit_on, *arguments.splits])
+    rows = {name: select_rows(table, *columns, name, classes, is_multi_label(model)) for name in names}
+    return {
+        name: Split(
+            part,
+            predict_logits(
+                model, processor, open_images(part.table), arguments.batch_size, arguments.bf16, part.table.name
+            ),
+        )
+        for name, part in rows.items()
+    }
+
+
+def describe(
+    arguments: Arguments, model: PreTrainedModel, classes: dict[str, list[str]], calibration: Calibration
+) -> dict:
+    """What the figures are of."""
+    scales, biases = calibration.scale.tolist(), calibration.bias.tolist()
+    entry: dict = {
+        "model": Path(arguments.output).resolve().name,
+        "problem_type": model.config.problem_type,
+        "label_column": arguments.label_column,
+        "split_column": arguments.split_column,
+        "classes": classes,
+        "fitted_on": arguments.fit_on,
+        "method": "scale and bias of each label" if is_multi_label(model) else "temperature",
+    }
+    if is_multi_label(model):
+        entry["scale"] = dict(zip(classes, scales, strict=True))
+        entry["bias"] = dict(zip(classes, biases, strict=True))
+    else:
+        entry["temperature"] = 1 / scales[0]
+    entry["operating_points"] = model.config.operating_points
+    entry["operating_point"] = model.config.operating_point
+    return entry | {"resamples": arguments.resamples, "seed": arguments.seed, "splits": {}}
+
+
+def report(
+    arguments: Arguments,
+    split: Split,
+    calibration: Calibration,
+    names: list[str],
+    points: dict[str, dict[str, float]],
+    multi_label: bool,
+) -> dict:
+    """The figures of one split."""
+    before = to_probabilities(split.logits, multi_label).numpy()
+    after = to_probabilities(calibration(split.logits), multi_label).numpy()
+    groups = patient_groups(split.rows.patients, len(split.rows))
+    return {
+        "images": len(split.rows),
+        "patients": len(set(groups)) if groups else None,
+        "before": calibration_figures(arguments, before, split, names, multi_label),
+        "after": calibration_figures(arguments, after, split, names, multi_label),
+        "reliability": {
+            "before": reliability(arguments, before, split.targets, names, multi_label),
+            "after": reliability(arguments, after, split.targets, names, multi_label),
+        },
+        "operating_points": {
+            target: decisions(arguments, after, split, names, target, values) for target, values in points.items()
+        },
+    }
+
+
+def calibration_figures(
+    arguments: Arguments, probabilities: np.ndarray, split: Split, names: list[str], multi_label: bool
+) -> dict:
+    """Brier score and expected calibration error, with intervals; of labels their means and each label's."""
+    options: dict[str, Any] = {"resamples": arguments.resamples, "seed": arguments.seed, "bins": arguments.bins}
+    if multi_label:
+        whole = multilabel_report(probabilities, split.targets, names, split.rows.patients, **options)
+        entry = pick(whole, ("mean_brier", "mean_ece"))
+        return entry | {"labels": {name: pick(one, ("brier", "ece")) for name, one in whole["labels"].items()}}
+    truth = split.targets.argmax(axis=1)
+    return pick(
+        classification_report(probabilities, truth, names, split.rows.patients, **options),
+        ("brier", "ece", "accuracy", "balanced_accuracy"),
+    )
+
+
+def pick(whole: dict, names: Sequence[str]) -> dict:
+    """These figures of a report, with their intervals."""
+    return {key: whole[key] for name in names for key in (name, f"{name}_ci95")}
+
+
+def reliability(
+    arguments: Arguments, probabilities: np.ndarray, targets: np.ndarray, names: list[str], multi_label: bool
+) -> Any:
+    """The points of the diagram: of the most probable class, or of each label."""
+    if not multi_label:
+        hits = probabilities.argmax(axis=1) == targets.argmax(axis=1)
+        return reliability_bins(probabilities.max(axis=1), hits.astype(float), arguments.bins)
+    columns = zip(names, probabilities.T, targets.T, strict=True)
+    return {name: reliability_bins(scores, truth, arguments.bins) for name, scores, truth in columns}
+
+
+def decisions(
+    arguments: Arguments,
+    probabilities: np.ndarray,
+    split: Split,
+    names: list[str],
+    target: str,
+    values: dict[str, float],
+) -> dict:
+    """What a target's thresholds reach on a split."""
+    truth = target_values(split.targets, target, names)
+    kept = split.rows.where(~np.isnan(truth))
+    scores, truth = target_values(probabilities, target, names)[~np.isnan(truth)], truth[~np.isnan(truth)]
+    entry: dict = {"positives": int(truth.sum()), "negatives": int((1 - truth).sum())}
+    groups = patient_groups(kept.patients, len(kept))
+    for name, threshold in values.items():
+        draws = bootstrap_draws(
+            lambda rows, threshold=threshold: decision_figures(scores[rows], truth[rows], threshold),  # type: ignore[misc]
+            len(scores),
+            groups,
+            arguments.resamples,
+            arguments.seed,
+        )
+        reached = decision_figures(scores, truth, threshold)
+        entry[name] = {"threshold": threshold}
+        for figure, value, drawn in zip(DECISIONS, reached, draws.T, strict=True):
+            entry[name] |= {figure: value, f"{figure}_ci95": interval(drawn) if np.isfinite(value) else None}
+    return entry
+
+
+def interval(draws: np.ndarray) -> list[float] | None:
+    """The middle 95 % of the draws that are defined."""
+    defined = draws[~np.isnan(draws)]
+    return np.quantile(defined, [0.025, 0.975]).tolist() if len(defined) else None
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------
+
+
+def save(arguments: Arguments, model: PreTrainedModel, processor: Any, result: dict) -> None:
+    """Write the checkpoint and the figures."""
+    with written_aside(Path(arguments.output)) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if (Path(arguments.model) / RECIPE).is_file():
+            shutil.copyfile(Path(arguments.model) / RECIPE, folder / RECIPE)
+        write_results(folder / "calibration.json", result)
+    for name, entry in result["splits"].items():
+        shown = {when: {key: entry[when][key] for key in list(entry[when])[:4]} for when in ("before", "after")}
+        print(json.dumps({name: shown}))
+    print(f"saved {arguments.output}")
+
+
+def draw(
+    arguments: Arguments,
+    result: dict,
+    splits: dict[str, Split],
+    calibration: Calibration,
+    names: list[str],
+    multi_label: bool,
+) -> None:
+    """The reliability diagram and the ROC curves of the last split that is reported."""
+    last = list(splits)[-1]
+    found = result["splits"][last]["reliability"]
+    lines: dict[str, list] = {"perfect": [(0.0, 0.0), (1.0, 1.0)]}
+    for when in ("before", "after"):
+        bins = found[when][names[0]] if multi_label else found[when]
+        lines[f"{when} ({names[0]})" if multi_label else when] = [(one["confidence"], one["share"]) for one in bins]
+    save_curves(lines, Path(arguments.output) / "reliability.png", f"confidence on {last}", "share that is right")
+
+    probabilities = to_probabilities(calibration(splits[last].logits), multi_label).numpy()
+    curves = {
+        target: roc(target_values(probabilities, target, names), target_values(splits[last].targets, target, names))
+        for target in result["operating_points"]
+    }
+    save_curves(curves, Path(arguments.output) / "roc.png", f"1 - specificity on {last}", "sensitivity")
+
+
+def roc(scores: np.ndarray, truth: np.ndarray) -> list[tuple[float, float]]:
+    """The points of a ROC curve; none without both sides."""
+    known = ~np.isnan(truth)
+    scores, truth = scores[known], truth[known]
+    steps = [np.inf, *np.unique(scores)[::-1]]
+    points = [decision_figures(scores, truth, threshold)[:2] for threshold in steps]
+    return [] if np.isnan(points[0]).any() else [(1 - specificity, sensitivity) for sensitivity, specificity in points]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SpcxrError as error:
+        raise SystemExit(f"error: {error}") from None

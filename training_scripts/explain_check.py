@@ -1,0 +1,272 @@
+"""Check a classifier's maps on radiographs: deletion and insertion curves against random maps, and the lungs' share.
+
+    python training_scripts/explain_check.py --model model_cards/pneumonia --lungs model_cards/lung-segmentation \
+        --data ../shared/data --label_column pneumonia_label --split_column pneumonia_split --split test \
+        --images 200 --output results.json
+
+Deletion and insertion are those of RISE (arXiv 1806.07421, section 4.1), by patches. Two controls: random maps, several
+for each image, and the relevance map of another image, which has the same habits but has not seen this one. Differences
+are paired by image, positive where the map is better, with 95 % intervals by patient. `--pictures FOLDER` draws the
+curves, and the first maps over their radiographs: keep those where the images may be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+from spcxr_hf import SpcxrError
+from spcxr_hf.archives import read_set
+from spcxr_hf.encoders import LOADING_ERRORS
+from spcxr_hf.explain import METHODS, PerturbationCurves, deletion_insertion, draw_explanation, explain, share_inside
+from spcxr_hf.figures import draw_contact_sheet, draw_perturbation, save_figure
+from spcxr_hf.labels import parse_classes
+from spcxr_hf.metrics import bootstrap_interval, patient_groups, write_results
+from spcxr_hf.pictures import to_grey
+from spcxr_hf.predicting import (
+    LabelledRows,
+    class_names,
+    is_multi_label,
+    load_judged,
+    match_classes,
+    open_images,
+    select_rows,
+)
+from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.report import software
+
+SHOWN = 8  # images in the picture of the maps
+
+
+@dataclass
+class Arguments:
+    """Check a classifier's maps."""
+
+    model: str = field(metadata={"help": "folder or Hub id of an SPCXR classifier with its image processor"})
+    data: str = field(metadata={"help": "a set with a column of labels and a column of splits"})
+    label_column: str = field(default="label", metadata={"help": "column of the labels"})
+    split_column: str = field(default="split", metadata={"help": "column of the splits"})
+    split: str = field(default="test", metadata={"help": "its value to take images from"})
+    classes: list[str] = field(
+        default_factory=list, metadata={"help": "the model's classes, as `normal pneumonia=bacterial+viral`"}
+    )
+    target: str = field(
+        default="probable",
+        metadata={"help": "a label, or labels joined by ' + '; 'probable' is each image's most probable label"},
+    )
+    lungs: str | None = field(default=None, metadata={"help": "a segmentation model, for the share inside the lungs"})
+    images: int = field(default=100, metadata={"help": "how many, drawn at random"})
+    random_maps: int = field(default=3, metadata={"help": "random maps for each image; their areas are averaged"})
+    steps: int = field(default=14, metadata={"help": "steps of the curves"})
+    batch_size: int = field(default=16, metadata={"help": "images at a time"})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write"})
+    pictures: str | None = field(default=None, metadata={"help": "folder for curves.png and maps.png"})
+    resamples: int = field(default=2000, metadata={"help": "draws of the bootstrap"})
+    seed: int = field(default=0, metadata={"help": "of the choice of images, the random maps and the bootstrap"})
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    arguments = parse_arguments(Arguments, argv)
+    check(arguments)
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    model, processor = load_judged(arguments.model, device)
+    segmenter = load_segmenter(arguments.lungs, device) if arguments.lungs else None
+    rows = select(arguments, model)
+    pixels, masks = prepare(rows, processor, segmenter)
+    targets = targets_of(arguments, model, pixels)
+    maps = draw_maps(arguments, model, pixels, targets)
+    curves = {name: measure(arguments, model, pixels, one, targets) for name, one in maps.items()}
+    areas = {name: (one.deletion_auc.numpy(), one.insertion_auc.numpy()) for name, one in joined(curves).items()}
+    result = describe(arguments, rows, areas, {name: maps[name] for name in METHODS}, masks)
+    if arguments.pictures:
+        draw(arguments, processor, pixels, joined(curves), maps, masks)
+    if arguments.output:
+        write_results(arguments.output, result)
+    print(json.dumps(result["against"], indent=2))
+    return result
+
+
+def check(arguments: Arguments) -> None:
+    """Refuse a command line that would fail late."""
+    for name, least in (("images", 2), ("random_maps", 1), ("steps", 1), ("batch_size", 1), ("resamples", 1)):
+        if getattr(arguments, name) < least:
+            raise SpcxrError(f"{name} must be at least {least}; got {getattr(arguments, name)}")
+
+
+def load_segmenter(source: str, device: torch.device) -> tuple[Any, Any]:
+    """A segmentation model with a label `lung`, and its image processor."""
+    try:
+        model = AutoModelForSemanticSegmentation.from_pretrained(source, use_safetensors=True)
+        processor = AutoImageProcessor.from_pretrained(source)
+    except LOADING_ERRORS as error:
+        raise SpcxrError(f"{source}: no segmentation model ({' '.join(str(error).split())[:240]})") from error
+    if "lung" not in (model.config.label2id or {}):
+        raise SpcxrError(f"{source}: names no label 'lung'")
+    return model.to(device).eval(), processor
+
+
+def select(arguments: Arguments, model: Any) -> LabelledRows:
+    """The images to look at."""
+    classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
+    rows = select_rows(
+        read_set(arguments.data),
+        arguments.label_column,
+        arguments.split_column,
+        arguments.split,
+        classes,
+        is_multi_label(model),
+    )
+    kept = np.zeros(len(rows), dtype=bool)
+    kept[np.random.default_rng(arguments.seed).permutation(len(rows))[: arguments.images]] = True
+    return rows.where(kept)
+
+
+def prepare(rows: LabelledRows, processor: Any, segmenter: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Pixel values (n, C, H, W), and the lungs of each image at the segmentation model's size; none without it."""
+    pixels, masks = [], []
+    for image in tqdm(open_images(rows.table), total=len(rows), desc="reading", unit="image"):
+        pixels.append(processor(image, return_tensors="pt").pixel_values)
+        if segmenter is not None:
+            network, its_processor = segmenter
+            inputs = its_processor(image, return_tensors="pt").to(network.device)
+            with torch.no_grad():
+                found = network(**inputs).logits.argmax(dim=1)[0]
+            masks.append((found == network.config.label2id["lung"]).cpu())
+    return torch.cat(pixels), masks
+
+
+@torch.no_grad()
+def targets_of(arguments: Arguments, model: Any, pixels: torch.Tensor) -> list[str]:
+    """The target of each image."""
+    if arguments.target != "probable":
+        return [arguments.target] * len(pixels)
+    names = class_names(model)
+    parts = pixels.split(arguments.batch_size)
+    return [names[best] for part in parts for best in model(part.to(model.device)).logits.argmax(dim=1).tolist()]
+
+
+def draw_maps(arguments: Arguments, model: Any, pixels: torch.Tensor, targets: list[str]) -> dict[str, torch.Tensor]:
+    """Maps (n, rows, columns) by name, the controls among them."""
+    maps: dict[str, torch.Tensor] = {}
+    for method in METHODS:
+        starts = tqdm(range(0, len(pixels), arguments.batch_size), desc=method, unit="batch")
+        parts = [slice(start, start + arguments.batch_size) for start in starts]
+        maps[method] = torch.cat([explain(model, pixels[part], targets[part], method).cpu() for part in parts])
+    maps["relevance of another image"] = maps["relevance"].roll(1, dims=0)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    for number in range(arguments.random_maps):
+        maps[f"random {number}"] = torch.rand(maps["relevance"].shape, generator=generator)
+    return maps
+
+
+def measure(
+    arguments: Arguments, model: Any, pixels: torch.Tensor, maps: torch.Tensor, targets: list[str]
+) -> PerturbationCurves:
+    """The curves of one kind of map over all images."""
+    found = []
+    for start in tqdm(range(0, len(pixels), arguments.batch_size), desc="curves", unit="batch"):
+        part = slice(start, start + arguments.batch_size)
+        found.append(deletion_insertion(model, pixels[part], maps[part], targets[part], arguments.steps))
+    deletion, insertion = (torch.cat([getattr(one, name) for one in found]) for name in ("deletion", "insertion"))
+    return PerturbationCurves(found[0].fractions, deletion, insertion)
+
+
+def joined(curves: dict[str, PerturbationCurves]) -> dict[str, PerturbationCurves]:
+    """The same with the random maps of an image as one, their mean."""
+    random = [one for name, one in curves.items() if name.startswith("random ")]
+    deletion, insertion = (torch.stack([getattr(one, name) for one in random]).mean(dim=0)
+                           for name in ("deletion", "insertion"))  # fmt: skip
+    kept = {name: one for name, one in curves.items() if not name.startswith("random ")}
+    return kept | {"random": PerturbationCurves(random[0].fractions, deletion, insertion)}
+
+
+# ---- the result ----------------------------------------------------------------------------------------------------
+
+
+def describe(
+    arguments: Arguments,
+    rows: LabelledRows,
+    areas: dict[str, tuple[np.ndarray, np.ndarray]],
+    maps: dict[str, torch.Tensor],
+    masks: list[torch.Tensor],
+) -> dict:
+    """Areas under the curves, paired differences, and what lies inside the lungs, each with its 95 % interval."""
+    groups = patient_groups(rows.patients, len(rows))
+
+    def mean(values: np.ndarray) -> dict:
+        values = values.astype(float)
+        kept = [None if groups is None else groups[row] for row in np.flatnonzero(~np.isnan(values))]
+        values = values[~np.isnan(values)]
+        interval = bootstrap_interval(
+            values, None if groups is None else kept, resamples=arguments.resamples, seed=arguments.seed
+        )
+        return {"mean": float(values.mean()), "ci95": list(interval), "images": len(values)}
+
+    result: dict[str, Any] = {
+        "model": Path(arguments.model).resolve().name,
+        "split": arguments.split,
+        "target": arguments.target,
+        "images": len(rows),
+        "patients": None if groups is None else len(set(groups)),
+        "steps": arguments.steps,
+        "random_maps": arguments.random_maps,
+        "software": software(),
+        "deletion_auc": {name: mean(pair[0]) for name, pair in areas.items()},
+        "insertion_auc": {name: mean(pair[1]) for name, pair in areas.items()},
+        "against": {},
+    }
+    for method in METHODS:
+        for control in ("random", "relevance of another image"):
+            # Positive is better in both: the answer falls faster, and rises faster.
+            result["against"][f"{method} against {control}"] = {
+                "deletion": mean(areas[control][0] - areas[method][0]),
+                "insertion": mean(areas[method][1] - areas[control][1]),
+            }
+    if masks:
+        shares = {name: np.array([share_inside(one, mask) for one, mask in zip(found, masks, strict=True)])
+                  for name, found in maps.items()}  # fmt: skip
+        result["lungs"] = {"area": mean(np.array([mask.float().mean().item() for mask in masks]))}
+        result["lungs"] |= {f"share of {name}": mean(found) for name, found in shares.items()}
+    return result
+
+
+def draw(
+    arguments: Arguments,
+    processor: Any,
+    pixels: torch.Tensor,
+    curves: dict[str, PerturbationCurves],
+    maps: dict[str, torch.Tensor],
+    masks: list[torch.Tensor],
+) -> None:
+    """The mean curves, and the first maps over their radiographs."""
+    folder = Path(arguments.pictures or ".")
+    means = {
+        name: (one.deletion.mean(dim=0).numpy(), one.insertion.mean(dim=0).numpy()) for name, one in curves.items()
+    }
+    save_figure(draw_perturbation(means, curves["random"].fractions.numpy()), folder / "curves.png")
+    grey = to_grey(pixels[:SHOWN], processor.image_mean[0], processor.image_std[0])
+    tiles = []
+    for number, picture in enumerate(grey):
+        large = torch.nn.functional.interpolate(picture[None, None], scale_factor=3, mode="bicubic")[0, 0].clamp(0, 1)
+        mask = masks[number] if masks else None
+        for method in METHODS:
+            share = "" if mask is None else f"\n{share_inside(maps[method][number], mask):.0%} inside the lungs"
+            tiles.append((draw_explanation(large, maps[method][number], mask).numpy(), f"{method}{share}"))
+    save_figure(draw_contact_sheet(tiles, title="For research use only, not for clinical use."), folder / "maps.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SpcxrError as error:
+        raise SystemExit(f"error: {error}") from None

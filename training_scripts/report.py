@@ -1,0 +1,167 @@
+"""Report a classifier on splits of a set, with figures: one HTML file that holds everything, and its pictures as PNG.
+
+    python training_scripts/report.py --model model_cards/pneumonia --data ../shared/data \
+        --label_column pneumonia_label --split_column pneumonia_split --splits val test --output reports/pneumonia
+
+ROC and precision-recall curves with 95 % bands by patient, reliability diagrams, confusion matrices, label efficiency
+(`--label_efficiency results.json`, rows with fraction, seed, init and the metric), and the most confident errors. These
+show radiographs: keep the folder where the images may be, or say `--worst 0`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from spcxr_hf import SpcxrError
+from spcxr_hf.archives import read_set
+from spcxr_hf.calibration import to_probabilities
+from spcxr_hf.curves import read_rows
+from spcxr_hf.data import open_image
+from spcxr_hf.evaluation_report import Evaluated, ReportOptions, write_evaluation_report
+from spcxr_hf.figures import grey_picture
+from spcxr_hf.labels import parse_classes
+from spcxr_hf.predicting import (
+    LabelledRows,
+    class_names,
+    is_multi_label,
+    load_judged,
+    match_classes,
+    open_images,
+    predict_logits,
+    select_rows,
+)
+from spcxr_hf.recipe import parse_arguments
+
+
+@dataclass
+class Arguments:
+    """Draw the report on a classifier."""
+
+    model: str = field(metadata={"help": "folder or Hub id of an image classifier with its image processor"})
+    data: str = field(metadata={"help": "a set with a column of labels and a column of splits"})
+    output: str = field(metadata={"help": "folder for report.html, results.json and the pictures"})
+    label_column: str = field(default="label", metadata={"help": "column of the labels"})
+    split_column: str = field(default="split", metadata={"help": "column of the splits"})
+    splits: list[str] = field(default_factory=lambda: ["val"], metadata={"help": "its values to report"})
+    classes: list[str] = field(
+        default_factory=list, metadata={"help": "the model's classes, as `normal pneumonia=bacterial+viral`"}
+    )
+    sums: list[str] = field(
+        default_factory=list, metadata={"help": "more targets: labels joined by ' + ', whose probabilities are added"}
+    )
+    label_efficiency: str | None = field(default=None, metadata={"help": "JSON file with rows of fraction, seed, init"})
+    metric: str = field(default="auroc", metadata={"help": "its key of the value"})
+    title: str | None = field(default=None, metadata={"help": "of the page; by default the model's name"})
+    worst: int = field(default=12, metadata={"help": "how many of the most confident errors to show; 0 for none"})
+    limit: int | None = field(default=None, metadata={"help": "take that many rows of each split, drawn at random"})
+    batch_size: int = field(default=32, metadata={"help": "images per forward pass"})
+    bf16: bool = field(default=False, metadata={"help": "run the model in bfloat16 autocast"})
+    resamples: int = field(default=1000, metadata={"help": "draws of the bootstrap"})
+    seed: int = field(default=0, metadata={"help": "of the bootstrap and of --limit"})
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    arguments = parse_arguments(Arguments, argv)
+    check(arguments)
+    efficiency = read_rows(Path(arguments.label_efficiency)) if arguments.label_efficiency else []
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    model, processor = load_judged(arguments.model, device)
+    rows = select(arguments, model)
+    evaluated = [judge(arguments, model, processor, split, found) for split, found in rows.items()]
+    options = options_of(arguments, model, efficiency)
+    path = write_evaluation_report(
+        Path(arguments.output),
+        title_of(arguments),
+        class_names(model),
+        evaluated,
+        options,
+        pictures_of(arguments, rows),
+    )
+    print(path)
+    return path
+
+
+def check(arguments: Arguments) -> None:
+    """Refuse a command line that would fail late."""
+    for name in ("batch_size", "resamples", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise SpcxrError(f"{name} must be at least 1; got {value}")
+    if arguments.worst < 0:
+        raise SpcxrError(f"worst must be at least 0; got {arguments.worst}")
+
+
+def select(arguments: Arguments, model: Any) -> dict[str, LabelledRows]:
+    """The labelled rows of each split."""
+    table = read_set(arguments.data)
+    classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
+    found = {}
+    for split in dict.fromkeys(arguments.splits):
+        rows = select_rows(table, arguments.label_column, arguments.split_column, split, classes, is_multi_label(model))
+        found[split] = rows.where(draw(len(rows), arguments.limit, arguments.seed))
+    return found
+
+
+def draw(count: int, limit: int | None, seed: int) -> np.ndarray:
+    """Which of `count` rows to take: all of them, or `limit` at random."""
+    kept = np.zeros(count, dtype=bool)
+    kept[np.random.default_rng(seed).permutation(count)[:limit]] = True
+    return kept
+
+
+def judge(arguments: Arguments, model: Any, processor: Any, split: str, rows: LabelledRows) -> Evaluated:
+    """What the model says of a split."""
+    logits = predict_logits(model, processor, open_images(rows.table), arguments.batch_size, arguments.bf16, split)
+    probabilities = to_probabilities(logits, is_multi_label(model)).numpy()
+    return Evaluated(split, probabilities, rows.targets.numpy(), rows.table.ids, rows.patients)
+
+
+def options_of(arguments: Arguments, model: Any, efficiency: list[dict]) -> ReportOptions:
+    points = getattr(model.config, "operating_points", None) or {}
+    settings = {
+        "model": Path(arguments.model).resolve().name,
+        "set": Path(arguments.data).name,
+        **{name: getattr(arguments, name) for name in ("label_column", "split_column", "splits", "classes", "limit",
+                                                       "bf16", "resamples", "seed")},
+    }  # fmt: skip
+    return ReportOptions(
+        multi_label=is_multi_label(model),
+        sums=[*dict.fromkeys([*arguments.sums, *(target for target in points if target not in class_names(model))])],
+        points=points,
+        efficiency=efficiency,
+        metric=arguments.metric,
+        settings=settings,
+        worst=arguments.worst,
+        resamples=arguments.resamples,
+        seed=arguments.seed,
+    )
+
+
+def title_of(arguments: Arguments) -> str:
+    return arguments.title or f"{Path(arguments.model).resolve().name}: {', '.join(arguments.splits)}"
+
+
+def pictures_of(arguments: Arguments, rows: dict[str, LabelledRows]) -> Callable[[str, int], np.ndarray] | None:
+    """A function that reads the picture of a split's row, or None where none are wanted."""
+    if not arguments.worst:
+        return None
+
+    def read(split: str, row: int) -> np.ndarray:
+        table = rows[split].table
+        return grey_picture(open_image(table.rows["image"][row].as_py(), f"{table.name}: {table.ids[row]}"))
+
+    return read
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SpcxrError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,397 @@
+"""What a classifier may be reading besides the lungs: its figures beside thumbnails, borders and masked images.
+
+    python training_scripts/shortcuts.py --model model_cards/pneumonia --data ../shared/data \
+        --label_column pneumonia_label --split_column pneumonia_split \
+        --classes normal "bacterial pneumonia=bacterial" "viral pneumonia=viral" \
+        --targets "bacterial pneumonia + viral pneumonia" --output shortcuts.json
+
+Beside the model on whole images stand, on the same rows and with the same bootstrap by patient:
+
+* `thumbnail_16`, `thumbnail_32`, `border`: logistic regression on the grey values of a thumbnail, and on the outermost
+  sixteenth of the image alone; fitted on `train`, its strength chosen on `val`. What these reach takes no radiology.
+* `lungs_masked`, `lung_box_masked`: the model, unchanged, where the lungs, or the rectangle around them, are filled
+  with the image's mean. What is left cannot come from inside the lungs; the outline of masked lungs still shows, that
+  of the rectangle hardly.
+* `lungs_only`: the model where all but the lungs is filled.
+
+`survives` is (AUROC - 0.5) / (the model's AUROC - 0.5): the share of what the model knows that is left. Nothing is
+trained anew on masked images, so that a low figure can also come from images of a kind that the model never saw.
+Columns and classes may be left out where a `recipe.yaml` of the training lies beside the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
+
+from spcxr_hf import SpcxrError
+from spcxr_hf.calibration import JOIN, target_columns, target_values, to_probabilities
+from spcxr_hf.data import decode_images
+from spcxr_hf.encoders import LOADING_ERRORS
+from spcxr_hf.labels import parse_classes
+from spcxr_hf.metrics import bootstrap_draws, classification_report, patient_groups, write_results
+from spcxr_hf.predicting import (
+    LabelledRows,
+    class_names,
+    is_multi_label,
+    load_judged,
+    match_classes,
+    predict_logits,
+    select_rows,
+)
+from spcxr_hf.recipe import parse_arguments, read_recipe
+from spcxr_hf.sets import read_rows
+from spcxr_hf.shortcuts import FEATURES, Features, aurocs, boxes, choose_probe, filled
+
+AGAINST = " / "  # between two classes whose images alone are compared
+LUNGS = Path(__file__).resolve().parent.parent / "model_cards" / "lung-segmentation"
+SMALLEST = 0.05  # share of the image below which lungs count as not found
+VARIANTS = {
+    "model": "the model on whole images",
+    "thumbnail_16": "logistic regression on 16 x 16 grey values",
+    "thumbnail_32": "logistic regression on 32 x 32 grey values",
+    "border": "logistic regression on the outermost ring of 16 x 16 grey values",
+    "lungs_masked": "the model, lungs filled with the image's mean",
+    "lung_box_masked": "the model, the rectangle around the lungs filled with the image's mean",
+    "lungs_only": "the model, all but the lungs filled with the image's mean",
+}
+Scores = dict[str, np.ndarray]  # variant -> probabilities (n, classes)
+
+
+@dataclass
+class Arguments:
+    """Put a classifier beside what reads no lungs."""
+
+    model: str = field(metadata={"help": "folder of a classifier with its image processor"})
+    data: str = field(metadata={"help": "Parquet shards with a column of labels and a column of splits"})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "column of the labels; by default that of the model's recipe"}
+    )
+    split_column: str | None = field(
+        default=None, metadata={"help": "column of the splits; by default that of the model's recipe"}
+    )
+    classes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "the model's classes, as `normal pneumonia=bacterial+viral`; by default the recipe's"},
+    )
+    targets: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"what to report besides each class: classes together, 'bacterial{JOIN}viral', or one "
+                  f"against another alone, 'covid{AGAINST}pneumonia'"},
+    )  # fmt: skip
+    by: list[str] = field(
+        default_factory=list, metadata={"help": "columns, as view or source: AUROC within each of their values too"}
+    )
+    splits: list[str] = field(default_factory=lambda: ["test"], metadata={"help": "splits to report"})
+    lungs: str = field(default=str(LUNGS), metadata={"help": "folder of a segmentation model with a label `lung`"})
+    exclude: str | None = field(
+        default=None, metadata={"help": "text file of ids to leave out, one a line, as copies of training images"}
+    )
+    stored_size: int = field(default=256, metadata={"help": "images are decoded to this size, in pixels"})
+    cache_folder: str | None = field(
+        default=None, metadata={"help": "folder that keeps the decoded images between starts"}
+    )
+    batch_size: int = field(default=32, metadata={"help": "images per forward pass"})
+    bf16: bool = field(default=False, metadata={"help": "run the models in bfloat16 autocast"})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
+    resamples: int = field(default=1000, metadata={"help": "draws of the bootstrap"})
+    seed: int = field(default=0, metadata={"help": "of the bootstrap"})
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked: the class names in the model's order, whether they may hold together, and the targets."""
+
+    classes: dict[str, list[str]]
+    multi_label: bool
+    targets: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.classes)
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    arguments = parse_arguments(Arguments, argv)
+    fill_in(arguments)
+    model, processor = load_judged(arguments.model, arguments.device)
+    segmenter = load_segmenter(arguments)
+    task = define_task(arguments, model)
+    splits = select(arguments, task)
+
+    probes = fit_probes(arguments, task, splits)
+    result = describe(arguments, task)
+    for name in arguments.splits:
+        rows = splits[name]
+        images = decode_images(rows.table, arguments.stored_size, arguments.cache_folder)
+        masks = find_lungs(arguments, *segmenter, images)
+        scores = judge(arguments, task, model, processor, images, masks)
+        scores |= {variant: probe(images) for variant, probe in probes.items()}
+        result["splits"][name] = report(arguments, task, rows, {key: scores[key] for key in VARIANTS}, masks)
+        print(json.dumps({name: summary(result["splits"][name])}), flush=True)
+    if arguments.output:
+        write_results(arguments.output, result)
+    return result
+
+
+# ---- the task --------------------------------------------------------------------------------------------------
+
+
+def fill_in(arguments: Arguments) -> None:
+    """Refuse what would fail late; take the columns and classes that are left out from the training's recipe."""
+    for name in ("batch_size", "resamples"):
+        if getattr(arguments, name) < 1:
+            raise SpcxrError(f"{name} must be at least 1; got {getattr(arguments, name)}")
+    if arguments.stored_size < 32:
+        raise SpcxrError(f"stored_size must be at least 32, for the thumbnails; got {arguments.stored_size}")
+    recipe = Path(arguments.model) / "recipe.yaml"
+    known = read_recipe(recipe) if recipe.is_file() else {}
+    arguments.label_column = arguments.label_column or known.get("label_column")
+    arguments.split_column = arguments.split_column or known.get("split_column")
+    arguments.classes = arguments.classes or known.get("classes") or []
+    for name in ("label_column", "split_column"):
+        if not getattr(arguments, name):
+            raise SpcxrError(f"{recipe}: no such recipe with a {name}; give --{name}")
+
+
+def define_task(arguments: Arguments, model: PreTrainedModel) -> Task:
+    """The classes and targets, all of them known to the model."""
+    names = class_names(model)
+    classes = match_classes(arguments.model, names, parse_classes(arguments.classes))
+    for target in arguments.targets:
+        for part in target.split(AGAINST):
+            target_columns(part, names)
+    return Task(classes, is_multi_label(model), [*names, *arguments.targets])
+
+
+def select(arguments: Arguments, task: Task) -> dict[str, LabelledRows]:
+    """The rows of `train` and `val`, for the probes, and of the splits to report."""
+    table = read_rows(arguments.data, arguments.exclude)
+    columns = str(arguments.label_column), str(arguments.split_column)
+    wanted = dict.fromkeys(["train", "val", *arguments.splits])
+    splits = {name: select_rows(table, *columns, name, task.classes, task.multi_label) for name in wanted}
+    for column in arguments.by:
+        splits["train"].table.column(column)  # a missing one is told now
+    return splits
+
+
+# ---- probes ----------------------------------------------------------------------------------------------------
+
+
+def fit_probes(arguments: Arguments, task: Task, splits: Mapping[str, LabelledRows]) -> dict[str, Features]:
+    """Variant -> from images (n, 1, S, S) uint8 to probabilities (n, classes)."""
+    sets = {name: splits[name] for name in ("train", "val")}
+    images = {
+        name: decode_images(rows.table, arguments.stored_size, arguments.cache_folder) for name, rows in sets.items()
+    }
+    targets = {name: rows.targets.double().numpy() for name, rows in sets.items()}
+    probes = {}
+    for variant, features in tqdm(FEATURES.items(), desc="probes", unit="probe"):
+        found = {name: features(images[name]) for name in sets}
+        probes[variant] = choose_probe(features, found, targets, task.multi_label)
+    return probes
+
+
+# ---- masked images ---------------------------------------------------------------------------------------------
+
+
+def load_segmenter(arguments: Arguments) -> tuple[PreTrainedModel, Any, int]:
+    """The segmentation model, its image processor and the number of its label `lung`."""
+    try:
+        model = AutoModelForSemanticSegmentation.from_pretrained(arguments.lungs, use_safetensors=True)
+        processor = AutoImageProcessor.from_pretrained(arguments.lungs)
+    except LOADING_ERRORS as error:
+        raise SpcxrError(f"{arguments.lungs}: no segmentation model ({' '.join(str(error).split())[:240]})") from error
+    labels = dict(model.config.label2id or {})
+    if "lung" not in labels:
+        raise SpcxrError(f"{arguments.lungs}: its labels are {', '.join(labels)}; there is no 'lung' among them")
+    return model.to(arguments.device).eval(), processor, labels["lung"]
+
+
+@torch.no_grad()
+def find_lungs(
+    arguments: Arguments, model: PreTrainedModel, processor: Any, lung: int, images: torch.Tensor
+) -> torch.Tensor:
+    """Lungs of images (n, 1, S, S) uint8: (n, S, S) booleans."""
+    found = []
+    for part in tqdm(images.split(arguments.batch_size), desc="lungs", unit="batch"):
+        inputs = processor(pictures(part), return_tensors="pt").to(arguments.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=arguments.bf16):
+            outputs = model(**inputs)
+        sizes = [tuple(part.shape[-2:])] * len(part)
+        found += [(labels == lung).cpu() for labels in processor.post_process_semantic_segmentation(outputs, sizes)]
+    return torch.stack(found)
+
+
+def pictures(images: torch.Tensor) -> list[Image.Image]:
+    return [Image.fromarray(image[0].numpy()) for image in images]
+
+
+def judge(
+    arguments: Arguments,
+    task: Task,
+    model: PreTrainedModel,
+    processor: Any,
+    images: torch.Tensor,
+    masks: torch.Tensor,
+) -> Scores:
+    """The model's probabilities (n, classes) on whole and on masked images."""
+    hidden: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "model": torch.zeros_like,
+        "lungs_masked": lambda lungs: lungs,
+        "lung_box_masked": boxes,
+        "lungs_only": torch.logical_not,
+    }
+
+    def shown(hide: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Image.Image]:
+        for part, lungs in zip(images.split(64), masks.split(64), strict=True):
+            yield from pictures(filled(part, hide(lungs)))
+
+    options = (arguments.batch_size, arguments.bf16)
+    return {
+        variant: to_probabilities(
+            predict_logits(model, processor, shown(hide), *options, variant), task.multi_label
+        ).numpy()
+        for variant, hide in hidden.items()
+    }
+
+
+# ---- the report ------------------------------------------------------------------------------------------------
+
+
+def describe(arguments: Arguments, task: Task) -> dict:
+    """What the figures are of."""
+    return {
+        "model": Path(arguments.model).resolve().name,
+        "lungs": Path(arguments.lungs).resolve().name,
+        "label_column": arguments.label_column,
+        "split_column": arguments.split_column,
+        "classes": task.classes,
+        "targets": task.targets,
+        "variants": VARIANTS,
+        "resamples": arguments.resamples,
+        "seed": arguments.seed,
+        "splits": {},
+    }
+
+
+def report(arguments: Arguments, task: Task, rows: LabelledRows, scores: Scores, masks: torch.Tensor) -> dict:
+    """The figures of one split: every variant's, and those within the values of a column."""
+    areas = masks.float().mean(dim=(1, 2))
+    truth = rows.targets.double().numpy()
+    groups = patient_groups(rows.patients, len(rows))
+    entry: dict = {
+        "images": len(rows),
+        "patients": len(set(groups)) if groups else None,
+        "mean_lung_area": float(areas.mean()),
+        "images_without_lungs": int((areas < SMALLEST).sum()),
+        "variants": {variant: {"targets": {}} for variant in scores},
+    }
+    if not task.multi_label:
+        for variant, values in scores.items():
+            entry["variants"][variant] |= class_figures(arguments, task, rows, values)
+    add_targets(arguments, task, entry["variants"], scores, truth, groups)
+    entry["by"] = {column: by_value(arguments, task, rows, scores, column) for column in arguments.by}
+    return entry
+
+
+def class_figures(arguments: Arguments, task: Task, rows: LabelledRows, values: np.ndarray) -> dict:
+    """Balanced accuracy, accuracy and each class's recall, with intervals."""
+    whole = classification_report(
+        values,
+        rows.targets.argmax(dim=1).numpy(),
+        task.names,
+        rows.patients,
+        resamples=arguments.resamples,
+        seed=arguments.seed,
+    )
+    entry = {key: whole[key] for name in ("balanced_accuracy", "accuracy") for key in (name, f"{name}_ci95")}
+    recalls = {name: [one["accuracy"], one["accuracy_ci95"]] for name, one in whole["classes"].items()}
+    return entry | {"recall": {name: {"recall": value, "recall_ci95": ci} for name, (value, ci) in recalls.items()}}
+
+
+def add_targets(
+    arguments: Arguments, task: Task, entries: dict, scores: Scores, truth: np.ndarray, groups: Any
+) -> None:
+    """Put the AUROC of every target, and what of the model's survives, into each variant's entry."""
+    for target in task.targets:
+        sides = [ranked(values, truth, target, task.names) for values in scores.values()]
+        rankings, held = np.stack([score for score, _ in sides]), sides[0][1]  # the truth is the same for all
+        found = aurocs(rankings, held)
+        draws = bootstrap_draws(
+            lambda rows, rankings=rankings, held=held: aurocs(rankings[:, rows], held[rows]),  # type: ignore[misc]
+            len(held),
+            groups,
+            arguments.resamples,
+            arguments.seed,
+        )
+        for number, variant in enumerate(scores):
+            entries[variant]["targets"][target] = {
+                "auroc": found[number],
+                "auroc_ci95": interval(draws[:, number]),
+                "survives": share(found[number], found[0]),
+                "survives_ci95": interval(share(draws[:, number], draws[:, 0])),
+            }
+
+
+def ranked(values: np.ndarray, truth: np.ndarray, target: str, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (n,) of a target and whether it holds, 1, 0 or NaN; of "a / b" where neither holds it is NaN."""
+    first, _, second = target.partition(AGAINST)
+    score, held = (target_values(one, first, names) for one in (values, truth))
+    if second:
+        other, other_held = (target_values(one, second, names) for one in (values, truth))
+        score = score / (score + other + 1e-12)
+        held = np.where(held + other_held == 1, held, np.nan)
+    return score, held
+
+
+def share(figure: Any, whole: Any) -> Any:
+    """(figure - 0.5) / (whole - 0.5); NaN where the model itself is hardly better than chance."""
+    known = np.asarray(whole) - 0.5
+    return np.where(known > 0.01, (np.asarray(figure) - 0.5) / np.where(known > 0.01, known, 1.0), np.nan)
+
+
+def interval(draws: np.ndarray) -> list[float] | None:
+    """The middle 95 % of the draws that are defined."""
+    defined = draws[~np.isnan(draws)]
+    return np.quantile(defined, [0.025, 0.975]).tolist() if len(defined) else None
+
+
+def by_value(arguments: Arguments, task: Task, rows: LabelledRows, scores: Scores, column: str) -> dict:
+    """The AUROC of every target within each value of a column; where nothing has both sides it is null."""
+    cells = np.array([str(cell) for cell in rows.table.column(column)])
+    found = {}
+    for value in sorted(set(cells)):
+        kept = cells == value
+        part = rows.where(kept)
+        entries: dict = {variant: {"targets": {}} for variant in scores}
+        groups = patient_groups(part.patients, len(part))
+        inside = {variant: values[kept] for variant, values in scores.items()}
+        add_targets(arguments, task, entries, inside, part.targets.double().numpy(), groups)
+        found[value] = {"images": len(part), "variants": entries}
+    return found
+
+
+def summary(entry: dict) -> dict:
+    """AUROC by variant and target, to print."""
+    return {
+        variant: {target: round(float(one["auroc"]), 3) for target, one in found["targets"].items()}
+        for variant, found in entry["variants"].items()
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SpcxrError as error:
+        raise SystemExit(f"error: {error}") from None
