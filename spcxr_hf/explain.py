@@ -259,15 +259,16 @@ def draw_explanation(grey: torch.Tensor, relevance: torch.Tensor, lungs: torch.T
         lungs: (h, w) booleans of any size over the same picture, as a segmentation model gives them.
 
     Returns:
-        (H, W, 3) in 0 .. 1 on the CPU: the more relevant, the brighter and the less transparent, from vermillion to
-        yellow; the outline in sky blue.
+        (H, W, 3) in 0 .. 1 on the CPU: what has more than an even share is coloured, the brighter and the less
+        transparent the more it has, from vermillion to yellow; the outline in sky blue.
 
     Raises:
         SpcxrError: the radiograph is no (H, W).
     """
     if grey.dim() != 2:
         raise SpcxrError(f"the radiograph must be (H, W); got {tuple(grey.shape)}")
-    heat = upsample(relevance.cpu(), (grey.shape[0], grey.shape[1])).unsqueeze(-1)
+    above = (relevance.cpu() - relevance.mean().cpu()).clamp(min=0)  # else an even map would tint the whole picture
+    heat = upsample(above, (grey.shape[0], grey.shape[1])).unsqueeze(-1)
     low, high = (torch.tensor(colour) for colour in HEAT)
     opacity = MOST_OPAQUE * heat
     picture = (1 - opacity) * grey.cpu().float().unsqueeze(-1) + opacity * ((1 - heat) * low + heat * high)

@@ -165,7 +165,11 @@ def plain_config(source: Source, num_channels: int, **others: Any) -> ViTConfig:
             "patch_size")  # fmt: skip
     fields = {name: getattr(ours, name) for name in same}
     if source.task == "classification":
-        fields |= {"id2label": dict(ours.id2label), "label2id": dict(ours.label2id), "problem_type": ours.problem_type}
+        labels = {int(index): label for index, label in ours.id2label.items()}
+        numbers = {
+            label: index for index, label in labels.items()
+        }  # a configuration may hold the one without the other
+        fields |= {"id2label": labels, "label2id": numbers, "problem_type": ours.problem_type}
         for name in ("operating_points", "operating_point"):
             if getattr(ours, name, None) is not None:
                 fields[name] = getattr(ours, name)

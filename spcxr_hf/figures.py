@@ -234,7 +234,7 @@ def draw_contact_sheet(tiles: Sequence[tuple[np.ndarray, str]], columns: int = 4
         raise SpcxrError("a contact sheet needs at least one picture")
     lines = max(words.count("\n") + 1 for _, words in tiles)
     tallest = max(np.shape(picture)[0] / np.shape(picture)[1] for picture, _ in tiles)
-    height = 2.2 * (tallest - 1) + 0.17 * lines  # beyond a square of 2.2 inches
+    height = 2.2 * (tallest - 1) + 0.19 * lines  # beyond a square of 2.2 inches
     figure, grid = _panels([""] * len(tiles), side=2.2, columns=columns, extra_height=height)
     for axes, (picture, words) in zip(grid, tiles, strict=True):
         axes.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=1)

@@ -90,6 +90,8 @@ def check_run(arguments: RunArguments) -> None:
             raise SpcxrError(f"{name} must be at least {lowest}; got {value}")
     if not 0 <= arguments.ema_decay < 1:
         raise SpcxrError(f"ema_decay must lie in [0, 1); got {arguments.ema_decay}")
+    if arguments.shard and arguments.compile:  # nobody has measured or tested the two together
+        raise SpcxrError("shard and compile exclude each other")
 
 
 def prepare_folder(output: Path, arguments: RunArguments) -> None:

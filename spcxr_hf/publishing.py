@@ -26,9 +26,10 @@ from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from .checkpoint_folder import Checkpoint, checkpoint_folders, git_blob_id, given_or_bundled, read_checkpoint
 from .errors import SpcxrError
@@ -146,7 +147,7 @@ def publish(
     plans = []
     for one in prepared:
         with hub_errors(one.checkpoint.repo_id, token):
-            ModelCard(one.bytes(CARD).decode("utf-8")).validate(repo_type="model")
+            _validate_card(api, one)
             plans.append(_compare(api, one, tag, private))
     if dry_run:
         return [plan for plan, _ in plans]
@@ -185,6 +186,19 @@ def in_namespace(card: str, namespace: str, names: Sequence[str]) -> str:
 
 
 # ---- the repository ------------------------------------------------------------------------------------------------
+
+
+def _validate_card(api: HfApi, prepared: _Prepared) -> None:
+    """Let the Hub read the front matter, as it does again at the commit, before a repository is made for it.
+
+    `ModelCard.validate` would do, but in huggingface_hub 1.x it asks huggingface.co whatever `HF_ENDPOINT` says.
+    """
+    body = {"repoType": "model", "content": prepared.bytes(CARD).decode("utf-8")}
+    response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body)
+    if response.status_code == 400:
+        said = "; ".join(str(error.get("message")) for error in response.json().get("errors", []))
+        raise SpcxrError(f"{prepared.checkpoint.folder / CARD}: the Hub refuses its front matter ({one_line(said)})")
+    hf_raise_for_status(response)
 
 
 def _compare(api: HfApi, prepared: _Prepared, tag: str | None, private: bool) -> tuple[Publication, str | None]:

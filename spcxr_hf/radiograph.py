@@ -99,7 +99,8 @@ def _read_bytes(source: Any) -> "tuple[str, bytes | Dataset]":
     """The name that errors give the file, and its content."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         name, data = "the given bytes", bytes(source)
-    elif (pydicom := sys.modules.get("pydicom")) and isinstance(source, pydicom.Dataset):
+    # Not loaded: then it is no data set of pydicom's. (While a thread is loading it, the module has no such name yet.)
+    elif isinstance(source, getattr(sys.modules.get("pydicom"), "Dataset", ())):
         return "the DICOM dataset", source
     elif isinstance(source, (str, os.PathLike)) or hasattr(source, "read"):
         name, data = _read_file(source)

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -125,7 +125,7 @@ class Run:
         else:
             self.model, self.optimizer = self.accelerator.prepare_model(model), optimizer
         self._start_average(average)
-        self._step_model = torch.compile(self.model) if self.arguments.compile else self.model
+        self._step_model = cast(nn.Module, torch.compile(self.model)) if self.arguments.compile else self.model
         if self._is_over:
             self._fill()
 

@@ -44,15 +44,15 @@ class Shards:
             raise SpcxrError(f"shard: torch {torch.__version__} shards on GPUs only; on a CPU it takes a newer one")
         self.whole, self._whole_optimizer, self._device = whole, optimizer, device
         mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-        self.model: nn.Module = divide(copy.deepcopy(whole).to(device), mesh)
+        self.model: nn.Module = divide(_moved(copy.deepcopy(whole), device), mesh)
         self._shares = dict(self.model.named_parameters())
         self.optimizer = self._divide_optimizer()
         self.is_filled = True
         self.empty()
-        whole.to(device)
+        _moved(whole, device)
 
     def _divide_optimizer(self) -> torch.optim.AdamW:
-        names = {parameter: name for name, parameter in self.whole.named_parameters()}
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.whole.named_parameters()}
         groups = [
             {**group, "params": [self._shares[names[parameter]] for parameter in group["params"]]}
             for group in self._whole_optimizer.param_groups
@@ -122,6 +122,11 @@ def divide(model: PreTrainedModel, mesh: DeviceMesh) -> nn.Module:
     for block in (block for blocks in lists for block in blocks if type(block).__name__ in unsplit):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    nn.Module.to(model, device)
     return model
 
 

@@ -207,7 +207,7 @@ def test_words_are_large_enough_and_inside(number):
     assert words and all(text.get_fontsize() >= 8 for text in words)
     drawn = figure.get_tightbbox()  # inches
     width, height = figure.get_size_inches()
-    assert drawn.x0 > -0.01 and drawn.y0 > -0.01 and drawn.x1 < width + 0.01 and drawn.y1 < height + 0.01
+    assert drawn.x0 > -0.02 and drawn.y0 > -0.02 and drawn.x1 < width + 0.02 and drawn.y1 < height + 0.02
     assert FONT_SIZE >= 8
 
 

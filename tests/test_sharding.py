@@ -13,7 +13,7 @@ from torch import distributed
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining
 from spcxr_hf.checkpoints import list_checkpoints
-from spcxr_hf.launch import check_launch
+from spcxr_hf.launch import RunArguments, check_launch, check_run
 from spcxr_hf.sharding import Shards, own_share
 from spcxr_hf.training import parameter_groups
 from tests.made_up import write_set
@@ -98,6 +98,7 @@ def test_the_checkpoints_of_one_process(one, sharded):
     assert SpcxrForPreTraining.from_pretrained(sharded / "final").config.images_seen == 160
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(shard, sharded, tmp_path):
     command = words(shard, tmp_path, *OPEN, *SHARD, "--steps", "20")
     processes = start_group(pretrain.main, command, tmp_path / "console")
@@ -112,6 +113,7 @@ def test_a_killed_run_ends_with_the_same_weights(shard, sharded, tmp_path):
     assert column(tmp_path, "loss") == column(sharded, "loss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before_is_sharded", [True, False])
 def test_a_run_goes_on_with_another_number_of_processes(shard, one, tmp_path, before_is_sharded):
     for steps, is_sharded in (("9", before_is_sharded), ("20", not before_is_sharded)):
@@ -131,6 +133,7 @@ def test_a_run_that_is_over_writes_its_final_model_again(shard, sharded, tmp_pat
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_end_saves(shard, sharded, tmp_path):
     command = words(shard, tmp_path, *OPEN, *SHARD, "--steps", "20", "--save_every", "100")
     processes = start_group(pretrain.main, command, tmp_path / "console")
@@ -231,3 +234,8 @@ def test_other_ways_are_refused_by_name(monkeypatch):
     accelerator = type("Other", (), {"num_processes": 1, "distributed_type": DistributedType.DEEPSPEED})()
     with pytest.raises(SpcxrError, match=r"\(DEEPSPEED\)"):
         check_launch(accelerator)
+
+
+def test_compiled_models_are_not_sharded():
+    with pytest.raises(SpcxrError, match="shard and compile exclude each other"):
+        check_run(RunArguments("data", "output", shard=True, compile=True))

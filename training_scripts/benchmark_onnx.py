@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
                 ("CPU time", 1, time.process_time),
             )
         }
+        torch.set_num_threads(arguments.threads)
         result |= describe_machine("cpu")
         if arguments.data is not None:
             result["accuracy"] = measure_accuracy(arguments, source, files)

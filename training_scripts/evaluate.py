@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from spcxr_hf import SpcxrError
+from spcxr_hf.calibration import fit_temperature, to_probabilities
 from spcxr_hf.classifiers import one_line
 from spcxr_hf.data import OnError, RadiographTable, check_broken, open_image
 from spcxr_hf.encoders import LOADING_ERRORS
@@ -43,8 +43,6 @@ from spcxr_hf.metrics import (
 )
 from spcxr_hf.recipe import parse_arguments
 from spcxr_hf.sets import SetArguments, read_rows, report_skipped
-
-HOTTEST = 1000.0  # a temperature lies between 1 / this and this
 
 
 @dataclass
@@ -293,32 +291,6 @@ def in_colour(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit_temperature(logits: torch.Tensor, targets: torch.Tensor, multi_label: bool) -> float:
-    """The number to divide logits by: temperature scaling (Guo et al., ICML 2017, arXiv 1706.04599, section 4.2).
-
-    It has the least cross-entropy on these rows. That is convex in its inverse, whose slope is bisected.
-
-    Args:
-        logits: (n, classes).
-        targets: (n, classes), NaN where a label is missing.
-        multi_label: One temperature for all labels then, each under its own sigmoid.
-
-    Returns:
-        Between 1 / HOTTEST and HOTTEST: one of them where the cross-entropy has no least value, as where every row is
-        right.
-    """
-    values, known = logits.double(), ~targets.isnan()
-    wanted = torch.where(known, targets, 0.0).double()
-    low, high = -math.log(HOTTEST), math.log(HOTTEST)
-    for _ in range(60):
-        middle = (low + high) / 2
-        scaled = values * math.exp(middle)
-        probabilities = scaled.sigmoid() if multi_label else scaled.softmax(dim=1)
-        slope = ((probabilities - wanted) * values * known).sum()
-        low, high = (low, middle) if slope > 0 else (middle, high)
-    return math.exp(-(low + high) / 2)
-
-
 # ---- the report ------------------------------------------------------------------------------------------------
 
 
@@ -355,10 +327,6 @@ def report(
             to_probabilities(found.logits, multi_label), found.targets, multi_label
         )
     return entry
-
-
-def to_probabilities(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
-    return logits.double().sigmoid() if multi_label else logits.double().softmax(dim=1)
 
 
 def calibration(probabilities: torch.Tensor, targets: torch.Tensor, multi_label: bool) -> dict:
