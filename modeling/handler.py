@@ -79,6 +79,7 @@ class EndpointHandler:
     def __init__(self, path: str = ".") -> None:
         config = AutoConfig.from_pretrained(path, trust_remote_code=True)
         name = (config.architectures or [""])[0]
+        auto_class: Any
         if name.endswith("ForImageClassification"):
             self.task, auto_class = "classification", AutoModelForImageClassification
         elif name.endswith("ForSemanticSegmentation"):

@@ -305,7 +305,12 @@ def _step_rows(precision: str) -> list[tuple[str, Cell]]:
 
 
 def _beside(column: _Column, rate: str, ratio: str) -> str:
-    return f"{column.say('{:.1f} images/s', rate)}, {column.say('{:.2f} times as fast', ratio)}"
+    return _listed(column.say("{:.1f} images/s", rate), column.say("{:.2f} times as fast", ratio))
+
+
+def _listed(*words: str) -> str:
+    """With commas; where nothing was measured, that is said once."""
+    return NOT_MEASURED if set(words) == {NOT_MEASURED} else ", ".join(words)
 
 
 def _encoder_rows(precision: str) -> list[tuple[str, Cell]]:
@@ -313,8 +318,9 @@ def _encoder_rows(precision: str) -> list[tuple[str, Cell]]:
         place = f"encoder/{precision}/{passes}"
 
         def words(column: _Column) -> str:
-            peers = (column.say("{:.2f}", f"{place}/ratio_{peer}") for peer in ("vit_mae", "timm"))
-            return f"{column.say('{:.1f} images/s', f'{place}/ours_images_per_s')}, {' / '.join(peers)} times as fast"
+            peers = [column.say("{:.2f}", f"{place}/ratio_{peer}") for peer in ("vit_mae", "timm")]
+            ratios = NOT_MEASURED if set(peers) == {NOT_MEASURED} else f"{' / '.join(peers)} times as fast"
+            return _listed(column.say("{:.1f} images/s", f"{place}/ours_images_per_s"), ratios)
 
         return words
 

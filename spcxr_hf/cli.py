@@ -264,7 +264,7 @@ def _finish(job: "Job", loaded: "Loaded", answer: Any) -> None:
 # ---- one flow each -----------------------------------------------------------------------------------------------
 
 
-@app.command(epilog=_example("spcxr demo", "spcxr demo chest.dcm --output chest.png"))
+@app.command(epilog=_example("spcxr demo", "spcxr demo chest.dcm --output chest.png", "spcxr demo --serve"))
 def demo(
     image: Annotated[
         Path | None,
@@ -274,8 +274,23 @@ def demo(
     ] = None,
     output: Annotated[Path, typer.Option(metavar="PNG", help="The picture to write.")] = Path("spcxr_demo.png"),
     checkpoints: CheckpointsOption = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Show the demo in a browser instead.")] = False,
+    host: Annotated[str, typer.Option(help="With --serve: where to listen; by default this machine alone.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 is a free one.")] = 7860,
+    index: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="With --serve: holds an index of nearest neighbours.")
+    ] = None,
 ) -> None:
-    """Look at a radiograph: embedding, lungs, attention, reconstruction."""
+    """Look at a radiograph: embedding, lungs, attention, reconstruction; or at many, in a browser."""
+    if serve and image is not None:
+        raise SpcxrError("--serve takes no IMAGE: drop it into the page")
+    if serve:
+        from .app import serve as serve_demo
+
+        serve_demo(checkpoints, index=index, host=host, port=port or None)
+        return
     from .auto import register
     from .demo import run_demo
 

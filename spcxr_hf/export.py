@@ -72,7 +72,7 @@ def load_source(model: str | os.PathLike | PreTrainedModel, processor: Any = Non
     if network.config.model_type != "spcxr":
         raise SpcxrError(f"{name}: a {network.config.model_type} model; only models of this family are exported")
     task, _ = TASKS.get(type(network).__name__, ("embedding", None))
-    network = network if task != "embedding" else network.base_model
+    network = network if task != "embedding" else cast(PreTrainedModel, network.base_model)
     if network.device.type != "cpu" or network.dtype != torch.float32:
         raise SpcxrError(f"{name}: lies on {network.device} in {network.dtype}; give it as model.float().cpu()")
     side = network.config.image_size
@@ -165,15 +165,29 @@ def plain_config(source: Source, num_channels: int, **others: Any) -> ViTConfig:
             "patch_size")  # fmt: skip
     fields = {name: getattr(ours, name) for name in same}
     if source.task == "classification":
-        labels = {int(index): label for index, label in ours.id2label.items()}
-        numbers = {
-            label: index for index, label in labels.items()
-        }  # a configuration may hold the one without the other
+        labels = dict(enumerate(label_names(source)))
+        numbers = {label: index for index, label in labels.items()}
         fields |= {"id2label": labels, "label2id": numbers, "problem_type": ours.problem_type}
         for name in ("operating_points", "operating_point"):
             if getattr(ours, name, None) is not None:
                 fields[name] = getattr(ours, name)
-    return ViTConfig(**fields, num_channels=num_channels, intended_use=NOTICE, **others)
+    # All as one dictionary: a configuration keeps fields that its class does not declare, too.
+    return ViTConfig(**{**fields, "num_channels": num_channels, "intended_use": NOTICE, **others})
 
 
-__all__ = ["NOTICE", "Source", "check_channels", "load_source", "patch_weight", "picture_processor", "plain_config"]
+def label_names(source: Source) -> list[str]:
+    """The labels in the order of the logits."""
+    names = {int(index): label for index, label in (source.model.config.id2label or {}).items()}
+    return [names[index] for index in sorted(names)]
+
+
+__all__ = [
+    "NOTICE",
+    "Source",
+    "check_channels",
+    "label_names",
+    "load_source",
+    "patch_weight",
+    "picture_processor",
+    "plain_config",
+]

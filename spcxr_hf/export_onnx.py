@@ -23,7 +23,16 @@ from transformers import PreTrainedModel
 
 from .checkpoints import written_aside
 from .errors import SpcxrError
-from .export import NOTICE, Source, check_channels, load_source, patch_weight, picture_processor, plain_config
+from .export import (
+    NOTICE,
+    Source,
+    check_channels,
+    label_names,
+    load_source,
+    patch_weight,
+    picture_processor,
+    plain_config,
+)
 from .export_vit import check_target
 
 MODEL_FILE = "onnx/model.onnx"  # where Transformers.js looks; the 8-bit one is model_quantized.onnx (its dtype "q8")
@@ -193,7 +202,7 @@ def _write_metadata(onnx: Any, file: Path, source: Source, num_channels: int) ->
         "pooling": config.pooling,
     }
     if source.task != "embedding":
-        facts["labels"] = [config.id2label[index] for index in range(config.num_labels)]
+        facts["labels"] = label_names(source)
     if source.task == "classification":
         facts["problem_type"] = config.problem_type or "single_label_classification"
         facts["operating_points"] = getattr(config, "operating_points", None) or {}

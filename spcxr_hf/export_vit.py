@@ -122,7 +122,7 @@ def vit_state_dict(source: Source, num_channels: int) -> dict[str, torch.Tensor]
     for index in range(source.model.config.num_hidden_layers):
         weights |= _block(ours, index)
     if source.task == "classification":
-        head = {f"classifier.{name}": tensor for name, tensor in source.model.classifier.state_dict().items()}  # type: ignore[union-attr, operator]
+        head = {f"classifier.{name}": tensor for name, tensor in source.model.classifier.state_dict().items()}  # type: ignore[union-attr]
         weights = {f"vit.{name}": tensor for name, tensor in weights.items()} | head
     else:
         width = source.model.config.hidden_size

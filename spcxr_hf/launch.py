@@ -71,6 +71,9 @@ class RunArguments:
     trackers: list[str] = field(
         default_factory=list, metadata={"help": "where else to log: tensorboard, trackio, wandb, ..."}
     )
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "id of a Hub repository that gets every checkpoint, in the background"}
+    )
     seed: int = field(default=0, metadata={"help": "everything random follows from it"})
 
 

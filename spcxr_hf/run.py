@@ -35,9 +35,13 @@ from .checkpoints import resume, save_checkpoint, written_aside
 from .data import MicroBatch, StepPlan
 from .errors import SpcxrError
 from .launch import RunArguments, check_launch, check_run, learning_rate_schedule, prepare_folder
+from .pushing import BackgroundPusher
 from .report import write_report
 from .sharding import Shards, own_share, whole_tensor
 from .training import StepLog, set_schedule
+
+# Seconds that a run waits at its end for its last push, and when it was asked to end: machines give half a minute.
+WAIT_AT_THE_END, WAIT_WHEN_ASKED = 120.0, 20.0
 
 __all__ = ["Run", "RunArguments", "StepSource", "check_run", "learning_rate_schedule", "start_accelerator"]
 
@@ -62,6 +66,7 @@ class Run:
         scaler: What scales the loss of an fp16 run; it does nothing in others.
         scores: What the script measured in this step; goes into the log and to the trackers.
         is_due: Whether a checkpoint follows this step.
+        pusher: What pushes checkpoints to the Hub, on the main process of a run with `push_to_hub`.
     """
 
     def __init__(self, arguments: RunArguments):
@@ -89,8 +94,11 @@ class Run:
         self._whole_average: dict[str, torch.Tensor] | None = None
         self._asked_to_stop = self._stop = False
         self._unsynchronised = ExitStack()
+        self.pusher: BackgroundPusher | None = None
         if self.is_main:
             prepare_folder(self.output, arguments)
+            if arguments.push_to_hub is not None:
+                self.pusher = BackgroundPusher(arguments.push_to_hub)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -168,6 +176,8 @@ class Run:
                 if self.is_due or self._stop:
                     self._save()
                 if self._stop and step + 1 < last_step:
+                    if self.pusher is not None:
+                        self.pusher.close(WAIT_WHEN_ASKED)
                     self.accelerator.end_training()
                     self._say(f"stopped by SIGTERM after step {step + 1}; the same command goes on from there")
                     raise SystemExit(0)
@@ -343,8 +353,10 @@ class Run:
             self._fill()
             optimizer, average = self._shards.gather_optimizer(keep=self.is_main), self._whole_average
         if self.is_main:
-            keep = self.arguments.keep_checkpoints
-            save_checkpoint(self.output, self.state["step"], self.bare_model, optimizer, state, keep, average)
+            step, keep = self.state["step"], self.arguments.keep_checkpoints
+            saved = save_checkpoint(self.output, step, self.bare_model, optimizer, state, keep, average)
+            if self.pusher is not None:
+                self.pusher.push(saved, f"step {step}")
 
     def draw_curves(self, curves: dict[str, str], y_label: str = "") -> None:
         """Write the log's columns as `loss.png`; `curves` maps what a curve is called to its column."""
@@ -373,8 +385,18 @@ class Run:
         return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
     def end(self) -> None:
-        """Let the trackers finish and the processes go."""
+        """Let the trackers finish and the processes go, once the final model is on the Hub or was given up."""
+        self.finish_pushing()
         self.accelerator.end_training()
+
+    def finish_pushing(self) -> None:
+        """Push `output/final`, where there is one, and wait for it; a Hub that is down is told of, and no error."""
+        if self.pusher is None:
+            return
+        if (self.output / "final").is_dir():
+            self.pusher.push(self.output / "final", "the final model")
+        self.pusher.close(WAIT_AT_THE_END)
+        self.pusher = None
 
     def _progress(self, first_step: int) -> tqdm:
         batch = self.plan.batch_size

@@ -42,6 +42,7 @@ FLOORS = {
         "augment",
         "classification",
         "mixing",
+        "probing",
         "recipe",
         "auto",
         "convert",
@@ -87,7 +88,7 @@ FLOORS = {
         "neighbours",
         "grid",
     },
-    4: {"cli", "demo"},
+    4: {"cli", "demo"} | {"app", "app_answers", "app_html"},
 }
 GROUND, DOORS = 1, 4
 MODELING_MAY_IMPORT = {"torch", "transformers"} | sys.stdlib_module_names

@@ -277,6 +277,20 @@ def test_the_gpu_column_names_the_card():
     assert all(row.count("|") == 4 for row in rows)
 
 
+def test_what_was_not_measured_is_said_once():
+    rows = benchmarking.performance_table(results(), {}).splitlines()[2:]
+    assert [row for row in rows if not row.endswith("| not measured |")] == []
+    partly = results()
+    partly["step"] = {name: {**step, "ratio": "not measured"} for name, step in partly["step"].items()}
+    partly["encoder"] = {
+        name: {which: {**one, "ratio_timm": "not measured"} for which, one in passes.items()}
+        for name, passes in partly["encoder"].items()
+    }
+    table = benchmarking.performance_table(partly, {})
+    assert "4.0 images/s, not measured |" in table
+    assert "9.0 images/s, 1.05 / not measured times as fast |" in table
+
+
 def test_a_smoke_run_is_no_result():
     smoke = results()
     smoke["runs"]["step"]["quick"] = True

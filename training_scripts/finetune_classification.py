@@ -24,10 +24,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.augment import AugmentationArguments, resize
-from spcxr_hf.checkpoints import written_aside
+from spcxr_hf.checkpoints import list_checkpoints, written_aside
 from spcxr_hf.classification import METRICS, MULTI_LABEL_METRICS, class_weights, classification_loss, measure
 from spcxr_hf.classifiers import (
     ClassifierArguments,
@@ -42,6 +43,7 @@ from spcxr_hf.data import MicroBatch, RadiographSet, RadiographTable, decode_set
 from spcxr_hf.labels import names_in, parse_classes, targets_of
 from spcxr_hf.metrics import write_results
 from spcxr_hf.mixing import mix
+from spcxr_hf.probing import choose_linear_head, head_input, put_head
 from spcxr_hf.recipe import parse_arguments, save_recipe
 from spcxr_hf.run import Run, learning_rate_schedule
 from spcxr_hf.sampling import balanced, draw_rows, select
@@ -78,6 +80,10 @@ class Arguments(AugmentationArguments, SplitArguments, ClassifierArguments):
     mixup: float = field(default=0.0, metadata={"help": "alpha of mixup; 0: none"})
     cutmix: float = field(default=0.0, metadata={"help": "alpha of CutMix; 0: none; with mixup, either half the time"})
     metric: str = field(default="auroc", metadata={"help": f"what chooses the model on val: {', '.join(METRICS)}"})
+    head_from_probe: bool = field(
+        default=False,
+        metadata={"help": "start with a logistic regression on the encoder's features as the head (LP-FT)"},
+    )
     patience: int = field(
         default=0, metadata={"help": "end after so many checkpoints in a row that are no better on val; 0: never"}
     )
@@ -101,6 +107,8 @@ def fine_tune(arguments: Arguments, is_last: bool) -> dict:
     labels, training, validation = load_sets(arguments, run)
     model = build_classifier(arguments, labels)
     pixels = Pixels.of(arguments, model)
+    if arguments.head_from_probe and not list_checkpoints(run.output):
+        fit_head(arguments, run, model, pixels, training, validation)
     run.start(model, classifier_groups(model, arguments.layer_decay))
 
     train(arguments, run, pixels, training, validation)
@@ -159,10 +167,12 @@ def arguments_of_runs(arguments: Arguments) -> list[Arguments]:
     """The command line of each run: one for each seed, as it could be started by itself."""
     if not arguments.seeds:
         return [arguments]
-    return [
-        dataclasses.replace(arguments, seed=seed, seeds=[], output=str(Path(arguments.output) / f"seed-{seed}"))
-        for seed in arguments.seeds
-    ]
+    runs = []
+    for seed in arguments.seeds:
+        output = str(Path(arguments.output) / f"seed-{seed}")
+        repository = arguments.push_to_hub and f"{arguments.push_to_hub}-seed-{seed}"
+        runs.append(dataclasses.replace(arguments, seed=seed, seeds=[], output=output, push_to_hub=repository))
+    return runs
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------
@@ -249,6 +259,39 @@ def draw_labels(arguments: Arguments, training: RadiographSet, classes: list[str
     return training
 
 
+# ---- the head --------------------------------------------------------------------------------------------------
+
+
+def fit_head(
+    arguments: Arguments,
+    run: Run,
+    model: PreTrainedModel,
+    pixels: Pixels,
+    training: RadiographSet,
+    validation: RadiographSet,
+) -> None:
+    """Give the model the head of a logistic regression on its features of the images as they are."""
+    sets = [
+        (embed(run, model, pixels, images.images), images.columns["targets"].cpu()) for images in (training, validation)
+    ]
+    is_balanced = "balanced" in (arguments.class_weights, arguments.sampling)
+    weights = class_weights(training.columns["targets"], is_balanced, arguments.multi_label)
+    put_head(model, choose_linear_head(sets[0], sets[1], arguments.multi_label, weights))
+    set_training(model, arguments.freeze_encoder)
+
+
+def embed(run: Run, model: PreTrainedModel, pixels: Pixels, images: torch.Tensor) -> torch.Tensor:
+    """What the head sees of stored images (n, 1, H, W): (n, D). Every process takes its share of them."""
+    model.to(run.accelerator.device).eval()
+    parts = images.split(run.plan.lane_size)
+    features = []
+    for part in parts[run.plan.process :: run.plan.processes]:
+        pixel_values = pixels.normalise(resize(part.float() / 255, pixels.size)).to(run.accelerator.device)
+        with run.autocast():
+            features.append(head_input(model, pixel_values, **pixels.options))
+    return torch.cat(run.collect(features))
+
+
 # ---- training --------------------------------------------------------------------------------------------------
 
 
@@ -306,7 +349,7 @@ def predict(arguments: Arguments, run: Run, pixels: Pixels, images: torch.Tensor
         model.eval()
         for part in parts[run.plan.process :: run.plan.processes]:
             pixel_values = pixels.normalise(resize(part.float() / 255, pixels.size)).to(run.accelerator.device)
-            with run.accelerator.autocast():
+            with run.autocast():
                 logits.append(model(pixel_values, **pixels.options).logits.float().cpu())
         set_training(model, arguments.freeze_encoder)
     return torch.cat(run.collect(logits))
@@ -353,6 +396,7 @@ def end(run: Run, is_last: bool) -> None:
     if is_last:
         run.end()
         return
+    run.finish_pushing()
     for tracker in run.accelerator.trackers:
         tracker.finish()
     run.accelerator.free_memory()

@@ -168,7 +168,7 @@ def predict_part(
 ) -> torch.Tensor:
     """Lung masks (B, H, W), booleans, of stored images (B, 1, H, W) that the model sees at its own size."""
     pixel_values = normalise(resize(images.float() / 255, arguments.image_size)).to(run.accelerator.device)
-    with run.accelerator.autocast():
+    with run.autocast():
         logits = model(pixel_values).logits
     logits = torch.nn.functional.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear")
     return logits.argmax(dim=1).bool().cpu()

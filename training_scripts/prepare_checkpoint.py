@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 CARDS = Path(__file__).resolve().parent / "cards"
 LARGEST_FILE = 50_000_000  # bytes
 # Where things lay on the machine that trained; the card gives the command with names in their place.
-MACHINE_KEYS = ("data", "output", "cache", "init_from")
+MACHINE_KEYS = ("data", "output", "cache_folder", "init_from")
 
 
 @dataclass

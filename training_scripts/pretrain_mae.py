@@ -213,7 +213,7 @@ def measure_rate(arguments: Arguments, run: Run, images: RadiographSet) -> float
             synchronise(run)
             started = time.perf_counter()
         for micro_batch in micro_batches:
-            with run.accelerator.autocast():
+            with run.autocast():
                 loss = step_model(draw_views(arguments, micro_batch, run.accelerator.device)).loss
             loss.backward()
         optimizer.step()

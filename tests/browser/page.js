@@ -6,7 +6,7 @@ import { normalise, readGrey, resize } from "./radiograph.js";
 env.allowRemoteModels = false;
 env.allowLocalModels = true;
 env.useBrowserCache = false;
-env.localModelPath = new URL("./models/", location.href).href;
+env.localModelPath = "./models/"; // a path: where it is a URL, the library's pipelines miss the image processor
 env.backends.onnx.wasm.wasmPaths = new URL("./node_modules/onnxruntime-web/dist/", location.href).href;
 env.backends.onnx.wasm.numThreads = 1; // more need headers that not every static server sends
 
@@ -55,4 +55,5 @@ document.getElementById("picture").addEventListener("change", async ({ target })
 });
 
 window.spcxr = { classify: async (url) => classify(await (await fetch(url)).blob()), classifyByPipeline };
+document.getElementById("picture").disabled = false;
 document.getElementById("state").textContent = "Ready.";

@@ -1,0 +1,382 @@
+"""Every code block of the pages: Python is run, commands are parsed by what they start, and the short ones are run.
+
+The pages are read as they stand, in a folder that has what they name (`chest.dcm`, `scans/`, `my_images/`, ...), with
+the checkpoints of the tree in a cache of its own, offline. A classifier that is not in the tree yet has a stand-in.
+"""
+
+import csv
+import importlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import typer
+from accelerate.commands.launch import launch_command_parser
+
+from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForImageClassification, SpcxrImageProcessor, cli
+from spcxr_hf.hub import install_checkpoints
+from spcxr_hf.recipe import parse_arguments, read_recipe
+from tests.common import TINY
+from tests.made_up import picture
+from tests.phantom import draw_chest
+from training_scripts import benchmark, checkpoint_table, evidence
+
+ROOT = Path(__file__).resolve().parent.parent
+CARDS = ROOT / "model_cards"
+README, GUIDES = ROOT / "README.md", ROOT / "training_scripts" / "GUIDES.md"
+PAGES = [README, GUIDES, ROOT / "CONTRIBUTING.md", *sorted(CARDS.glob("*/README.md"))]
+CLASSIFIERS = {
+    "pneumonia": ["normal", "bacterial pneumonia", "viral pneumonia"],
+    "screening": ["abnormal", "pneumonia", "edema"],
+    "covid": ["normal", "pneumonia", "covid-19"],
+}
+IDS = {f"spcxr/{name}" for name in checkpoint_table.ROWS}
+# Kinds of blocks that are neither run nor parsed as commands, and why.
+NOT_RUN = {"text": "a picture of folders", "csv": "a file of the reader's: its rows are counted"}
+# First words of commands that are not ours, and why they are not run.
+NOT_OURS = {"hf": "the Hub's own command; it needs a login", "export": "for the shell"}
+# A few steps of a small input: that a command works, not that it learns.
+BRIEF = "--steps 2 --warmup_steps 1 --save_every 2 --batch_size 4 --micro_batch_size 2 --image_size 32 --stored_size 48"
+BRIEF += " --mixed_precision no --allow_leaks all"
+
+
+class Block(NamedTuple):
+    """A fenced block: its page, the number of its first line, its kind and its text."""
+
+    page: Path
+    line: int
+    kind: str
+    text: str
+
+
+def blocks(page: Path, *kinds: str) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    every = [Block(page, text.count("\n", 0, one.start()) + 2, one[1].strip(), one[2]) for one in found]
+    return [block for block in every if not kinds or block.kind in kinds]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# ---- commands --------------------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each command of a block, with the block's own variables in them; any other variable is "0"."""
+    variables: dict[str, str] = {}
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.startswith("#") or not line.strip():
+            continue
+        if one := re.fullmatch(r"(\w+)=(?:\$\(.*\)|\"([^\"]*)\"|(\S*))", line):
+            variables[one[1]] = one[2] or one[3] or "0"
+            continue
+        filled = re.sub(r"\$(\w+)", lambda match: variables.get(match[1], "0"), line)
+        words = shlex.split(filled, comments=True)
+        yield words[: words.index("|")] if "|" in words else words
+
+
+def check_command(words: list[str]) -> None:
+    """Parse a command by what it starts; nothing runs."""
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    for word in words:
+        assert not re.fullmatch(r"spcxr/[\w-]+", word) or word in IDS, f"{word}: no such checkpoint"
+    if words[:3] == ["srun", "bash", "-c"]:
+        check_command(shlex.split(words[3]))
+    elif words[:2] == ["accelerate", "launch"]:
+        launch = launch_command_parser().parse_args(words[2:])
+        assert launch.config_file is None or Path(launch.config_file).is_file(), launch.config_file
+        check_script([launch.training_script, *launch.training_script_args])
+    elif words[0] == "python":
+        check_script(words[1:])
+    elif words[0] in ("spcxr", "make", "pip"):
+        {"spcxr": check_spcxr, "make": check_make, "pip": check_pip}[words[0]](words[1:])
+    else:
+        assert words[0] in NOT_OURS, f"{words[0]}: a command that this test does not know"
+
+
+def check_script(words: list[str]) -> None:
+    script = Path(words[0])
+    assert script.is_file() and script.parent.name == "training_scripts", script
+    module = importlib.import_module(f"training_scripts.{script.stem}")
+    arguments = parse_arguments(module.Arguments, words[1:])
+    if script.stem.startswith(("pretrain", "finetune")) and hasattr(module, "check"):
+        module.check(arguments)
+
+
+def check_spcxr(words: list[str]) -> None:
+    command = typer.main.get_command(cli.app).get_command(None, words[0])
+    assert command is not None, f"spcxr {words[0]}: no such command"
+    command.make_context(words[0], words[1:])
+
+
+def check_make(words: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for word in words:
+        name, is_variable, _ = word.partition("=")
+        assert re.search(rf"^{name}\s*\?=" if is_variable else rf"^{name}:", makefile, re.MULTILINE), word
+
+
+def check_pip(words: list[str]) -> None:
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
+    for name in re.findall(r"\[([\w,-]+)\]", " ".join(words)):
+        for extra in name.split(","):
+            assert re.search(rf"^{extra} = ", extras, re.MULTILINE), f"no extra {extra}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+class TestPage:
+    def test_every_kind_of_block_is_dealt_with(self, page):
+        unknown = [(block.line, block.kind) for block in blocks(page) if block.kind not in {"python", "bash", *NOT_RUN}]
+        assert unknown == []
+        assert page.read_text(encoding="utf-8").count("\n```") % 2 == 0  # none is left open
+
+    def test_commands_fit_what_they_start(self, page, monkeypatch):
+        monkeypatch.chdir(ROOT)
+        for block in blocks(page, "bash"):
+            for words in commands(block.text):
+                try:
+                    check_command(words)
+                except (Exception, SystemExit) as error:
+                    pytest.fail(f"{page.name}, block at line {block.line}: {shlex.join(words)}: {error!r}")
+
+    def test_python_is_python(self, page):
+        for block in blocks(page, "python"):
+            compile(block.text, f"{page}:{block.line}", "exec")
+
+    def test_tables_of_the_reader_have_whole_rows(self, page):
+        for block in blocks(page, "csv"):
+            rows = list(csv.reader(io.StringIO(block.text)))
+            assert len({len(row) for row in rows}) == 1, block.line
+
+    def test_links_lead_somewhere(self, page):
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        anchors = {
+            re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", text, re.M)
+        }
+        for link in re.findall(r"\]\(([^)]+)\)", text):
+            if link.startswith("#"):
+                assert link[1:] in anchors, link
+            elif "://" not in link:
+                assert (page.parent / link.partition("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("spcxr segment scans/ --maks masks/", "maks"),
+        ("spcxr divine scans/", "no such command"),
+        ("python training_scripts/evaluate.py --model m --data d --spits val", "spits|2"),
+        ("accelerate launch training_scripts/finetune.py", "finetune"),
+        ("accelerate launch training_scripts/pretrain.py training_scripts/recipes/none.yaml --data d", "none.yaml"),
+        ("accelerate launch training_scripts/finetune_segmentation.py --data d --output o", "init_from"),
+        ("spcxr embed a.png --model spcxr/large", "no such checkpoint"),
+        ("make tea", "tea"),
+        ('pip install "spcxr-hf[moon]"', "moon"),
+        ("rm -r runs", "does not know"),
+    ],
+)
+def test_wrong_commands_are_found(command, error, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(BaseException, match=error):
+        check_command(shlex.split(command))
+
+
+# ---- tables that are rendered ------------------------------------------------------------------------------------
+
+
+def test_tables_are_what_their_results_say(tmp_path):
+    page = tmp_path / "README.md"
+    shutil.copyfile(README, page)
+    checkpoint_table.main(["--render", str(page)])
+    benchmark.main(["--render", str(page), "--results", str(ROOT / "training_scripts" / "results")])
+    for results in sorted((ROOT / "training_scripts" / "results").glob("evidence_*.json")):
+        evidence.main(["--results", str(results), "--render", str(page)])
+    assert page.read_text(encoding="utf-8") == README.read_text(encoding="utf-8")
+
+
+def test_checkpoints_that_are_there_have_a_row(tmp_path):
+    assert {folder.name for folder in CARDS.iterdir() if folder.is_dir()} <= checkpoint_table.ROWS.keys()
+    for name in ("base", "lung-segmentation"):
+        assert f"| `spcxr/{name}` |" in checkpoint_table.checkpoint_table(CARDS)
+    results = tmp_path / "covid" / "results"
+    results.mkdir(parents=True)
+    (results.parent / "model.safetensors").touch()
+    figures = {"splits": {"test": {"classes": {"covid-19": {"auroc": 0.9124}}, "balanced_accuracy": 0.8}}}
+    for file in ("evaluation", "evaluation_scratch"):
+        (results / f"{file}.json").write_text(json.dumps(figures))
+    rows = checkpoint_table.checkpoint_table(tmp_path).splitlines()
+    assert len(rows) == 3 and "AUROC 0.912 COVID-19, balanced accuracy 0.800" in rows[2]
+    (results / "evaluation.json").write_text("{}")
+    with pytest.raises(SpcxrError, match=r"evaluation\.json: no figure splits/test"):
+        checkpoint_table.checkpoint_table(tmp_path)
+
+
+# ---- the reader's folder -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with what the pages name."""
+    folder = tmp_path_factory.mktemp("world")
+    write_radiographs(folder)
+    write_manifests(folder)
+    cards = tmp_path_factory.mktemp("cards")
+    shutil.copytree(CARDS, cards, dirs_exist_ok=True)
+    for name, labels in CLASSIFIERS.items():
+        if not (cards / name).is_dir():
+            write_stand_in(cards / name, labels)
+    install_checkpoints(cards, cache_dir=folder / "home" / "hub")
+    return folder
+
+
+def write_radiographs(folder: Path) -> None:
+    chest = draw_chest(128)
+    chest.save(folder / "chest.png")
+    write_dicom(folder / "chest.dcm", np.asarray(chest))
+    (folder / "scans").mkdir()
+    for seed in range(3):
+        draw_chest(96, seed).save(folder / "scans" / f"{seed}.png")
+        write_dicom(folder / "scans" / f"{seed}.dcm", np.asarray(draw_chest(96, seed)))
+    for split in ("train", "val", "test"):
+        for number, label in enumerate(("normal", "pneumonia")):
+            place = folder / "my_images" / split / label
+            place.mkdir(parents=True)
+            for seed in range(4):
+                save(picture(10 * seed + number, opacity=60 * number)[0], place / f"{seed}.png")
+
+
+def write_manifests(folder: Path) -> None:
+    """`studies.csv` with DICOM files, `lungs.csv` with pictures and masks; two images of each patient."""
+    for name in ("studies", "lungs", "masks"):
+        (folder / name).mkdir()
+    studies, lungs = ["path,patient,label"], ["path,mask,patient"]
+    for number in range(24):
+        grey, mask = picture(number, opacity=60 * (number // 2 % 2))
+        write_dicom(folder / "studies" / f"{number}.dcm", grey)
+        studies.append(f"studies/{number}.dcm,p{number // 2},{('normal', 'pneumonia')[number // 2 % 2]}")
+        save(grey, folder / "lungs" / f"{number}.png")
+        save(mask, folder / "masks" / f"{number}.png")
+        lungs.append(f"lungs/{number}.png,masks/{number}.png,p{number // 2}")
+    (folder / "studies.csv").write_text("\n".join(studies))
+    (folder / "lungs.csv").write_text("\n".join(lungs))
+
+
+def save(pixels: np.ndarray, path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(pixels).save(path)
+
+
+def write_dicom(path: Path, grey: np.ndarray) -> None:
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    file.SOPClassUID, file.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    file.Modality, file.PhotometricInterpretation, file.SamplesPerPixel = "DX", "MONOCHROME2", 1
+    file.Rows, file.Columns = grey.shape
+    file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 8, 8, 7, 0
+    file.PixelData = grey.tobytes()
+    file.save_as(path, enforce_file_format=True)
+
+
+def write_stand_in(folder: Path, labels: list[str]) -> None:
+    config = SpcxrConfig(**{**TINY, "num_labels": len(labels)}, id2label=dict(enumerate(labels)))
+    SpcxrForImageClassification(config).save_pretrained(folder)
+    SpcxrImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def start(words: list[str], world: Path) -> str:
+    """Run a command there, offline; what it wrote to standard output."""
+    environment = {
+        **os.environ,
+        "HF_HOME": str(world / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    for name in ("HF_HUB_CACHE", "HF_ENDPOINT"):
+        environment.pop(name, None)
+    done = subprocess.run(words, cwd=world, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+# ---- what runs ---------------------------------------------------------------------------------------------------
+
+RUNNER = """
+import json, sys
+for page, line, text in json.loads(sys.argv[1]):
+    exec(compile("\\n" * (line - 1) + text, page, "exec"), {"__name__": "__main__"})
+"""
+
+
+def run_python(page: Path, world: Path) -> None:
+    """The Python blocks of a page, one behind the other, each with nothing but what it imports itself."""
+    told = [(name_of(block.page), block.line, block.text) for block in blocks(page, "python")]
+    if told:
+        start([sys.executable, "-c", RUNNER, json.dumps(told)], world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_python_runs(page, world):
+    run_python(page, world)
+
+
+def found_commands(page: Path, beginning: str) -> list[list[str]]:
+    every = [words for block in blocks(page, "bash") for words in commands(block.text)]
+    return [words for words in every if shlex.join(words).startswith(beginning)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["predict", "segment", "embed", "explain", "reconstruct", "audit"])
+def test_the_command_line_runs(command, world):
+    asked = found_commands(README, f"spcxr {command} ")
+    assert asked
+    for words in asked:
+        start([str(Path(sys.executable).with_name("spcxr")), *words[1:]], world)
+        for word in words:
+            if re.search(r"\.(csv|parquet)$|^(masks|audit|explained)/", word):
+                assert (world / word).exists(), word
+
+
+TRAININGS = [
+    (README, "--data my_images/", "finetune_classification"),
+    (GUIDES, "--data my_set.parquet --label_column label --split_column split --on_error", "finetune_classification"),
+    (GUIDES, "--data my_lungs.parquet", "finetune_segmentation"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "asked", "script"), TRAININGS, ids=["a folder", "DICOM", "segmentation"])
+def test_training_runs(page, asked, script, world):
+    if page == GUIDES and not (world / "my_lungs.parquet").is_file():
+        run_python(GUIDES, world)
+    begun = f"accelerate launch training_scripts/{script}.py"
+    (words,) = [words for words in found_commands(page, begun) if asked in shlex.join(words)]
+    words = [str(ROOT / word) if word.startswith("training_scripts/") else word for word in words]
+    output = world / "runs" / f"{script}_{page.stem}"
+    start(
+        [str(Path(sys.executable).with_name("accelerate")), *words[1:], *BRIEF.split(), "--output", str(output)], world
+    )
+    assert (output / "final" / "model.safetensors").is_file()
+    assert read_recipe(output / "recipe.yaml")["init_from"] == "spcxr/base"

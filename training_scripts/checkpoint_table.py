@@ -1,0 +1,116 @@
+"""Render the table of checkpoints of a page from the results files of their cards.
+
+    python training_scripts/checkpoint_table.py --render README.md
+
+The table stands between `<!-- checkpoints -->` and `<!-- /checkpoints -->`. A checkpoint that is not in `model_cards/`
+is left out. `{file/key/key .3f}` in a cell below stands for that entry of the card's `results/file.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spcxr_hf import SpcxrError
+from spcxr_hf.benchmarking import replace_block
+from spcxr_hf.recipe import parse_arguments
+
+CARDS = Path(__file__).resolve().parent.parent / "model_cards"
+HEAD = "| id | what it is | figures on test images | the same without pretraining | card |\n|---|---|---|---|---|"
+PROBE = "tasks/pneumonia/label_fraction/0.01/test/mean .4f"
+DICE = "Dice {%s/splits/test/model/dice .4f} (children), {%s/splits/shift/model/dice .4f} (adults, other hospitals)"
+PNEUMONIA = (
+    "AUROC {%s/splits/test/classes/normal/auroc .3f} normal against pneumonia, "
+    "balanced accuracy {%s/splits/test/balanced_accuracy .3f} of three classes"
+)
+SCREENING = "AUROC {%s/splits/test/labels/abnormal/auroc .3f} abnormal, {%s/splits/test/mean_auroc .3f} mean of labels"
+COVID = (
+    "AUROC {%s/splits/test/classes/covid-19/auroc .3f} COVID-19, "
+    "balanced accuracy {%s/splits/test/balanced_accuracy .3f}; read the card on shortcuts"
+)
+# What a checkpoint is, its figures, those of the same network from scratch or (base) with random weights.
+ROWS = {
+    "base": (
+        "ViT-S/16 encoder and reconstruction head",
+        f"linear probe, children's pneumonia with 1 % of the labels: AUROC {{linear_probe/{PROBE}}}",
+        f"AUROC {{linear_probe_random/{PROBE}}}",
+    ),
+    "lung-segmentation": (
+        "lung masks of frontal radiographs",
+        DICE.replace("%s", "segmentation"),
+        DICE.replace("%s", "segmentation_scratch"),
+    ),
+    "pneumonia": (
+        "children: normal, bacterial or viral pneumonia",
+        PNEUMONIA.replace("%s", "evaluation"),
+        PNEUMONIA.replace("%s", "evaluation_scratch"),
+    ),
+    "screening": (
+        "adults: abnormal or not, and five findings",
+        SCREENING.replace("%s", "evaluation"),
+        SCREENING.replace("%s", "evaluation_scratch"),
+    ),
+    "covid": (
+        "adults: COVID-19, other pneumonia or normal",
+        COVID.replace("%s", "evaluation"),
+        COVID.replace("%s", "evaluation_scratch"),
+    ),
+}
+
+
+@dataclass
+class Arguments:
+    """Render the table of checkpoints of a page."""
+
+    render: str = field(metadata={"help": "the page"})
+    cards: str = field(default=str(CARDS), metadata={"help": "folder with a folder per checkpoint"})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(Arguments, argv)
+    replace_block(Path(arguments.render), "checkpoints", checkpoint_table(Path(arguments.cards)))
+
+
+def checkpoint_table(cards: Path) -> str:
+    """A row for each checkpoint that is there, in Markdown.
+
+    Raises:
+        SpcxrError: a results file lacks a figure; the message names both.
+    """
+    lines = [HEAD]
+    for name, (what, figures, without) in ROWS.items():
+        if (cards / name / "model.safetensors").is_file():
+            results = cards / name / "results"
+            cells = [f"`spcxr/{name}`", what, fill(figures, results), fill(without, results)]
+            lines.append(f"| {' | '.join(cells)} | [model_cards/{name}](model_cards/{name}/README.md) |")
+    return "\n".join(lines)
+
+
+def fill(text: str, results: Path) -> str:
+    """The text with an entry of a results file in place of each `{file/key/key .3f}`."""
+
+    def entry(match: re.Match) -> str:
+        name, *keys = match[1].split("/")
+        file = results / f"{name}.json"
+        try:
+            value: Any = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SpcxrError(f"{file}: cannot be read ({error})") from error
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if not isinstance(value, int | float):
+            raise SpcxrError(f"{file}: no figure {'/'.join(keys)}")
+        return format(value, match[2])
+
+    return re.sub(r"\{(\S+) (\S+)\}", entry, text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SpcxrError as error:
+        raise SystemExit(f"error: {error}") from None
