@@ -32,20 +32,29 @@ LAYOUT = """
 #spcxr-note { position: fixed; top: 0; left: 0; right: 0; z-index: 50; padding: 0; border-radius: 0; }
 #spcxr-note .html-container, #spcxr-title .html-container, #spcxr-pages .html-container { padding: 0; }
 #spcxr-desk > * { min-width: 0 !important; }
-@media (max-width: 800px) { #spcxr-desk { flex-direction: column; } }
+@media (max-width: 800px) {
+  #spcxr-desk { flex-direction: column; }
+  #spcxr-desk, #spcxr-desk > * { width: 100%; max-width: calc(100vw - 7rem); }
+}
 #spcxr-ask { background: #0b57a4; color: #fff; }
 #spcxr-upload .or { color: inherit; }
 :focus-visible, .upload-container:focus-visible { outline: 3px solid #0072b2 !important; outline-offset: 2px; }
 """
-# A screen reader is to say what a person reads on the place for files; Gradio's own label says other words.
+# A screen reader is to say what a person reads on the place for files; Gradio's own label says other words. And of an
+# upload that its server refuses, Gradio says "Error".
 HEAD = """<script>
 new MutationObserver(() => {
   for (const button of document.querySelectorAll("#spcxr-upload button.upload-container")) {
     const name = "Radiographs: " + button.innerText.replace(/\\s+/g, " ").trim();
     if (button.getAttribute("aria-label") !== name) button.setAttribute("aria-label", name);
   }
+  for (const error of document.querySelectorAll("#spcxr-upload span.error")) {
+    const text = "Not taken: larger than LIMIT MB, or the connection broke";
+    if (error.textContent !== text) error.textContent = text;
+    error.setAttribute("role", "alert");
+  }
 }).observe(document.documentElement, {childList: true, subtree: true});
-</script>"""
+</script>""".replace("LIMIT", str(MOST_BYTES // 2**20))
 
 
 def serve(

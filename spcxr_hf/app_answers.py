@@ -92,7 +92,7 @@ def _task_of(place: str, is_id: bool) -> str | None:
         else:
             names = json.loads((Path(place) / "config.json").read_text(encoding="utf-8")).get("architectures")
     except (OSError, ValueError, AttributeError) as error:
-        if is_id:
+        if is_id or isinstance(error, FileNotFoundError):
             return None
         raise SpcxrError(f"{place}: config.json cannot be read ({type(error).__name__})") from error
     return TASKS.get((names or [""])[0])

@@ -29,14 +29,15 @@ STYLE = """
 .spcxr .small { font-size: .875rem; }
 .spcxr .alert { border-left: 5px solid #b35900; background: #fff3e0; color: #3d2200; padding: .6rem .9rem;
   margin: .5rem 0; border-radius: 4px; overflow-wrap: anywhere; }
-.spcxr .pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
-.spcxr figure { margin: 0; flex: 1 1 260px; max-width: 420px; }
+.spcxr .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 1rem; }
+.spcxr figure { margin: 0; max-width: 420px; }
 .spcxr figure img { width: 100%; max-height: 480px; object-fit: contain; background: #000; border-radius: 4px; }
 .spcxr figcaption { font-size: .875rem; padding-top: .25rem; }
 .spcxr .pages { display: flex; flex-wrap: wrap; gap: .5rem; list-style: none; padding: 0; margin: .5rem 0; }
 .spcxr .pages img { height: 90px; width: auto; max-width: 120px; display: block; border-radius: 4px; background: #000; }
 .spcxr .pages li { font-size: .8rem; max-width: 120px; overflow-wrap: anywhere; }
-.spcxr table { border-collapse: collapse; width: 100%; max-width: 46rem; font-size: .95rem; }
+.spcxr .spcxr-table { border: 0 !important; border-collapse: collapse; width: 100%; max-width: 46rem;
+  font-size: .95rem; }
 .spcxr caption { text-align: left; font-size: .875rem; padding-bottom: .25rem; }
 .spcxr .spcxr-table th, .spcxr .spcxr-table td { text-align: left; padding: .3rem .75rem .3rem 0; border: 0;
   border-bottom: 1px solid #8886; font-variant-numeric: tabular-nums; }

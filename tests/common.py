@@ -186,6 +186,7 @@ class ForwardContract(Case):
         assert model.config._attn_implementation == "sdpa"
         fused = self.run(model, **kwargs)
         model.set_attn_implementation("eager")
+        assert model.config._attn_implementation == "eager"  # the library only warns where it cannot
         assert_same(self.run(model, **kwargs), fused, rtol=1e-4, atol=1e-4)
 
     def test_retain_grad_hidden_states_attentions(self):

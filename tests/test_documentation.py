@@ -249,7 +249,7 @@ def write_radiographs(folder: Path) -> None:
     (folder / "scans").mkdir()
     for seed in range(3):
         draw_chest(96, seed).save(folder / "scans" / f"{seed}.png")
-        write_dicom(folder / "scans" / f"{seed}.dcm", np.asarray(draw_chest(96, seed)))
+        write_dicom(folder / "scans" / f"study-{seed}.dcm", np.asarray(draw_chest(96, seed)))
     for split in ("train", "val", "test"):
         for number, label in enumerate(("normal", "pneumonia")):
             place = folder / "my_images" / split / label
@@ -260,7 +260,7 @@ def write_radiographs(folder: Path) -> None:
 
 def write_manifests(folder: Path) -> None:
     """`studies.csv` with DICOM files, `lungs.csv` with pictures and masks; two images of each patient."""
-    for name in ("studies", "lungs", "masks"):
+    for name in ("studies", "lungs", "lung_masks"):
         (folder / name).mkdir()
     studies, lungs = ["path,patient,label"], ["path,mask,patient"]
     for number in range(24):
@@ -268,8 +268,8 @@ def write_manifests(folder: Path) -> None:
         write_dicom(folder / "studies" / f"{number}.dcm", grey)
         studies.append(f"studies/{number}.dcm,p{number // 2},{('normal', 'pneumonia')[number // 2 % 2]}")
         save(grey, folder / "lungs" / f"{number}.png")
-        save(mask, folder / "masks" / f"{number}.png")
-        lungs.append(f"lungs/{number}.png,masks/{number}.png,p{number // 2}")
+        save(mask, folder / "lung_masks" / f"{number}.png")
+        lungs.append(f"lungs/{number}.png,lung_masks/{number}.png,p{number // 2}")
     (folder / "studies.csv").write_text("\n".join(studies))
     (folder / "lungs.csv").write_text("\n".join(lungs))
 
@@ -355,7 +355,7 @@ def test_the_command_line_runs(command, world):
     for words in asked:
         start([str(Path(sys.executable).with_name("spcxr")), *words[1:]], world)
         for word in words:
-            if re.search(r"\.(csv|parquet)$|^(masks|audit|explained)/", word):
+            if re.search(r"\.(csv|parquet)$|^(masks|audit|by_label)/", word):
                 assert (world / word).exists(), word
 
 

@@ -88,7 +88,7 @@ FLOORS = {
         "neighbours",
         "grid",
     },
-    4: {"cli", "demo"} | {"app", "app_answers", "app_html"},
+    4: {"cli", "demo"} | {"app", "app_answers", "app_html", "space.app"},
 }
 GROUND, DOORS = 1, 4
 MODELING_MAY_IMPORT = {"torch", "transformers"} | sys.stdlib_module_names

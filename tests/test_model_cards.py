@@ -22,7 +22,7 @@ from training_scripts import count_sources, prepare_checkpoint
 CARDS = Path(__file__).parent.parent / "model_cards"
 FOLDERS = sorted(path for path in CARDS.iterdir() if path.is_dir())
 CLASSIFIERS = ("pneumonia", "screening", "covid")
-CODE = {"configuration_spcxr.py", "image_processing_spcxr.py", "modeling_spcxr.py"}
+CODE = {"configuration_spcxr.py", "handler.py", "image_processing_spcxr.py", "modeling_spcxr.py"}
 
 
 def test_the_first_checkpoints_are_there():

@@ -24,6 +24,7 @@ from transformers import AutoConfig
 import spcxr_hf
 from spcxr_hf import SpcxrError, SpcxrImageProcessor
 from spcxr_hf.recipe import parse_arguments, read_recipe
+from spcxr_hf.recorded_outputs import RECORD, record_outputs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CARDS = Path(__file__).resolve().parent / "cards"
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     copy_files([Path(result) for result in arguments.results], folder / "results")
     copy_files([Path(picture) for picture in arguments.pictures], folder / "pictures")
     copy_code(folder)
+    if not arguments.card_only or not (folder / RECORD).is_file():
+        record_outputs(folder)
     (folder / "README.md").write_text(render_card(arguments.name, folder), encoding="utf-8")
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
@@ -75,8 +78,8 @@ def copy_model(source: Path, folder: Path) -> None:
 
 
 def copy_code(folder: Path) -> None:
-    """The files that load the weights elsewhere, as they are in the tree now."""
-    for source in (REPOSITORY / "modeling").glob("*_spcxr.py"):
+    """The files that load the weights elsewhere, and answer at an Inference Endpoint, as they are in the tree now."""
+    for source in (*(REPOSITORY / "modeling").glob("*_spcxr.py"), REPOSITORY / "modeling" / "handler.py"):
         shutil.copyfile(source, folder / source.name)
 
 

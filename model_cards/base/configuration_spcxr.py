@@ -51,6 +51,9 @@ POSITIVE = (
     "patch_size",
     "segmentation_hidden_size",
 )
+# What names a head's labels, and what was measured of that head.
+LABEL_SPACE = ("num_labels", "id2label", "label2id")
+THRESHOLDS = ("operating_points", "operating_point")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -85,6 +88,11 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
         segmentation_hidden_size (`int`, defaults to 128): Width of the segmentation decoder, a multiple of 32.
         semantic_loss_ignore_index (`int`, defaults to 255): Pixels with this label are left out of the loss.
         apply_layernorm (`bool`, defaults to `True`): Whether [`SpcxrBackbone`] normalises its feature maps.
+        operating_points (`dict[str, dict[str, float]]`, *optional*): Decision thresholds of a classifier, in [0, 1], by
+            target and name, as `{"pneumonia": {"youden": 0.41, "sensitivity 0.90": 0.2}}`. A target is a label, or
+            labels of one softmax joined by `" + "`, whose probabilities are added. A probability at or above the
+            threshold is positive. Loading with other labels (`num_labels`, `id2label`) drops them.
+        operating_point (`str`, *optional*): The name that is used by default; every target has it.
         out_features, out_indices: Which blocks [`SpcxrBackbone`] returns: `"stem"`, `"stage1"`, ... or their indices.
 
     Raises:
@@ -125,6 +133,8 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
     segmentation_hidden_size: int = 128
     semantic_loss_ignore_index: int = 255
     apply_layernorm: bool = True
+    operating_points: dict[str, dict[str, float]] | None = None
+    operating_point: str | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -151,6 +161,13 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
         return cls(**{**SIZES[size], **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As every config's; but thresholds belong to a head, and other labels mean a new one, which has none yet."""
+        if any(kwargs.get(name) is not None for name in LABEL_SPACE):
+            config_dict = {name: value for name, value in config_dict.items() if name not in THRESHOLDS}
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def num_patches(self) -> int:
@@ -190,6 +207,37 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}; got {self.hidden_act!r}")
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}; got {self.problem_type!r}")
+
+    def validate_operating_points(self) -> None:
+        points = self.operating_points or {}
+        for target, thresholds in points.items():
+            self._validate_target(target)
+            if not thresholds:
+                raise ValueError(f"operating_points has no threshold for {target!r}")
+            for name, threshold in thresholds.items():
+                if not 0 <= threshold <= 1:
+                    raise ValueError(f"operating_points must lie in [0, 1]; got {threshold} for {target!r}, {name!r}")
+        default = self.operating_point
+        if default is not None and (not points or any(default not in thresholds for thresholds in points.values())):
+            raise ValueError(
+                f"operating_point must be a name that all targets of operating_points have; got {default!r}"
+            )
+
+    def _validate_target(self, target: str) -> None:
+        labels = list((self.id2label or {}).values())
+        parts = target.split(" + ")
+        if target in labels:
+            return
+        if any(part not in labels for part in parts) or len(set(parts)) < len(parts):
+            raise ValueError(
+                f'operating_points must be of labels, or of different labels joined by " + "; got {target!r}, '
+                f"and the labels are {', '.join(map(str, labels))}"
+            )
+        if self.problem_type == "multi_label_classification":
+            raise ValueError(
+                f"operating_points must be of single labels where they may hold together, since their probabilities do "
+                f"not add up; got {target!r}"
+            )
 
     def validate_layers(self) -> None:
         for name in ("reconstruction_layers", "segmentation_layers"):

@@ -255,6 +255,10 @@ class SpcxrPreTrainedModel(PreTrainedModel):
     # class has and the checkpoint lacks is reported all the same.
     _keys_to_ignore_on_load_unexpected = [r"^reconstruction_head\.", r"^classifier\.", r"^decoder\."]
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # the library guesses it from the text of this file, in which it misses `get_interface`
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # linear, convolution and norm layers

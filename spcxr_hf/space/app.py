@@ -1,4 +1,4 @@
-"""The Space: the demo of spcxr_hf, with checkpoints from the Hub. What the Hub does not have is left out of the page."""
+"""The Space: the demo of spcxr_hf, with checkpoints from the Hub; what is not there is left out of the page."""
 
 from spcxr_hf.app import serve
 
