@@ -3,6 +3,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 IMAGE   ?=
 BENCH   ?=
+EVIDENCE ?=
 WORKERS ?= 2
 
 BIN     := $(VENV)/bin
@@ -11,7 +12,7 @@ PYTEST  := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytho
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test quick check bench clean
+.PHONY: help demo test quick check bench evidence clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,6 +31,10 @@ check: $(VENV)/.has-check  ## Style, types, import rules, model conventions
 
 bench: $(VENV)/.has-test  ## Measure speed and memory (BENCH="--gmml_release CHECKOUT" for that peer too)
 	$(BIN)/python training_scripts/benchmark.py --output training_scripts/results/benchmark_cpu.json $(BENCH)
+
+evidence: $(VENV)/.has-test  ## Run the grid of comparisons, where it stopped (EVIDENCE="--data DATA --models spcxr=CHECKPOINT")
+	$(BIN)/python training_scripts/evidence.py --grid training_scripts/recipes/evidence_cpu_112.yaml \
+		--output runs/evidence_cpu_112 --results training_scripts/results/evidence_cpu_112.json $(EVIDENCE)
 
 clean:  ## Remove the environment, the builds and the caches
 	rm -rf $(VENV) build dist *.egg-info .*_cache

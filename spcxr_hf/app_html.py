@@ -38,6 +38,7 @@ STYLE = """
 .spcxr .pages li { font-size: .8rem; max-width: 120px; overflow-wrap: anywhere; }
 .spcxr .spcxr-table { border: 0 !important; border-collapse: collapse; width: 100%; max-width: 46rem;
   font-size: .95rem; }
+.spcxr .spcxr-table :is(thead, tbody, tr) { border: 0 !important; }
 .spcxr caption { text-align: left; font-size: .875rem; padding-bottom: .25rem; }
 .spcxr .spcxr-table th, .spcxr .spcxr-table td { text-align: left; padding: .3rem .75rem .3rem 0; border: 0;
   border-bottom: 1px solid #8886; font-variant-numeric: tabular-nums; }

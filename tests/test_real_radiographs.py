@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForSemanticSegmentation
+from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 
 from spcxr_hf import SpcxrImageProcessor, SpcxrImageProcessorPil
 from spcxr_hf.data import open_image, open_mask, read_table
@@ -33,13 +33,25 @@ def test_pretraining_sees_no_image_that_a_task_is_judged_on():
     assert seen == 18103
 
 
-def test_back_ends_agree():
-    table = read_table(DATA / "nih-00.parquet")
-    images = [open_image(cell, "nih") for cell in table.column("image")[:40]]
-    torchvision, pillow = (kind(do_normalize=False) for kind in (SpcxrImageProcessor, SpcxrImageProcessorPil))
-    one, other = (processor(images, return_tensors="pt").pixel_values for processor in (torchvision, pillow))
-    assert one.shape == (40, 1, 224, 224)
-    assert (one - other).abs().max() <= 1 / 255
+@pytest.mark.slow
+def test_back_ends_agree_on_a_thousand_radiographs():
+    folder = TREE / "model_cards" / "pneumonia"
+    kinds = (SpcxrImageProcessor, SpcxrImageProcessorPil)
+    processors = [kind.from_pretrained(folder) for kind in kinds]
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    cells = [cell for shard in ("nih-00", "kermany-00") for cell in first_images(shard, 500)]
+    for start in range(0, len(cells), 50):
+        images = [open_image(cell, "image") for cell in cells[start : start + 50]]
+        one, other = (processor(images, return_tensors="pt").pixel_values for processor in processors)
+        assert (one - other).abs().max() * processors[0].image_std[0] <= 1 / 255
+        with torch.no_grad():
+            first, second = (model(values).logits.argmax(dim=1) for values in (one, other))
+        assert torch.equal(first, second)
+    assert len(cells) == 1000
+
+
+def first_images(shard: str, count: int) -> list:
+    return read_table(DATA / f"{shard}.parquet").rows["image"][:count].to_pylist()
 
 
 def test_bundled_lung_segmentation():

@@ -20,9 +20,10 @@ from spcxr_hf.benchmarking import replace_block
 from spcxr_hf.recipe import parse_arguments
 
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"
-HEAD = "| id | what it is | figures on test images | the same without pretraining | card |\n|---|---|---|---|---|"
+HEAD = "| id | what it is | figures on test images | beside it | card |\n|---|---|---|---|---|"
 PROBE = "tasks/pneumonia/label_fraction/0.01/test/mean .4f"
 DICE = "Dice {%s/splits/test/model/dice .4f} (children), {%s/splits/shift/model/dice .4f} (adults, other hospitals)"
+FLOOR, THUMBNAIL = "16 px thumbnails", "shortcuts/splits/test/variants/thumbnail_16"
 PNEUMONIA = (
     "AUROC {%s/splits/test/classes/normal/auroc .3f} normal against pneumonia, "
     "balanced accuracy {%s/splits/test/balanced_accuracy .3f} of three classes"
@@ -32,7 +33,8 @@ COVID = (
     "AUROC {%s/splits/test/classes/covid-19/auroc .3f} COVID-19, "
     "balanced accuracy {%s/splits/test/balanced_accuracy .3f}; read the card on shortcuts"
 )
-# What a checkpoint is, its figures, those of the same network from scratch or (base) with random weights.
+# What a checkpoint is, its figures, and what stands beside them: the network from scratch (lungs) or with random weights
+# (base), logistic regression on thumbnails (classifiers).
 ROWS = {
     "base": (
         "ViT-S/16 encoder and reconstruction head",
@@ -47,17 +49,17 @@ ROWS = {
     "pneumonia": (
         "children: normal, bacterial or viral pneumonia",
         PNEUMONIA.replace("%s", "evaluation"),
-        PNEUMONIA.replace("%s", "evaluation_scratch"),
+        f"{FLOOR}: AUROC {{{THUMBNAIL}/targets/normal/auroc .3f}}, {{{THUMBNAIL}/balanced_accuracy .3f}}",
     ),
     "screening": (
         "adults: abnormal or not, and five findings",
         SCREENING.replace("%s", "evaluation"),
-        SCREENING.replace("%s", "evaluation_scratch"),
+        f"{FLOOR}: AUROC {{{THUMBNAIL}/targets/abnormal/auroc .3f}} abnormal",
     ),
     "covid": (
         "adults: COVID-19, other pneumonia or normal",
         COVID.replace("%s", "evaluation"),
-        COVID.replace("%s", "evaluation_scratch"),
+        f"{FLOOR}: AUROC {{{THUMBNAIL}/targets/covid-19/auroc .3f}}, {{{THUMBNAIL}/balanced_accuracy .3f}}",
     ),
 }
 
