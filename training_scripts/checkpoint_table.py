@@ -33,7 +33,7 @@ COVID = (
     "AUROC {%s/splits/test/classes/covid-19/auroc .3f} COVID-19, "
     "balanced accuracy {%s/splits/test/balanced_accuracy .3f}; read the card on shortcuts"
 )
-# What a checkpoint is, its figures, and what stands beside them: the network from scratch (lungs) or with random weights
+# What a checkpoint is, its figures, and what stands beside them: the network from scratch (lungs), with random weights
 # (base), logistic regression on thumbnails (classifiers).
 ROWS = {
     "base": (
