@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState
 
 FORK = multiprocessing.get_context("fork")
@@ -52,6 +53,7 @@ def _run(main: Callable[[list[str]], object], words: list[str], log: Path, envir
     # The parent's Python streams may lead to pytest's own files.
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ.update({"ACCELERATE_USE_CPU": "true", **environment})
+    torch.set_num_threads(1)  # threads that the parent had started are not there
     AcceleratorState._reset_state(reset_partial_state=True)  # what the parent found out is about the parent
     try:
         main(words)

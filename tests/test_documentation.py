@@ -215,8 +215,10 @@ def test_checkpoints_that_are_there_have_a_row(tmp_path):
     results.mkdir(parents=True)
     (results.parent / "model.safetensors").touch()
     figures = {"splits": {"test": {"classes": {"covid-19": {"auroc": 0.9124}}, "balanced_accuracy": 0.8}}}
-    for file in ("evaluation", "evaluation_scratch"):
-        (results / f"{file}.json").write_text(json.dumps(figures))
+    floor = {"targets": {"covid-19": {"auroc": 0.86}}, "balanced_accuracy": 0.5}
+    shortcuts = {"splits": {"test": {"variants": {"thumbnail_16": floor}}}}
+    (results / "evaluation.json").write_text(json.dumps(figures))
+    (results / "shortcuts.json").write_text(json.dumps(shortcuts))
     rows = checkpoint_table.checkpoint_table(tmp_path).splitlines()
     assert len(rows) == 3 and "AUROC 0.912 COVID-19, balanced accuracy 0.800" in rows[2]
     (results / "evaluation.json").write_text("{}")

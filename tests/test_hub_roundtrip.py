@@ -139,6 +139,7 @@ def world(tmp_path_factory):
     Image.fromarray(made_picture(90, 120)).save(root / "picture.png")
     with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)  # the suite's own way is offline
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         token = hub.add_token("me", ("spcxr",))
         names = [repo.split("/")[1] for repo in LOADS]
@@ -156,7 +157,7 @@ def load(world: SimpleNamespace, home: str, blocked: bool, offline: bool = False
     told = json.dumps([str(out), loads, pipelines, blocked, offline, chosen.get("revision")])
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORM"))}
     place = {"HF_HOME": str(world.root / home), "HF_ENDPOINT": world.hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
-    place |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+    place |= {"HF_HUB_OFFLINE": "1" if offline else "0"}
     path = {} if blocked else {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", LOADER, told], env={**ours, **place, **path}, cwd=out, capture_output=True, text=True

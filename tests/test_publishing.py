@@ -76,6 +76,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
     with HubServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the suite's own way is offline
         yield server
 
 
@@ -462,7 +463,8 @@ def test_the_token_reaches_no_log_output_or_file(cards, tmp_path, trouble):
         url = "http://127.0.0.1:9" if trouble == "no Hub" else hub.url
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         talkative = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "HF_HUB_DISABLE_XET": "1"}
-        place = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": url, "HF_TOKEN": token, "OMP_NUM_THREADS": "1"}
+        place = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": url, "HF_TOKEN": token}
+        place |= {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-X", "dev", "-W", "ignore", str(ROOT / "training_scripts" / "publish.py")]
         done = subprocess.run(
             [*command, "--folder", str(cards), "--only", "base"],

@@ -24,6 +24,7 @@ def hub(monkeypatch, tmp_path):
             "HF_ENDPOINT": server.url,
             "HF_TOKEN": server.add_token("me"),
             "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",  # the suite's own way is offline
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }.items():
