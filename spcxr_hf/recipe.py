@@ -35,7 +35,10 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None
     if words and not words[0].startswith("-"):
         # The recipe's flags go first: of two equal flags, argparse keeps the last.
         words = [*_recipe_words(arguments_class, Path(words[0])), *words[1:]]
-    (arguments,) = parser.parse_args_into_dataclasses(words)
+    arguments, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:  # their values are not repeated: they may be secrets
+        flags = [word for word in unknown if word.startswith("-")]
+        parser.error(f"unrecognized arguments: {' '.join(flags) or unknown[0]}")
     return arguments
 
 

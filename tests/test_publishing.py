@@ -191,7 +191,7 @@ def test_ids_that_are_not_published_keep_their_namespace():
         "base_model: spcxr/base, `spcxr/findings`, model_cards/base, a/spcxr/base, spcxr/base-large, hf.co/spcxr/base."
     )
     assert in_namespace(card, "me", ["base"]) == (
-        "base_model: me/base, `spcxr/findings`, model_cards/base, a/spcxr/base, spcxr/base-l, hf.co/me/base."
+        "base_model: me/base, `spcxr/findings`, model_cards/base, a/spcxr/base, spcxr/base-large, hf.co/me/base."
     )
 
 

@@ -12,7 +12,8 @@ from spcxr_hf.errors import SpcxrError
 from spcxr_hf.recipe import parse_arguments, read_recipe, save_recipe
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "training_scripts"
-RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
+# What begins with `evidence` is a grid of many runs, which `evidence.py` reads.
+RECIPES = sorted(path for path in (SCRIPTS / "recipes").glob("*.yaml") if not path.name.startswith("evidence"))
 
 
 @dataclass
