@@ -377,7 +377,7 @@ def test_results_that_are_not_there(tmp_path):
 
 def test_every_recipe_is_there():
     names = {path.stem for path in RECIPES}
-    assert names == {"single_gpu", "eight_gpus", "eight_nodes", "two_machines_cpu"}
+    assert names == {"single_gpu", "eight_gpus", "eight_nodes", "fsdp", "two_machines_cpu"}
     assert set(scale.GPUS.values()) < names
 
 

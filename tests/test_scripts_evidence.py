@@ -566,6 +566,9 @@ def test_cells_of_the_table():
     assert len({line.count("|") for line in lines}) == 1
 
 
+NOTHING_MEASURED = "Not rendered yet: the figures that there are stand on the cards."
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*/README.md"))], ids=str)
 def test_pages_in_the_tree_follow_from_the_results(page):
     """Every block of evidence in a page is what the results file gives."""
@@ -577,7 +580,8 @@ def test_pages_in_the_tree_follow_from_the_results(page):
     for name in dict.fromkeys(part.split(" -->")[0] for part in text.split("<!-- ")[1:]):
         if name.startswith("evidence"):
             block = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0].strip()
-            assert block in [one.get(name, "").strip() for one in rendered], name
+            expected = [one.get(name, "").strip() for one in rendered] or [NOTHING_MEASURED]
+            assert block in expected, name
 
 
 @pytest.mark.slow  # processes that import everything
