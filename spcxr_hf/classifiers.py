@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from .convert import change_image_size
 from .encoders import LOADING_ERRORS
-from .errors import SpcxrError
+from .errors import SpcxrError, one_line
 from .modeling.configuration_spcxr import SpcxrConfig
 from .modeling.image_processing_spcxr import SpcxrImageProcessor
 from .modeling.modeling_spcxr import SpcxrForImageClassification
@@ -162,12 +162,6 @@ def attend_by(model: PreTrainedModel, implementation: str) -> None:
         if implementation != "sdpa":
             raise SpcxrError(f"attention {implementation!r} is refused ({one_line(error)})") from error
         model.set_attn_implementation("eager")
-
-
-def one_line(error: Exception) -> str:
-    """What another library says, as part of a one-line message: at most 240 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else f"{text[:240]} ..."
 
 
 def _restrict(arguments: ClassifierArguments, model: PreTrainedModel) -> None:

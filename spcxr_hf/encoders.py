@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
-from .errors import SpcxrError
+from .errors import SpcxrError, one_line
 from .modeling.image_processing_spcxr import SpcxrImageProcessor
 
 POOLINGS = ("model", "mean", "cls")
@@ -60,7 +60,7 @@ class Encoder:
         try:
             tokens = _tokens(self._run(torch.zeros(1, self.num_channels, side, side)).last_hidden_state)
         except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise SpcxrError(f"{name}: no features of a {side} px image ({_one_line(error)})") from error
+            raise SpcxrError(f"{name}: no features of a {side} px image ({one_line(error)})") from error
         self.num_prefix_tokens = _count_prefix_tokens(self.model, tokens.shape[1], side)
 
     @property
@@ -190,7 +190,7 @@ def load_encoder(
     try:
         network, missing = _load_network(model, config, seed if random_init else None, attention)
     except LOADING_ERRORS as error:
-        raise SpcxrError(f"{model}: the encoder cannot be loaded ({_one_line(error)})") from error
+        raise SpcxrError(f"{model}: the encoder cannot be loaded ({one_line(error)})") from error
     if network.main_input_name != "pixel_values":
         raise SpcxrError(f"{model}: {type(network).__name__} takes {network.main_input_name}, no images")
     pooler = [key for key in missing if "pooler" in key]
@@ -226,7 +226,7 @@ def _load_config(model: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(model)
     except LOADING_ERRORS as error:
-        raise SpcxrError(f"{model}: no model that transformers loads ({_one_line(error)})") from error
+        raise SpcxrError(f"{model}: no model that transformers loads ({one_line(error)})") from error
     return getattr(config, "vision_config", config)
 
 
@@ -317,8 +317,3 @@ def _tokens(features: torch.Tensor) -> torch.Tensor:
     if features.dim() != 3:
         raise ValueError(f"features of shape {tuple(features.shape)} are neither tokens nor a map")
     return features
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else f"{text[:240]} ..."

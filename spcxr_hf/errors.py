@@ -8,3 +8,9 @@ class SpcxrError(ValueError):
     is damaged) is raised as this type or a subclass of it. It derives from `ValueError`, which is what `modeling/`
     raises: those files travel to the Hub alone and cannot import this one.
     """
+
+
+def one_line(error: Exception | str) -> str:
+    """What another library says, as part of a one-line message: at most 240 characters; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:240]} ..."

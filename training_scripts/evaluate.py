@@ -30,9 +30,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.calibration import fit_temperature, to_probabilities
-from spcxr_hf.classifiers import one_line
 from spcxr_hf.data import OnError, RadiographTable, check_broken, open_image
 from spcxr_hf.encoders import LOADING_ERRORS
+from spcxr_hf.errors import one_line
 from spcxr_hf.labels import names_in, parse_classes, targets_of
 from spcxr_hf.metrics import (
     brier_score,
