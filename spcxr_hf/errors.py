@@ -11,6 +11,6 @@ class SpcxrError(ValueError):
 
 
 def one_line(error: Exception | str) -> str:
-    """What another library says, as part of a one-line message: at most 240 characters; its type where it says nothing."""
+    """What another library says, as part of a one-line message: at most 240 characters, or its type."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 240 else f"{text[:240]} ..."
