@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 from .data import RadiographTable, open_image
 from .encoders import LOADING_ERRORS
-from .errors import SpcxrError
+from .errors import SpcxrError, one_line
 from .labels import targets_of
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
@@ -104,8 +104,7 @@ def load_judged(source: str, device: torch.device | str = "cpu") -> tuple[PreTra
         )
         processor = AutoImageProcessor.from_pretrained(source)
     except LOADING_ERRORS as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise SpcxrError(f"{source}: no classifier with its image processor ({text[:240]})") from error
+        raise SpcxrError(f"{source}: no classifier with its image processor ({one_line(error)})") from error
     lost = sorted(name for name in loading["missing_keys"] if not name.endswith("mask_token"))
     if lost:
         raise SpcxrError(f"{source}: no trained classifier, since there are no weights for {', '.join(lost[:4])}")
@@ -158,14 +157,26 @@ def predict_logits(
         name: What the progress bar says.
     """
     parts = tqdm(_batches(images, batch_size), desc=name, unit="batch")
-    return torch.cat([_forward(model, processor, part, bf16) for part in parts])
+    return torch.cat([forward(model, processor, part, bf16) for part in parts])
 
 
 @torch.no_grad()
-def _forward(model: PreTrainedModel, processor: Any, images: list[Image.Image], bf16: bool) -> torch.Tensor:
+def forward(
+    model: PreTrainedModel,
+    processor: Any,
+    images: list[Image.Image],
+    bf16: bool = False,
+    image_size: int | None = None,
+) -> torch.Tensor:
+    """Logits (B, classes) float32, on the CPU, of one batch; see `predict_logits`.
+
+    Args:
+        image_size: Side of the input in pixels; by default the image processor's.
+    """
     if not hasattr(processor, "num_output_channels"):  # of another family: 8 bits and 3 channels
         images = [_in_colour(image) for image in images]
-    inputs = processor(images, return_tensors="pt").to(model.device)
+    options = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
+    inputs = processor(images, return_tensors="pt", **options).to(model.device)
     interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     asked = {"interpolate_pos_encoding": True} if interpolates else {}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):

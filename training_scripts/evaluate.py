@@ -12,7 +12,6 @@ are for the report.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Sequence
@@ -26,13 +25,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.calibration import fit_temperature, to_probabilities
 from spcxr_hf.data import OnError, RadiographTable, check_broken, open_image
-from spcxr_hf.encoders import LOADING_ERRORS
-from spcxr_hf.errors import one_line
 from spcxr_hf.labels import names_in, parse_classes, targets_of
 from spcxr_hf.metrics import (
     brier_score,
@@ -41,6 +38,7 @@ from spcxr_hf.metrics import (
     multilabel_report,
     write_results,
 )
+from spcxr_hf.predicting import class_names, forward, is_multi_label, load_judged, match_classes
 from spcxr_hf.recipe import parse_arguments
 from spcxr_hf.sets import SetArguments, read_rows, report_skipped
 
@@ -105,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
     check(arguments)
     processes = start_processes()
-    model, processor = load_model(arguments.model, processes.device)
-    classes = classes_of(arguments, model)
+    model, processor = load_judged(arguments.model, processes.device)
+    classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
     table = read_rows(arguments.data, arguments.exclude)
     wanted = dict.fromkeys([*arguments.splits, *([arguments.temperature_from] if arguments.temperature_from else [])])
     sets = {split: select_split(arguments, table, split, classes, is_multi_label(model)) for split in wanted}
@@ -149,45 +147,6 @@ def start_processes() -> PartialState:
             "on a CPU start them by `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
         )
     return processes
-
-
-# ---- the model -------------------------------------------------------------------------------------------------
-
-
-def load_model(source: str, device: torch.device) -> tuple[PreTrainedModel, Any]:
-    """The classifier, in evaluation mode on its device, and its image processor.
-
-    Raises:
-        SpcxrError: it is no classifier, has no weights for a part of it, or has no image processor.
-    """
-    try:
-        model, loading = AutoModelForImageClassification.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True
-        )
-        processor = AutoImageProcessor.from_pretrained(source)
-    except LOADING_ERRORS as error:
-        raise SpcxrError(f"{source}: no classifier with its image processor ({one_line(error)})") from error
-    lost = sorted(name for name in loading["missing_keys"] if not name.endswith("mask_token"))
-    if lost:
-        raise SpcxrError(f"{source}: no trained classifier, since there are no weights for {', '.join(lost[:4])}")
-    return model.to(device).eval(), processor
-
-
-def is_multi_label(model: PreTrainedModel) -> bool:
-    return model.config.problem_type == "multi_label_classification"
-
-
-def classes_of(arguments: Arguments, model: PreTrainedModel) -> dict[str, list[str]]:
-    """Class -> the labels that count as it, in the model's order.
-
-    Raises:
-        SpcxrError: the classes of the command line are not the model's.
-    """
-    names = [str(name) for _, name in sorted(dict(model.config.id2label or {}).items())]
-    given = parse_classes(arguments.classes)
-    if given and sorted(given) != sorted(names):
-        raise SpcxrError(f"{arguments.model}: its classes are {', '.join(names)}; --classes names {', '.join(given)}")
-    return {name: given.get(name, [name]) for name in names}
 
 
 # ---- the set ---------------------------------------------------------------------------------------------------
@@ -237,7 +196,11 @@ def predict(
     for start in tqdm(range(0, len(own), arguments.batch_size), desc=rows.name, unit="batch"):
         images = read_images(rows, names, own[start : start + arguments.batch_size], arguments.on_error, broken)
         if images:
-            logits += zip(images, forward(arguments, model, processor, list(images.values())).tolist(), strict=True)
+            logits += zip(
+                images,
+                forward(model, processor, list(images.values()), arguments.bf16, arguments.image_size).tolist(),
+                strict=True,
+            )
     by_row = dict(gather_object(logits))  # by its number, so that none is counted twice
     broken = dict(gather_object(list(broken.items())))
     check_broken(rows.name, list(broken.values()), len(kept), arguments.on_error)
@@ -265,30 +228,6 @@ def read_images(
                 raise
             broken[row] = str(error)
     return images
-
-
-@torch.no_grad()
-def forward(arguments: Arguments, model: PreTrainedModel, processor: Any, images: list[Image.Image]) -> torch.Tensor:
-    """Logits (B, classes) float32 of pictures of any sizes."""
-    options: dict[str, Any] = {}
-    if arguments.image_size is not None:
-        options = {"size": {"height": arguments.image_size, "width": arguments.image_size}}
-    if not hasattr(
-        processor, "num_output_channels"
-    ):  # of another family: they expect pictures of 8 bits and 3 channels
-        images = [in_colour(image) for image in images]
-    inputs = processor(images, return_tensors="pt", **options).to(model.device)
-    interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    asked = {"interpolate_pos_encoding": True} if interpolates else {}
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=arguments.bf16):
-        return model(pixel_values=inputs["pixel_values"], **asked).logits.float().cpu()
-
-
-def in_colour(image: Image.Image) -> Image.Image:
-    """A grey picture of 8 or 16 bits as RGB."""
-    if image.mode != "L":
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
-    return image.convert("RGB")
 
 
 # ---- the report ------------------------------------------------------------------------------------------------
