@@ -34,8 +34,8 @@ FILLS = ("noise", "zeros", "block", "replace")
 GROUPS_PER_ROUND = 96
 
 # Noise is drawn for this many images; in a larger batch each takes another stretch of the same numbers. Within an image
-# they are independent, and to draw all anew would take a third of the whole corruption's time on a CPU.
-NOISE_SHEET = 8
+# they are independent, and to draw all anew would take more than half of the whole corruption's time on a CPU.
+NOISE_SHEET = 4
 
 # A CPU fills the groups of this many images at a time, which fit its cache; other devices, of the whole batch.
 CPU_PART = 8
@@ -47,7 +47,7 @@ CPU_UNION_PART = 32
 EVERY_BYTE = 0x0101010101010101
 
 # The union is measured on a lattice of at least this many rows and columns, or on every cell of a smaller grid.
-LATTICE = 40
+LATTICE = 32
 
 
 class Corrupted(NamedTuple):
@@ -281,18 +281,18 @@ def _draw_groups(
     grid = rows, columns = mask.shape[1], mask.shape[2]
     device = target.device
     source = torch.arange(rows * columns, device=device).repeat(len(target), 1) if with_source else None
-    step = max(1, rows // LATTICE), max(1, columns // LATTICE)
+    lattice = _lattice(rows), _lattice(columns)
 
     unfinished = None  # in the first round: all
     while unfinished is None or len(unfinished):
         images = torch.arange(len(target), device=device) if unfinished is None else unfinished
         count = (len(images), GROUPS_PER_ROUND)
-        vertical = _draw_spans(count, rows, max_side[0], step[0], generator, device)
-        horizontal = _draw_spans(count, columns, max_side[1], step[1], generator, device)
+        vertical = _draw_spans(count, rows, max_side[0], lattice[0], generator, device)
+        horizontal = _draw_spans(count, columns, max_side[1], lattice[1], generator, device)
         first = _first_group(vertical.inside, horizontal.inside)
         before = None if unfinished is None else mask.index_select(0, images)
         if before is not None:
-            first -= (first + 1) * before[:, :: step[0], :: step[1]]  # -1 where it is covered already
+            first -= (first + 1) * before[:, lattice[0], lattice[1]]  # -1 where it is covered already
         kept, done = _groups_to_keep(first, target[images])
         after = _union(vertical, horizontal, kept, mask if before is None else torch.empty_like(before))
         if before is not None:
@@ -310,7 +310,7 @@ def _draw_spans(
     count: tuple[int, int],
     size: int,
     longest: int,
-    step: int,
+    lattice: slice,
     generator: torch.Generator | None,
     device: torch.device,
 ) -> _Spans:
@@ -318,15 +318,20 @@ def _draw_spans(
     start = torch.randint(size, count, generator=generator, device=device)
     length = torch.randint(1, longest + 1, count, generator=generator, device=device)
     length = torch.minimum(length, size - start)
-    return _Spans(start, length, _inside(start, length, size, step))
+    return _Spans(start, length, _inside(start, length, torch.arange(size, device=device)[lattice]))
 
 
-def _inside(start: torch.Tensor, length: torch.Tensor, size: int, step: int) -> torch.Tensor:
-    """(images, groups, ceil(size / step)): 1.0 where every step-th cell lies in the interval, else 0.0."""
+def _lattice(size: int) -> slice:
+    """Every so-manieth cell, in the middle of its like, so that the border counts for no more than it is."""
+    step = max(1, size // LATTICE)
+    return slice(step // 2, None, step)
+
+
+def _inside(start: torch.Tensor, length: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """(images, groups, positions): 1.0 where each of `cells` (positions,) lies in the interval, else 0.0."""
     # One comparison: a cell lies inside if it is nearer to the middle of the interval than half its length.
-    middle = start + (length - 1) / 2
-    distance = (torch.arange(0, size, step, device=start.device) - middle.unsqueeze(2)).abs_()
-    return torch.lt(distance, (length / 2).unsqueeze(2), out=torch.empty_like(distance))
+    middle = (start + (length - 1) / 2).unsqueeze(2)
+    return (cells.to(middle.dtype) - middle).abs_().lt_((length / 2).unsqueeze(2))
 
 
 def _first_group(row_spans: torch.Tensor, column_spans: torch.Tensor) -> torch.Tensor:
@@ -355,38 +360,58 @@ def _groups_to_keep(first: torch.Tensor, target: torch.Tensor) -> tuple[torch.Te
 
 def _union(vertical: _Spans, horizontal: _Spans, kept: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """`out` (n, rows, columns) uint8, filled: 1 for the cells in any of each image's first `kept` (n,) groups."""
-    images, groups = vertical.start.shape
-    is_kept = (torch.arange(groups, device=kept.device) < kept.unsqueeze(1)).long()
-    part = CPU_UNION_PART if kept.device.type == "cpu" else images
-    for rows in (slice(first, first + part) for first in range(0, images, part)):
-        spans = [(one.start[rows], one.start[rows] + one.length[rows]) for one in (vertical, horizontal)]
-        counts = _count_groups(spans[0], spans[1], is_kept[rows], (out.shape[1], out.shape[2]))
-        torch.clamp(counts, max=1, out=out[rows])
+    images, rows, columns = out.shape
+    corners = _corners(vertical, horizontal, kept)
+    part = min(CPU_UNION_PART, images) if out.device.type == "cpu" else images
+    # With one more row and word for what ends at the border. One piece of memory for all parts: fresh one costs more
+    # on a CPU than what is done in it.
+    memory = torch.empty(2, rows + 1, part, -(-columns // 8) + 2, dtype=torch.int64, device=out.device)
+    for first in range(0, images, part):
+        chosen = slice(first, min(first + part, images))
+        counts = _count_groups(corners.of(chosen), memory)[:, :rows, :columns]
+        torch.clamp(counts, max=1, out=out[chosen])
     return out
 
 
-def _count_groups(
-    vertical: tuple[torch.Tensor, torch.Tensor],
-    horizontal: tuple[torch.Tensor, torch.Tensor],
-    is_kept: torch.Tensor,
-    grid: tuple[int, int],
-) -> torch.Tensor:
-    """(n, rows, columns) uint8: over each cell, how many groups. Spans are first and last + 1; all are (n, groups)."""
-    rows, columns = grid
-    images, words = len(is_kept), -(-columns // 8)
-    # Word by word, row by row, the images side by side, with one more row and word for what ends at the border.
-    counts = torch.zeros(2, words + 2, rows + 1, images, dtype=torch.int64, device=is_kept.device)
-    corners, carried = counts  # the latter: what a group adds to all words behind its corner's
-    image = torch.arange(images, device=is_kept.device).unsqueeze(1)
-    for column, right in zip(horizontal, (1, -1), strict=True):
-        for row, sign in zip(vertical, (right, -right), strict=True):
-            place = ((column // 8 * (rows + 1) + row) * images + image).flatten()
-            count = is_kept * sign
-            corners.view(-1).scatter_add_(0, place, (count << 8 * (column % 8)).flatten())
-            carried.view(-1).scatter_add_(0, place + (rows + 1) * images, count.flatten())
-    sums = corners.add_(carried.cumsum_(dim=0)).cumsum_(dim=1).mul_(EVERY_BYTE)
+class _Corners(NamedTuple):
+    """What groups add to words of eight counts, each (images, corners): the `word` and `row` of a corner, what it adds
+    to that word (`within`) and to all words behind it (`behind`)."""
+
+    word: torch.Tensor
+    row: torch.Tensor
+    within: torch.Tensor
+    behind: torch.Tensor
+
+    def of(self, images: slice) -> _Corners:
+        """Those of some images."""
+        return _Corners(*(values[images] for values in self))
+
+
+def _corners(vertical: _Spans, horizontal: _Spans, kept: torch.Tensor) -> _Corners:
+    """The corners of each image's first `kept` (n,) groups; those of the other groups add 0."""
+    groups = vertical.start.shape[1]
+    sign = (torch.arange(groups, device=kept.device) < kept.unsqueeze(1)).long()
+    top, bottom = vertical.start, vertical.start + vertical.length
+    left, right = horizontal.start, horizontal.start + horizontal.length
+    column = torch.cat((left, left, right, right), dim=1)
+    behind = torch.cat((sign, -sign, -sign, sign), dim=1)
+    row = torch.cat((top, bottom, top, bottom), dim=1)
+    return _Corners(column >> 3, row, behind << ((column & 7) << 3), behind)
+
+
+def _count_groups(corners: _Corners, memory: torch.Tensor) -> torch.Tensor:
+    """(n, rows, columns) uint8: over each cell, how many groups; in `memory` (2, rows, at least n, words) int64."""
+    images = len(corners.word)
+    # Row by row, the images side by side.
+    within, behind = counts = memory[:, :, :images].zero_()
+    stride = counts.stride()
+    image = torch.arange(images, device=memory.device).unsqueeze(1)
+    place = corners.row * stride[1] + image * stride[2] + corners.word
+    memory.view(-1).scatter_add_(0, place.flatten(), corners.within.flatten())
+    memory.view(-1).scatter_add_(0, place.add_(stride[0] + 1).flatten(), corners.behind.flatten())
+    sums = within.add_(behind.cumsum_(dim=2)).cumsum_(dim=0).mul_(EVERY_BYTE)
     # 0 .. groups, the lowest byte first
-    return sums[:words, :rows].permute(2, 1, 0).contiguous().view(torch.uint8)[:, :, :columns]
+    return sums.view(torch.uint8).transpose(0, 1)
 
 
 def _shift_to_blocks(
@@ -395,7 +420,10 @@ def _shift_to_blocks(
     """(n, rows, columns): how far away, in cells counted row by row, the block of each cell's first group is."""
     rows, columns = grid
     shift = _draw_shift(vertical, rows, generator) * columns + _draw_shift(horizontal, columns, generator)
-    inside = [_inside(spans.start, spans.length, size, 1) for spans, size in ((vertical, rows), (horizontal, columns))]
+    inside = [
+        _inside(spans.start, spans.length, torch.arange(size, device=shift.device))
+        for spans, size in ((vertical, rows), (horizontal, columns))
+    ]
     owner = _first_group(*inside).clamp(max=GROUPS_PER_ROUND - 1).long()
     return shift.gather(1, owner.flatten(1)).reshape(owner.shape)
 

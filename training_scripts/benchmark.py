@@ -169,7 +169,7 @@ def measure_corruption(arguments: Arguments) -> dict:
     earlier = masking(images, generator)  # as in training: the last batch's memory is used again
     at_once, looped = in_turn(
         [lambda: masking(images, generator, earlier), lambda: corrupt_one_by_one(masking, images, generator)],
-        arguments.repeats,
+        3 * arguments.repeats,  # short, so that a busy moment of the machine weighs more
     )
     return {
         "batch_size": arguments.batch_size,
