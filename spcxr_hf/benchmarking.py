@@ -26,6 +26,12 @@ NOT_MEASURED = "not measured"
 # Dense bf16 FLOP/s by the vendor's data sheets, by what stands in the card's name; the first that fits counts.
 BF16_PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 
+# What torch's profiler calls matrix products, and convolutions with their gradients, on a CPU.
+PRODUCTS = (
+    *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    *("aten::mkldnn_convolution", "aten::_convolution", "aten::convolution_backward"),
+)
+
 
 # ---- time and memory -------------------------------------------------------------------------------------------
 
@@ -71,6 +77,18 @@ def per_second(count: int, seconds: Sequence[float]) -> float:
 def paired_ratio(slow: Sequence[float], fast: Sequence[float], digits: int = 2) -> float:
     """The median of slow / fast over measurements taken in turn: above 1, `fast` is the faster."""
     return round(statistics.median(one / other for one, other in zip(slow, fast, strict=True)), digits)
+
+
+def product_share(function: Callable[[], object]) -> float:
+    """The share of a CPU's time that matrix products and convolutions take, 0..1, by torch's profiler.
+
+    What else a step does can be made faster; these can not, where they run at the processor's peak. A share of 0.8
+    means that no other code around the same products is more than 1 / 0.8 = 1.25 times as fast.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    seconds = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    return round(sum(seconds.get(name, 0) for name in PRODUCTS) / sum(seconds.values()), 4)
 
 
 class Laps:
@@ -296,6 +314,10 @@ def _step_rows(precision: str) -> list[tuple[str, Cell]]:
         (
             f"Share of a step outside forward, backward and optimiser ({precision})",
             lambda column: column.say("{:.1f} %", f"{step}/outside_share", scale=100),
+        ),
+        (
+            f"Share of a step in matrix products, which both sides have alike ({precision})",
+            lambda column: column.say("{:.1f} %", f"{step}/product_share", scale=100),
         ),
         (
             f"Model FLOPs utilisation of the bf16 peak ({precision})",

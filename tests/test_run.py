@@ -81,6 +81,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_weights(shard,
     assert contents(tmp_path) == contents(whole)
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_killed_goes_on(shard, tmp_path):
     """Read by workers on the way, in the middle of an epoch."""
     flags = [*BRIEF, "--steps", "9", "--cache", "none", "--workers", "2"]
@@ -107,7 +108,7 @@ def wait_for_rows(output: Path, more: int, process) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("call", [0, 1, 2, 4])
+@pytest.mark.parametrize("call", [0, *(pytest.param(call, marks=pytest.mark.slow) for call in (1, 2, 4))])
 def test_a_run_killed_inside_the_writing_of_a_checkpoint(shard, whole, tmp_path, monkeypatch, call):
     """`call` counts the safetensors files of a checkpoint: 0 dies before the first optimiser file, and so on."""
     save_file, calls = checkpoints.save_file, []
@@ -178,6 +179,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(shard, tmp_path
 # Several processes
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(shard, tmp_path):
     flags = [*BRIEF, "--steps", "20", "--log_every", "1"]
     one = start(pretrain.main, words(shard, tmp_path / "one", *flags), tmp_path / "console-one")
@@ -190,6 +192,7 @@ def test_two_processes_have_the_losses_of_one(shard, tmp_path):
     assert all(torch.allclose(value, weights[1][name], atol=1e-5) for name, value in weights[0].items())
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_as_if_never_killed(shard, tmp_path):
     flags = [*BRIEF, "--steps", "9"]
     assert finish(start_group(pretrain.main, words(shard, tmp_path / "whole", *flags), tmp_path / "console")) == [0, 0]
@@ -268,6 +271,7 @@ def test_fp16_computes_in_fp16(shard, tmp_path):
     assert "| steps skipped, loss scale too high | 0 |" in (tmp_path / "half" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_scale_that_is_too_high_falls_and_is_no_fault_of_the_images(shard, tmp_path, monkeypatch):
     """And a run that is cut in between goes on to the same weights and scale."""
     start_scale(monkeypatch, 2.0**40)

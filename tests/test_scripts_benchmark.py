@@ -63,6 +63,7 @@ def test_a_smoke_run_and_what_it_keeps(tmp_path, capsys, monkeypatch):
     assert kept["corruption"]["ratio"] > 0 and kept["corruption"]["batch_size"] == 4
     step = kept["step"]["fp32"]
     assert set(step["phases_ms"]) == {"views", "corruption", "forward", "backward", "optimiser"}
+    assert 0 < step["product_share"] < 1
     assert 0 < step["outside_share"] < 1 and step["ours"]["images_per_s"] > 0
     assert step["release"] == "not measured" and step["mfu"] is None
     assert kept["growth"]["image_size"] == {"32": {"probed": "step"}}

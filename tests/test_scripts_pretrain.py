@@ -154,6 +154,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
         start_accelerator(RunArguments("data", "output"))
 
 
+@pytest.mark.slow
 def test_as_a_command_with_the_smoke_recipe(shard, tmp_path):
     command = [sys.executable, str(SCRIPT), SMOKE, "--output", str(tmp_path / "run"), *BRIEF, "--steps", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}

@@ -70,6 +70,7 @@ def test_patches_have_positions(finished):
         assert torch.equal(value, pretrain_mae.position_embeddings(2, value.shape[-1]))
 
 
+@pytest.mark.slow
 def test_it_learns(shard, tmp_path):
     flags = [*BRIEF, "--steps", "60", "--save_every", "60", "--learning_rate", "1e-3", "--norm_pix_loss", "false"]
     flags += ["--image_size", "64", "--mask_ratio", "0.5", "--crop_scale", "0.95", "1", "--batch_size", "12"]

@@ -158,6 +158,7 @@ def test_refusals(shard, tmp_path, flags, message):
         run(shard, tmp_path, *flags)
 
 
+@pytest.mark.slow
 def test_as_a_command_with_the_smoke_recipe(shard, tmp_path):
     command = [
         sys.executable,

@@ -82,12 +82,14 @@ def console(output: Path) -> str:
     return "\n".join(file.read_text() for file in output.glob("console*"))
 
 
+@pytest.mark.slow
 def test_the_losses_of_one_process(one, sharded):
     assert len(column(one, "loss")) == 20
     assert column(one, "loss") == pytest.approx(column(sharded, "loss"), abs=1e-5)
     assert "| processes | 2, sharded |" in (sharded / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_checkpoints_of_one_process(one, sharded):
     """The same files, tensors and values: weights, moments, average and the final model."""
     names = [sorted(file.name for file in list_checkpoints(output)[-1].iterdir()) for output in (one, sharded)]
@@ -124,6 +126,7 @@ def test_a_run_goes_on_with_another_number_of_processes(shard, one, tmp_path, be
     assert_close(tmp_path, one, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_over_writes_its_final_model_again(shard, sharded, tmp_path):
     before = load_file(sharded / "final" / "model.safetensors")
     (sharded / "final" / "model.safetensors").unlink()

@@ -31,7 +31,8 @@ PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
 
 def holds(text: bytes, words: list[bytes]) -> list[str]:
     """Which of these stand in the text on their own; `https://host/home/` is no machine's path."""
-    return [word.decode() for word in words if re.search(rb"(?<![\w.-])" + re.escape(word), text)]
+    present = [word for word in words if word in text]  # at once, where a look behind each byte of weights takes long
+    return [word.decode() for word in present if re.search(rb"(?<![\w.-])" + re.escape(word), text)]
 
 
 @pytest.fixture(scope="module")

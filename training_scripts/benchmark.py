@@ -41,6 +41,7 @@ from spcxr_hf.benchmarking import (
     peak_memory,
     per_second,
     performance_table,
+    product_share,
     read_results,
     replace_block,
     write_results,
@@ -239,7 +240,11 @@ def measure_phases(arguments: Arguments, ours: PretrainingStep, stored: torch.Te
         ours.from_stored(stored[rows], laps)
     phases = {name: median_ms(seconds) for name, seconds in laps.seconds.items()}
     outside = phases["views"] + phases["corruption"]
-    return {"phases_ms": phases, "outside_share": round(outside / sum(phases.values()), 4)}
+    return {
+        "phases_ms": phases,
+        "outside_share": round(outside / sum(phases.values()), 4),
+        "product_share": product_share(stepper(arguments, ours)) if arguments.device == "cpu" else None,
+    }
 
 
 def compare_steps(arguments: Arguments, ours: PretrainingStep, theirs: ReleaseStep) -> dict:
