@@ -10,28 +10,20 @@ run_demo -> example_radiograph, describe_file    what is looked at
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForPreTraining,
-    AutoModelForSemanticSegmentation,
-    BatchFeature,
-    PreTrainedModel,
-)
-from transformers.utils import logging
+from transformers import BatchFeature
 
 from .corruption import GroupMasking
 from .dicom import quiet
 from .errors import SpcxrError
-from .hub import Installed, install_checkpoints
+from .hub import install_checkpoints
+from .inference import Loaded, load_model
 from .lungs import LungAreas, measure_lungs
 from .pictures import overlay, to_grey
 from .radiograph import file_kind, read_radiograph
@@ -42,14 +34,6 @@ GET_DEMO = 'pip install "spcxr-hf[demo]"'
 
 SEED = 0
 PANEL_INCHES, TITLE_INCHES, DOTS_PER_INCH = 3.2, 0.45, 110
-
-
-class Loaded(NamedTuple):
-    """A model in evaluation mode and its image processor."""
-
-    repo_id: str
-    model: PreTrainedModel
-    processor: Any
 
 
 class Encoded(NamedTuple):
@@ -73,7 +57,7 @@ class Findings:
     """Everything that the demo prints or draws."""
 
     file: str
-    models: list[tuple[Loaded, Installed]]
+    models: list[Loaded]
     encoded: Encoded
     reconstructed: Reconstructed
     lungs: LungAreas
@@ -99,9 +83,8 @@ def run_demo(
     check_output(output)
     path = example_radiograph() if image is None else Path(image)
     radiograph = read_radiograph(path, full_depth=True)
-    installed = {checkpoint.repo_id: checkpoint for checkpoint in install_checkpoints(checkpoints)}
-    base = load(AutoModelForPreTraining, BASE, installed)
-    lungs = load(AutoModelForSemanticSegmentation, LUNGS, installed)
+    install(checkpoints)
+    base, lungs = load_model("reconstruction", BASE, "cpu"), load_model("segmentation", LUNGS, "cpu")
 
     encoded = encode(base, radiograph)
     reconstructed = reconstruct(base, radiograph)
@@ -110,7 +93,7 @@ def run_demo(
     draw(panels, radiograph.size, output)
     findings = Findings(
         file=describe_file(path, radiograph),
-        models=[(one, installed[one.repo_id]) for one in (base, lungs)],
+        models=[base, lungs],
         encoded=encoded,
         reconstructed=reconstructed,
         lungs=measure_lungs(lung_mask.numpy()),
@@ -135,6 +118,14 @@ def check_output(output: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise SpcxrError(f"the picture needs matplotlib: {GET_DEMO}") from error
+
+
+def install(checkpoints: Path) -> None:
+    """Put the checkpoints of a folder into the local Hub cache, and see that those the demo needs are there."""
+    installed = [checkpoint.repo_id for checkpoint in install_checkpoints(checkpoints)]
+    for repo_id in (BASE, LUNGS):
+        if repo_id not in installed:
+            raise SpcxrError(f"the demo needs the checkpoint {repo_id}; installed are {', '.join(installed)}")
 
 
 def example_radiograph() -> Path:
@@ -165,34 +156,6 @@ def describe_file(path: Path, radiograph: Image.Image) -> str:
 
 
 # ---- the models --------------------------------------------------------------------------------------------------
-
-
-def load(auto_class: Any, repo_id: str, installed: dict[str, Installed]) -> Loaded:
-    """Model and image processor by id, out of the local Hub cache alone."""
-    if repo_id not in installed:
-        raise SpcxrError(f"the demo needs the checkpoint {repo_id}; installed are {', '.join(installed)}")
-    try:
-        with _no_progress_bar():
-            model, loading = auto_class.from_pretrained(repo_id, local_files_only=True, output_loading_info=True)
-            processor = AutoImageProcessor.from_pretrained(repo_id, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        cause = str(error).strip().partition("\n")[0]
-        raise SpcxrError(f"{repo_id} in the local Hub cache cannot be loaded: {cause}") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise SpcxrError(f"{repo_id} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} among them")
-    return Loaded(repo_id, model.eval(), processor)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """A bar over a hundred weights that are there in an instant says nothing."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 @torch.inference_mode()
@@ -295,10 +258,11 @@ def draw(panels: dict[str, np.ndarray], size: tuple[int, int], output: Path) -> 
 def report(findings: Findings) -> str:
     """The findings as aligned lines."""
     rows = [("radiograph", findings.file)]
-    for loaded, installed in findings.models:
+    for loaded in findings.models:
+        repo_id, _, revision = loaded.name.partition("@")
         millions = loaded.model.num_parameters() / 1e6
-        what = f"{type(loaded.model).__name__}, {millions:.1f} M parameters, revision {installed.revision[:12]}"
-        rows.append(("model", f"{loaded.repo_id}  {what}"))
+        what = f"{type(loaded.model).__name__}, {millions:.1f} M parameters, revision {revision}"
+        rows.append(("model", f"{repo_id}  {what}"))
     embedding = findings.encoded.embedding
     rows.append(("embedding", f"shape {tuple(embedding.shape)}, L2 norm {embedding.norm():.3f}"))
     rows += _lung_rows(findings.lungs)

@@ -128,10 +128,10 @@ def test_the_example_is_not_downloaded(monkeypatch):
 
 def test_checkpoints_that_do_not_serve(checkpoints, no_network, tmp_path):
     image = picture(tmp_path / "mine.png")
-    shutil.copytree(checkpoints / "lung-segmentation", tmp_path / "cards" / "base")
-    with pytest.raises(SpcxrError, match="spcxr/base lacks 8 weights of SpcxrForPreTraining"):
+    for name in ("base", "lung-segmentation"):
+        shutil.copytree(checkpoints / "lung-segmentation", tmp_path / "cards" / name)
+    with pytest.raises(SpcxrError, match="spcxr/base: no checkpoint for reconstruction; it lacks 8 weights"):
         run_demo(image, tmp_path / "out.png", tmp_path / "cards")
-    shutil.rmtree(tmp_path / "cards" / "base")
-    shutil.copytree(checkpoints / "base", tmp_path / "cards" / "other")
-    with pytest.raises(SpcxrError, match="needs the checkpoint spcxr/base; installed are spcxr/other"):
+    shutil.move(tmp_path / "cards" / "base", tmp_path / "cards" / "other")
+    with pytest.raises(SpcxrError, match="needs the checkpoint spcxr/base; installed are spcxr/lung-segmentation, spcxr/other"):
         run_demo(image, tmp_path / "out.png", tmp_path / "cards")
