@@ -3,6 +3,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 IMAGE   ?=
 BENCH   ?=
+COMPAT  ?=
 EVIDENCE ?=
 WORKERS ?= 2
 
@@ -12,7 +13,7 @@ PYTEST  := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytho
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test quick check bench evidence clean
+.PHONY: help demo test quick check compat bench evidence clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -29,6 +30,10 @@ quick: $(VENV)/.has-test  ## Run the tests that take no time
 check: $(VENV)/.has-check  ## Style, types, import rules, model conventions
 	@.ci/check $(BIN)
 
+compat: $(VENV)/.has-test  ## Run tests on the oldest and newest versions (COMPAT="--environments oldest" for some)
+	$(BIN)/python training_scripts/compat.py $(COMPAT); status=$$?; \
+		$(BIN)/python training_scripts/compat.py --render README.md && exit $$status
+
 bench: $(VENV)/.has-test  ## Measure speed and memory (BENCH="--gmml_release CHECKOUT" for that peer too)
 	$(BIN)/python training_scripts/benchmark.py --output training_scripts/results/benchmark_cpu.json $(BENCH)
 
@@ -37,7 +42,7 @@ evidence: $(VENV)/.has-test  ## Run the grid of comparisons, where it stopped (E
 		--output runs/evidence_cpu_112 --results training_scripts/results/evidence_cpu_112.json $(EVIDENCE)
 
 clean:  ## Remove the environment, the builds and the caches
-	rm -rf $(VENV) build dist *.egg-info .*_cache
+	rm -rf $(VENV) .compat build dist *.egg-info .*_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(VENV)/.has-test: the package is installed with its `test` extra. Made again when pyproject.toml changes.
