@@ -78,6 +78,7 @@ def fit(images: list[Image.Image], rate: float, generator: np.random.Generator) 
     """Weights, intercept and threshold, set in `plausibility` for what is measured next, and returned."""
     from sklearn.linear_model import LogisticRegression
 
+    images = [plausibility.subsample(image) for image in images]  # as `concerns` looks at them
     real = np.stack([plausibility.thumbnail(image) for image in images])
     mirrored = np.stack([plausibility.thumbnail(ImageOps.mirror(image)) for image in images])
     turned = np.stack([plausibility.thumbnail(image.transpose(TURNS[row % 3])) for row, image in enumerate(images)])
