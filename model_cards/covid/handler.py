@@ -1,0 +1,273 @@
+# Copyright 2026 The SPCXR on the Hub authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The handler of Inference Endpoints: lies as `handler.py` beside the weights and answers requests by itself.
+
+Request: the bytes of a PNG or JPEG; the same as a base64 string, with or without `data:image/png;base64,` before it; a
+list of up to 16 of these; or `{"inputs": one of them, "parameters": {...}}`. Nothing is fetched: a URL is refused, and
+no path is opened. Lungs must be dark and bones bright. 16-bit PNG keeps its depth.
+
+Answer: a dictionary per picture (a list of them for a list), each with `"task"` and
+
+    "notice": "research use only, not for clinical use"
+
+embedding        "embedding": [D floats], "pooling": "mean" or "cls"
+classification   "labels": [{"label": str, "score": float}, ...], the most probable first. Scores are probabilities, as
+                 calibrated as the checkpoint is: over all labels they sum to 1, unless the model is multi-label.
+                 "decisions": [{"target": str, "operating_point": str, "threshold": float, "score": float,
+                 "positive": bool}, ...], one per target and operating point of `config.operating_points`. A target is a
+                 label, or labels joined by " + ", whose probabilities are added; positive is a score at or above the
+                 threshold. The list is empty where the checkpoint has no operating points.
+segmentation     "width", "height" of the picture in pixels; "segments": [{"label": str, "share": float, "mask": str}]:
+                 for each label its share of the picture's area, and a base64 PNG of the picture's size, 255 where the
+                 label is and 0 elsewhere.
+
+Parameters, all optional: "top_k" (int, classification: so many labels), "operating_point" (str, classification: its
+decisions alone).
+
+What cannot be answered gives `{"error": "one line"}`, in a list in that picture's place, and never an exception.
+"""
+
+import base64
+import binascii
+import re
+from io import BytesIO
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
+
+# Pillow comes through the library, as in the image processor.
+from transformers.image_utils import PIL, is_pil_image
+
+NOTICE = "research use only, not for clinical use"
+MOST_PICTURES = 16
+MOST_BYTES = 64 * 2**20
+MOST_PIXELS = 64_000_000
+FORMATS = ("PNG", "JPEG")
+PARAMETERS = ("operating_point", "top_k")
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered; the message is for whoever sent it."""
+
+
+class EndpointHandler:
+    """Loads the repository that it lies in once, and answers requests.
+
+    Args:
+        path: The folder with configuration, weights, image processor and code.
+    """
+
+    def __init__(self, path: str = ".") -> None:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+        name = (config.architectures or [""])[0]
+        auto_class: Any
+        if name.endswith("ForImageClassification"):
+            self.task, auto_class = "classification", AutoModelForImageClassification
+        elif name.endswith("ForSemanticSegmentation"):
+            self.task, auto_class = "segmentation", AutoModelForSemanticSegmentation
+        else:
+            self.task, auto_class = "embedding", AutoModel
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = auto_class.from_pretrained(path, trust_remote_code=True, use_safetensors=True)
+        self.model = model.to(self.device).eval()
+        self.processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
+
+    def __call__(self, data: Any) -> dict[str, Any] | list[dict[str, Any]]:
+        """Answer one request; the module says how both look."""
+        try:
+            inputs, parameters = split_request(data)
+            if isinstance(inputs, (list, tuple)):
+                return [self._answer_or_error(item, parameters) for item in check_batch(inputs)]
+        except RequestError as error:
+            return {"error": one_line(error)}
+        return self._answer_or_error(inputs, parameters)
+
+    def _answer_or_error(self, item: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self.answer(read_picture(item), parameters)
+        except Exception as error:  # whatever a decoder or the model says about it: the endpoint stays up
+            return {"error": one_line(error)}
+
+    @torch.no_grad()
+    def answer(self, picture: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The answer about one picture (PIL)."""
+        inputs = self.processor(picture, return_tensors="pt")
+        outputs = self.model(pixel_values=inputs["pixel_values"].to(self.device))
+        if self.task == "classification":
+            found = self._classify(outputs.logits[0].double().cpu(), parameters)
+        elif self.task == "segmentation":
+            found = self._segment(outputs, picture)
+        else:
+            pooling = getattr(self.model.config, "pooling", None)
+            found = {"embedding": outputs.pooler_output[0].float().tolist(), "pooling": pooling}
+        return {"task": self.task, **found, "notice": NOTICE}
+
+    def _classify(self, logits: torch.Tensor, parameters: dict[str, Any]) -> dict[str, Any]:
+        config = self.model.config
+        if config.problem_type == "regression":
+            scores = logits.tolist()
+        elif config.problem_type == "multi_label_classification":
+            scores = logits.sigmoid().tolist()
+        else:
+            scores = logits.softmax(dim=0).tolist()
+        by_label = {config.id2label[index]: score for index, score in enumerate(scores)}
+        ranked = sorted(by_label.items(), key=lambda pair: -pair[1])[: top_k(parameters)]
+        return {
+            "labels": [{"label": label, "score": score} for label, score in ranked],
+            "decisions": self._decide(by_label, parameters.get("operating_point")),
+        }
+
+    def _decide(self, by_label: dict[str, float], wanted: Any) -> list[dict[str, Any]]:
+        points = getattr(self.model.config, "operating_points", None) or {}
+        known = sorted({name for thresholds in points.values() for name in thresholds})
+        if wanted is not None and wanted not in known:
+            raise RequestError(f"operating_point must be one of {known}; got {wanted!r}")
+        decisions = []
+        for target, thresholds in points.items():
+            # A label may hold a plus sign itself.
+            labels = [target] if target in by_label else target.split(" + ")
+            score = sum(by_label[label] for label in labels)
+            decisions += [
+                {
+                    "target": target,
+                    "operating_point": name,
+                    "threshold": threshold,
+                    "score": score,
+                    "positive": score >= threshold,
+                }
+                for name, threshold in thresholds.items()
+                if wanted in (None, name)
+            ]
+        return decisions
+
+    def _segment(self, outputs: Any, picture: Any) -> dict[str, Any]:
+        size = (picture.height, picture.width)
+        labels = self.processor.post_process_semantic_segmentation(outputs, [size])[0].cpu()  # (H, W)
+        segments = []
+        for index in range(self.model.config.num_labels):
+            mask = labels == index
+            name = self.model.config.id2label[index]
+            segments.append({"label": name, "share": mask.double().mean().item(), "mask": encode_mask(mask)})
+        return {"width": picture.width, "height": picture.height, "segments": segments}
+
+
+# ---- requests --------------------------------------------------------------------------------------------------
+
+
+def split_request(data: Any) -> tuple[Any, dict[str, Any]]:
+    """The inputs and the parameters of a request.
+
+    Raises:
+        RequestError: there are no inputs, or the parameters are not those that the module names.
+    """
+    if not isinstance(data, dict):
+        return data, {}
+    if data.get("inputs") is None:
+        raise RequestError('no "inputs" in the request: send the bytes of a PNG or JPEG, or these as a base64 string')
+    parameters = data.get("parameters") or {}
+    if not isinstance(parameters, dict) or not set(parameters) <= set(PARAMETERS):
+        raise RequestError(f'"parameters" may hold {", ".join(PARAMETERS)}; got {str(parameters)[:100]}')
+    top_k(parameters)
+    return data["inputs"], parameters
+
+
+def check_batch(items: Any) -> Any:
+    """A list of at least 1 and at most `MOST_PICTURES` pictures."""
+    if not 1 <= len(items) <= MOST_PICTURES:
+        raise RequestError(f"a list may hold 1 to {MOST_PICTURES} pictures; got {len(items)}")
+    return items
+
+
+def top_k(parameters: dict[str, Any]) -> int | None:
+    """How many labels to give; None for all."""
+    count = parameters.get("top_k")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise RequestError(f"top_k must be a whole number of at least 1; got {str(count)[:40]}")
+    return count
+
+
+def read_picture(item: Any) -> Any:
+    """Bytes, a base64 string or a PIL image (as the endpoint makes it of an image/* request) -> PIL image, upright.
+
+    Raises:
+        RequestError: it is none of these, or no PNG or JPEG, or too large.
+    """
+    if is_pil_image(item):
+        return item
+    if isinstance(item, str):
+        item = decode_base64(item)
+    if not isinstance(item, (bytes, bytearray, memoryview)):
+        raise RequestError(f"a picture is bytes or a base64 string; got {type(item).__name__}")
+    content = bytes(item)
+    if not 0 < len(content) <= MOST_BYTES:
+        raise RequestError(f"a picture has 1 to {MOST_BYTES} bytes; got {len(content)}")
+    if content[128:132] == b"DICM":
+        raise RequestError(
+            "this is a DICOM file, whose values need interpreting: convert it first with the package, "
+            '`pip install "spcxr-hf[dicom]"`, then spcxr_hf.read_radiograph("chest.dcm").save("chest.png")'
+        )
+    return open_picture(content)
+
+
+def open_picture(content: bytes) -> Any:
+    """Decode a PNG or JPEG, after looking at its size."""
+    try:
+        picture = PIL.Image.open(BytesIO(content), formats=FORMATS)
+        if picture.width * picture.height > MOST_PIXELS:
+            raise RequestError(f"{picture.width} x {picture.height} pixels; at most {MOST_PIXELS} are read")
+        picture.load()
+        return PIL.ImageOps.exif_transpose(picture)
+    except RequestError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds; what they say names objects of this process
+        raise RequestError(
+            f"not a readable {' or '.join(FORMATS)} picture, or cut short ({type(error).__name__})"
+        ) from error
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes behind a base64 string or a data URI of one."""
+    if re.match(r"\s*[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise RequestError("URLs are not fetched: send the picture itself, as bytes or as a base64 string")
+    if len(text) > 2 * MOST_BYTES:
+        raise RequestError(f"a picture has 1 to {MOST_BYTES} bytes; got a longer string")
+    text = re.sub(r"^\s*data:[\w/+.-]*;base64,", "", text)
+    try:
+        return base64.b64decode(re.sub(r"\s+", "", text), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError("a string must be the base64 form of a PNG or JPEG; this one is not base64") from error
+
+
+def encode_mask(mask: torch.Tensor) -> str:
+    """(H, W) booleans -> base64 of a grey PNG, 255 where true."""
+    stream = BytesIO()
+    PIL.Image.fromarray((mask.to(torch.uint8) * 255).numpy()).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line of at most 240 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:240]} ..."
+
+
+__all__ = ["EndpointHandler"]
