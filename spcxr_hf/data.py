@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .errors import SpcxrError
+from .errors import SpcxrError, one_line
 from .radiograph import read_radiograph
 
 OnError = Literal["stop", "skip"]  # what a broken file does
@@ -119,13 +119,43 @@ def read_table(source: str | os.PathLike) -> RadiographTable:
 
 
 def _read_shard(path: Path) -> pa.Table:
+    table = read_parquet(path)
+    if "image" not in table.column_names or not _holds_pictures(table.schema.field("image").type):
+        raise SpcxrError(f"{path}: no column `image` with the bytes of a picture")
+    return table
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """A Parquet file of any columns, checked.
+
+    Raises:
+        SpcxrError: it is no Parquet file, or is damaged.
+    """
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise SpcxrError(f"{path}: not a readable Parquet file ({error})") from error
-    if "image" not in table.column_names or not pa.types.is_struct(table.schema.field("image").type):
-        raise SpcxrError(f"{path}: no column `image` with the bytes of a picture")
+        table.validate(full=True)  # text that is no UTF-8, offsets that point outside
+        _names(table.schema)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise SpcxrError(f"{path}: not a readable Parquet file ({one_line(error)})") from error
     return table.replace_schema_metadata(None)
+
+
+def _names(fields: Iterable[pa.Field]) -> list[str]:
+    """The names of columns and of what they consist of; one that is no UTF-8 raises here and not somewhere later."""
+    return [
+        name
+        for field in fields
+        for name in (field.name, *(_names(field.type) if pa.types.is_struct(field.type) else []))
+    ]
+
+
+def _holds_pictures(kind: pa.DataType) -> bool:
+    """Whether this is the struct of `bytes` and `path`; a column without any value may have the type null."""
+    if not pa.types.is_struct(kind) or not {"bytes", "path"} <= set(_names(kind)):
+        return False
+    content, path = kind.field("bytes").type, kind.field("path").type
+    is_content = pa.types.is_binary(content) or pa.types.is_large_binary(content) or pa.types.is_null(content)
+    return is_content and (pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path))
 
 
 def open_image(cell: dict, name: str) -> Image.Image:

@@ -23,9 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
 
-from .data import PICTURE_SUFFIXES, RadiographTable
+from .data import PICTURE_SUFFIXES, RadiographTable, read_parquet
 from .errors import SpcxrError
 from .labels import LABELS_COLUMN, Uncertain, canonical_name, label_matrix, label_names, label_struct
 from .shards import ShardIndex, read_index
@@ -119,18 +118,11 @@ def read_rows(path: str | os.PathLike, required: Sequence[str] = (), delimiter: 
     path = Path(path)
     if not path.is_file():
         raise SpcxrError(f"{path}: no such file")
-    table = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_text(path, delimiter)
+    table = read_parquet(path) if path.suffix.lower() == ".parquet" else _read_text(path, delimiter)
     absent = [name for name in required if name not in table.column_names]
     if absent:
         raise SpcxrError(f"{path}: no column {', '.join(map(repr, absent))}; there are {', '.join(table.column_names)}")
     return table
-
-
-def _read_parquet(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path).replace_schema_metadata(None)
-    except (OSError, pa.ArrowException) as error:
-        raise SpcxrError(f"{path}: not a readable Parquet file ({error})") from error
 
 
 def _read_text(path: Path, delimiter: str | None) -> pa.Table:

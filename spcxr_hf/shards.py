@@ -24,13 +24,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .errors import SpcxrError
+from .errors import SpcxrError, one_line
 
 IMAGE_EXTENSIONS = {"png", "jpg", "jpeg", "tif", "tiff", "webp", "bmp", "dcm", "dicom"}  # what `read_radiograph` reads
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 SAMPLES_PER_UNIT, BYTES_PER_UNIT = 256, 2**26  # a tar's unit is closed at whichever comes first
-LARGEST_ROW_GROUP = 2**30  # bytes of images; a lane holds several of them
+LARGEST_ROW_GROUP = 2**30  # bytes; a lane holds several of them
 PARQUET_BATCH = 64  # rows that are decoded at once; more of them could overflow Arrow's 32-bit offsets
 REGULAR_FILES = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
 EXTRA_HEADERS = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE}
@@ -41,7 +41,7 @@ UNIT = np.dtype(
         ("place", np.int64),  # Parquet: number of the row group; tar: byte offset of the first header
         ("first_row", np.int64),  # in the shard, for messages
         ("rows", np.int64),  # those that the filter keeps
-        ("bytes", np.int64),  # of its images (tar: and of what belongs to them), unfiltered
+        ("bytes", np.int64),  # of its images and of what belongs to them, unfiltered
         ("kept_at", np.int64),  # where its row numbers begin in `ShardIndex.kept`
     ]
 )
@@ -185,9 +185,8 @@ def _naming(path: Path) -> Iterator[None]:
     """Turns what reading a shard raises into one line that names the shard."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise SpcxrError(f"{path}: not a readable {path.suffix} shard ({cause})") from error
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise SpcxrError(f"{path}: not a readable {path.suffix} shard ({one_line(error)})") from error
 
 
 # ---- Parquet ---------------------------------------------------------------------------------------------------
@@ -199,16 +198,16 @@ def _scan_parquet(path: Path, where: tuple[str, Any] | None) -> _Scan:
         image = schema.field("image").type if "image" in schema.names else None
         if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
             raise SpcxrError(f"{path}: no column `image` with the bytes of a picture")
-        leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
-        images = leaves.index("image.bytes")
         units, kept, first_row = [], [], 0
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
-            size = group.column(images).total_uncompressed_size
+            size = (
+                group.total_byte_size
+            )  # of all columns: asked for one of them, pyarrow ends the process if it is damaged
             if size > LARGEST_ROW_GROUP:
                 raise SpcxrError(
-                    f"{path}: row group {number} holds {size / 2**30:.1f} GiB of images, which is too much to read at "
-                    "once; write the shard with smaller row groups (row_group_size=256)"
+                    f"{path}: row group {number} holds {size / 2**30:.1f} GiB, which is too much to read at once; "
+                    "write the shard with smaller row groups (row_group_size=256)"
                 )
             rows = group.num_rows
             if where is not None:

@@ -1,5 +1,8 @@
 """Sets of radiographs: reading, decoding, the cache, the order of the batches."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,7 +69,52 @@ def test_a_damaged_shard_is_named(tmp_path, shard):
         read_table(tmp_path)
 
 
-@pytest.mark.parametrize("columns", [{"id": ["a"]}, {"image": ["a string"]}])
+@pytest.mark.parametrize("name", [b"label", b"path"], ids=["a column's name", "a name inside a column"])
+def test_a_name_that_is_no_text_is_damage(tmp_path, name):
+    """Found by `fuzz_reader.py`: Arrow decodes such a name late, and not into an error of its own."""
+    image = pa.array([encoded(picture(0)[0])], STRUCT)
+    pq.write_table(pa.table({"image": image, "label": ["a"]}), tmp_path / "odd.parquet", store_schema=False)
+    content = (tmp_path / "odd.parquet").read_bytes()
+    assert name in content
+    (tmp_path / "odd.parquet").write_bytes(content.replace(name, b"\xe5" + name[1:]))
+    with pytest.raises(SpcxrError, match=r"odd\.parquet: not a readable Parquet file \('utf-8' codec") as caught:
+        read_table(tmp_path / "odd.parquet")
+    assert "\n" not in str(caught.value)
+
+
+EVERY_BIT = """
+import sys
+from pathlib import Path
+from spcxr_hf.data import read_table
+from spcxr_hf.errors import SpcxrError
+from spcxr_hf.shards import read_index
+
+path, whole = Path(sys.argv[1]), Path(sys.argv[1]).read_bytes()
+refused, start = 0, len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+for place in range(start, len(whole)):
+    for bit in (0, 1, 3, 6):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        for read in (read_index, read_table):
+            try:
+                read(path)
+            except SpcxrError as error:
+                assert "odd.parquet: " in str(error) and "\\n" not in str(error), error
+                refused += 1
+print(refused)
+"""
+
+
+def test_no_bit_of_a_footer_ends_the_process(tmp_path):
+    """Found by `fuzz_reader.py`: of some damaged footers pyarrow throws where nobody can catch it."""
+    image = pa.array([{"bytes": b"no picture", "path": None}], STRUCT)
+    pq.write_table(pa.table({"image": image, "label": ["a"]}), tmp_path / "odd.parquet", store_schema=False)
+    command = [sys.executable, "-c", EVERY_BIT, str(tmp_path / "odd.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100
+
+
+@pytest.mark.parametrize("columns", [{"id": ["a"]}, {"image": ["a string"]}, {"image": [{"bytes": b"", "paths": ""}]}])
 def test_a_shard_without_images(tmp_path, columns):
     pq.write_table(pa.table(columns), tmp_path / "odd.parquet")
     with pytest.raises(SpcxrError, match=r"odd\.parquet: no column `image`"):

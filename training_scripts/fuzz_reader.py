@@ -2,10 +2,11 @@
 
 python training_scripts/fuzz_reader.py --count 10000 --seed 0 --output fuzz.json
 
-A seeded corpus (PNG, JPEG, TIFF, BMP, WebP, DICOM in several transfer syntaxes; more than 8 bits too) is mutated: bits
-flipped, cut short, the head of one file on the body of another, declared sizes overwritten by huge ones. Each file is
-read in a child process that may take 1 GiB beyond what it starts with and 5 s per file; a child that dies or hangs is
-started anew. Anything but an image or a SpcxrError that names the file is a finding.
+A seeded corpus (PNG, JPEG, TIFF, BMP, WebP, DICOM in several transfer syntaxes; more than 8 bits too; sets in Parquet,
+of which every row is read) is mutated: bits flipped, cut short, the head of one file on the body of another, declared
+sizes overwritten by huge ones. Each file is read in a child process that may take 1 GiB beyond what it starts with and
+5 s per file; a child that dies or hangs is started anew. Anything but an image or a SpcxrError that names the file is a
+finding.
 
 `--coverage true` runs atheris, a coverage-guided fuzzer, on the DICOM and processor path instead, for `--count` runs,
 where it is installed (pip install atheris).
@@ -16,7 +17,10 @@ from __future__ import annotations
 import inspect
 import json
 import multiprocessing
+import os
 import resource
+import shutil
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -28,14 +32,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from spcxr_hf import SpcxrImageProcessor, read_radiograph
+from spcxr_hf.data import open_image, read_table
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.shards import read_index
 
 SECONDS, BYTES = 5.0, 1 << 30
-NAME = "mutated.bin"
+NAME, SET = "mutated.bin", "mutated.parquet"
+ROWS = 64  # of a set, at once
+EXPECTED = ("image", "refused")
 HUGE = (0xFFFFFFFF, 0x7FFFFFFF, 0xFFFF, 0x7FFF, 0x10000, 0)
 
 
@@ -88,7 +98,21 @@ def corpus(seed: int) -> dict[str, bytes]:
         "webp": encoded(grey.convert("RGB"), "WEBP"),
         "webp-lossless": encoded(grey.convert("RGBA"), "WEBP", lossless=True),
     }
-    return files | dicoms(grey, deep)
+    return files | dicoms(grey, deep) | sets(files)
+
+
+def sets(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Pictures as rows of a set, with and without compression of the columns."""
+    cells = [{"bytes": files[name], "path": f"{name}.img"} for name in ("png", "jpeg", "tiff")]
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = pa.table({"image": pa.array(cells, struct), "id": ["first", "second", "third"], "label": ["a", None, "b"]})
+    return {f"parquet-{codec}": in_parquet(rows, codec) for codec in ("none", "snappy")}
+
+
+def in_parquet(rows: pa.Table, codec: str) -> bytes:
+    buffer = BytesIO()
+    pq.write_table(rows, buffer, compression=codec)
+    return buffer.getvalue()
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -238,34 +262,68 @@ def mutated(count: int, seed: int) -> Iterator[tuple[str, str, bytes]]:
 # ---- reading them ------------------------------------------------------------------------------------------------
 
 
-def read(data: bytes, processor: Any) -> str:
+def read(kind: str, data: bytes, processor: Any) -> str:
     """What became of a file: 'image', 'refused', or what is wrong."""
-    stream = BytesIO(data)
-    stream.name = NAME
+    if not kind.startswith("parquet"):
+        return outcome_of(lambda: [read_radiograph(named(data))], processor)
+    path = Path(tempfile.gettempdir()) / SET
+    path.write_bytes(data)
+    streamed = outcome_of(lambda: shard_images(path), processor)
+    return streamed if streamed not in EXPECTED else outcome_of(lambda: table_images(path), processor)
+
+
+def outcome_of(images: Callable[[], list[Image.Image]], processor: Any) -> str:
     try:
-        processor(read_radiograph(stream), return_tensors="pt")
+        for image in images():
+            processor(image, return_tensors="pt")
     except SpcxrError as error:
-        text = str(error)
-        return "refused" if text.startswith(f"{NAME}: ") and "\n" not in text else f"no name or cause: {text[:200]}"
+        text = str(error).removeprefix(f"{tempfile.gettempdir()}{os.sep}")
+        is_named = text.startswith((f"{NAME}: ", f"{SET}: "))
+        return "refused" if is_named and "\n" not in text else f"no name or cause: {text[:200]}"
     except BaseException as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
     return "image"
+
+
+def named(data: bytes) -> BytesIO:
+    stream = BytesIO(data)
+    stream.name = NAME
+    return stream
+
+
+def table_images(path: Path) -> list[Image.Image]:
+    """The images of a set, with all that it is asked for before they are read."""
+    table = read_table(path)
+    cells, names = table.column("image"), table.ids
+    for name in table.rows.column_names:
+        table.column(name)
+    return [open_image(cell, f"{table.name}: {name}") for cell, name in zip(cells, names, strict=True) if cell]
+
+
+def shard_images(path: Path) -> list[Image.Image]:
+    """The images of a set as they are streamed."""
+    index = read_index(path)
+    counts = [min(int(unit["rows"]), ROWS) for unit in index.units]
+    rows = [row for unit, count in enumerate(counts) for row in index.read(unit, 0, count, ["label"])]
+    return [open_image(row.image, row.name) for row in rows if row.image]
 
 
 def child(pipe: Connection) -> None:
     """Read what comes through the pipe, in bounded memory."""
     warnings.simplefilter("ignore")
     processor = SpcxrImageProcessor()
-    for data in corpus(0).values():  # every decoder is imported before memory and time are counted
-        read(data, processor)
+    tempfile.tempdir = tempfile.mkdtemp(prefix="fuzz-")  # of this child alone
+    for kind, data in corpus(0).items():  # every decoder is imported before memory and time are counted
+        read(kind, data, processor)
     with open("/proc/self/statm") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + BYTES, taken + BYTES))
-    while (data := pipe.recv()) is not None:
+    while (file := pipe.recv()) is not None:
         started = time.perf_counter()
-        outcome = read(data, processor)
+        outcome = read(*file, processor)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         pipe.send((outcome, time.perf_counter() - started, peak))
+    shutil.rmtree(tempfile.tempdir)
 
 
 class Reader:
@@ -281,10 +339,10 @@ class Reader:
         self.process.start()
         other.close()
 
-    def __call__(self, data: bytes) -> tuple[str, float, int]:
+    def __call__(self, kind: str, data: bytes) -> tuple[str, float, int]:
         """(outcome, seconds, most memory in bytes)"""
         try:
-            self.pipe.send(data)
+            self.pipe.send((kind, data))
             if self.pipe.poll(4 * SECONDS):
                 outcome, seconds, peak = self.pipe.recv()
                 return (outcome if seconds < SECONDS else f"took {seconds:.1f} s"), seconds, peak
@@ -307,9 +365,9 @@ def fuzz(count: int, seed: int, keep: Path | None = None) -> dict[str, Any]:
     outcomes: dict[str, Counter] = {}
     findings, slowest, peak = [], 0.0, 0
     for number, (kind, mutation, data) in enumerate(mutated(count, seed)):
-        outcome, seconds, memory = reader(data)
+        outcome, seconds, memory = reader(kind, data)
         slowest, peak = max(slowest, seconds), max(peak, memory)
-        expected = outcome in ("image", "refused")
+        expected = outcome in EXPECTED
         outcomes.setdefault(kind, Counter())[outcome if expected else "finding"] += 1
         if not expected:
             findings.append({"number": number, "kind": kind, "mutation": mutation, "what": outcome})
@@ -354,13 +412,14 @@ def guided(runs: int, seed: int) -> None:
             setattr(module, name, atheris.instrument_func(getattr(module, name)))
 
     def one(data: bytes) -> None:
-        if (outcome := read(data, processor)) not in ("image", "refused"):
+        if (outcome := read("", data, processor)) not in EXPECTED:
             raise RuntimeError(outcome)
 
     folder = Path(f"fuzz-corpus-{seed}")
     folder.mkdir(exist_ok=True)
     for name, data in corpus(seed).items():
-        (folder / name).write_bytes(data)
+        if not name.startswith("parquet"):
+            (folder / name).write_bytes(data)
     atheris.Setup(
         [
             "fuzz",
