@@ -63,7 +63,7 @@ class TestCheckpoint:
         card = ModelCard.load(folder / "README.md")
         assert card.data.pipeline_tag and card.data.library_name == "transformers" and card.data.license
         # The Hub has no widget for features.
-        assert card.data.widget or card.data.pipeline_tag == "image-feature-extraction"
+        assert card.data.pipeline_tag == "image-feature-extraction" or card.data.widget
         for said in ("Not for clinical use", "## Data and licence", "## Limits", "## Citation"):
             assert said in card.text
 

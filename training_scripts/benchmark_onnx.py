@@ -1,11 +1,15 @@
-"""Measure an ONNX export beside PyTorch: speed ratios on two threads, and what 8 bits cost in accuracy or Dice on val.
+"""Measure ONNX exports beside PyTorch: speed ratios on two threads, and what 8 bits cost in accuracy or Dice on val.
 
-    python training_scripts/benchmark_onnx.py --model model_cards/lung-segmentation --data ../shared/data \
-        --split_column lung_split --output runs/onnx.json
+    python training_scripts/benchmark_onnx.py --model model_cards/pneumonia --data ../shared/data \
+        --output training_scripts/results/onnx.json
+    python training_scripts/benchmark_onnx.py --render training_scripts/GUIDES.md
 
-Encoder, classifier and segmentation alike; without `--data` speed alone. Each speed is the median of runs taken in
-turn, so that a busy machine is busy for all; the CPU seconds of one thread are told too, since these hardly depend on
-who else is there. Accuracy is of PyTorch, of the float export and of its 8-bit version, on the same rows.
+Encoder, classifier and segmentation alike; without `--data` speed alone. Each model is an entry of its own in the
+results file. Which column holds the labels and the split, and which labels are which class, comes from the recipe in
+the checkpoint's folder unless a flag says it. Each speed is the median of runs taken in turn, so that a busy machine is
+busy for all; the CPU seconds of one thread are told too, since these hardly depend on who else is there. Accuracy is of
+PyTorch, of the float export and of its 8-bit version, on the same rows. `--render` measures nothing and writes the
+tables of the results, with the CPU time, between `<!-- onnx -->` and `<!-- /onnx -->`.
 """
 
 from __future__ import annotations
@@ -24,13 +28,29 @@ from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError, SpcxrImageProcessor
 from spcxr_hf.archives import read_set
-from spcxr_hf.benchmarking import describe_machine, median_ms, paired_ratio, write_results
+from spcxr_hf.benchmarking import (
+    describe_machine,
+    median_ms,
+    paired_ratio,
+    read_results,
+    replace_block,
+    write_results,
+)
+from spcxr_hf.calibration import to_probabilities
+from spcxr_hf.classification import measure
 from spcxr_hf.data import RadiographTable, open_image, open_mask
 from spcxr_hf.export import Source, load_source
 from spcxr_hf.export_onnx import export_onnx, quantize_int8
+from spcxr_hf.labels import parse_classes
 from spcxr_hf.metrics import dice
-from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.predicting import class_names, is_multi_label, match_classes, select_rows
+from spcxr_hf.recipe import parse_arguments, read_recipe
 
+RESULTS = Path(__file__).resolve().parent / "results" / "onnx.json"
+HEAD = """| checkpoint | figure on `val` | PyTorch | float32 | int8 | int8 loses, points |
+|---|---|---|---|---|---|"""
+SPEED_HEAD = """| checkpoint | PyTorch, CPU ms per image | float32 as fast | int8 as fast | MB of float32, int8 |
+|---|---|---|---|---|"""
 Run = Callable[[torch.Tensor], np.ndarray]  # pixel values (B, C, H, W) -> logits, or the pooled embedding
 
 
@@ -38,28 +58,62 @@ Run = Callable[[torch.Tensor], np.ndarray]  # pixel values (B, C, H, W) -> logit
 class Arguments:
     """Measure an ONNX export."""
 
-    model: str = field(metadata={"help": "folder or Hub id of a checkpoint of this family"})
+    model: str | None = field(default=None, metadata={"help": "folder or Hub id of a checkpoint of this family"})
     data: str | None = field(default=None, metadata={"help": "Parquet shards with labels or lung masks"})
-    split_column: str = field(default="split", metadata={"help": "column of the splits"})
+    split_column: str | None = field(
+        default=None, metadata={"help": "column of the splits; by default that of the checkpoint's recipe, or split"}
+    )
     split: str = field(default="val", metadata={"help": "its value to measure on"})
-    label_column: str = field(default="label", metadata={"help": "column of a classifier's labels"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "column of a classifier's labels; by default the recipe's, or label"}
+    )
+    classes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "a classifier's classes, as `normal pneumonia=bacterial+viral`; by default the recipe's"},
+    )
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "images per run"})
     threads: int = field(default=2, metadata={"help": "threads of each"})
     repeats: int = field(default=30, metadata={"help": "runs of each, taken in turn"})
     most_rows: int | None = field(default=None, metadata={"help": "measure accuracy on so many rows, evenly spread"})
+    render: str | None = field(default=None, metadata={"help": "measure nothing; rewrite the table in this page"})
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
+    if arguments.render:
+        replace_block(Path(arguments.render), "onnx", table_of(read_results(Path(arguments.output or RESULTS))))
+        return {}
+    if arguments.model is None:
+        raise SpcxrError("give --model to measure, or --render PAGE")
     if min([arguments.threads, arguments.repeats, *arguments.batch_sizes]) < 1:
         raise SpcxrError("threads, repeats and batch_sizes must be at least 1")
-    source = load_source(arguments.model)
+    fill_from_recipe(arguments, Path(arguments.model) / "recipe.yaml")
+    result = measure_model(arguments, load_source(arguments.model))
+    if arguments.output:
+        path = Path(arguments.output)
+        write_results(path, {**read_results(path), Path(arguments.model).name: result})
+    print(result)
+    return result
+
+
+def fill_from_recipe(arguments: Arguments, recipe: Path) -> None:
+    """What the flags leave open is as in the training whose recipe lies beside the weights."""
+    known = read_recipe(recipe) if recipe.is_file() else {}
+    arguments.split_column = arguments.split_column or known.get("split_column") or "split"
+    arguments.label_column = arguments.label_column or known.get("label_column") or "label"
+    arguments.classes = arguments.classes or known.get("classes") or []
+
+
+def measure_model(arguments: Arguments, source: Source) -> dict[str, Any]:
+    """Sizes, speeds and, where there is a set, accuracy of one model and its two exports."""
     with tempfile.TemporaryDirectory() as folder:
-        file = export_onnx(arguments.model, Path(folder) / "export", num_channels=source.model.config.num_channels)
+        file = export_onnx(str(arguments.model), Path(folder) / "export", num_channels=source.model.config.num_channels)
         files = {"float": file, "int8": quantize_int8(file)}
-        result: dict[str, Any] = {"model": Path(arguments.model).name, "task": source.task, "size": list(source.size)}
+        result: dict[str, Any] = {"task": source.task, "size": list(source.size)}
         result["megabytes"] = {name: round(path.stat().st_size / 1e6, 1) for name, path in files.items()}
+        if arguments.data is not None:
+            result["accuracy"] = measure_accuracy(arguments, source, files)
         result["speed"] = {
             f"{kind}, {threads} threads" if threads > 1 else f"{kind}, 1 thread": measure_speed(
                 arguments, source, files, threads, clock
@@ -69,14 +123,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
                 ("CPU time", 1, time.process_time),
             )
         }
-        torch.set_num_threads(arguments.threads)
-        result |= describe_machine("cpu")
-        if arguments.data is not None:
-            result["accuracy"] = measure_accuracy(arguments, source, files)
-    if arguments.output:
-        write_results(Path(arguments.output), result)
-    print(result)
-    return result
+    torch.set_num_threads(arguments.threads)
+    return result | describe_machine("cpu")
 
 
 # ---- what is run -------------------------------------------------------------------------------------------------
@@ -135,24 +183,43 @@ def time_in_turn(
     return seconds
 
 
-# ---- accuracy ----------------------------------------------------------------------------------------------------
+# ---- accuracy --------------------------------------------------------------------------------------------------------
+
+Figures = dict[str, dict[str, float]]  # figure -> what computed it -> value
 
 
 def measure_accuracy(arguments: Arguments, source: Source, files: dict[str, Path]) -> dict[str, Any]:
-    """The figure of each on the split, and the points that the exports lose against PyTorch."""
-    table = read_set(str(arguments.data)).where(arguments.split_column, arguments.split)
-    rows = list(range(len(table)))
-    if arguments.most_rows is not None:
-        rows = rows[:: max(1, len(rows) // arguments.most_rows)][: arguments.most_rows]
+    """The figures of each on the split, the points that the exports lose against PyTorch, and how far they are off."""
+    runs = runners(source, files, 1)
+    off = dict.fromkeys(files, 0.0)
+
+    def compute(values: torch.Tensor) -> dict[str, np.ndarray]:
+        found = {name: run(values) for name, run in runs.items()}
+        for name in off:
+            off[name] = max(off[name], float(np.abs(found[name] - found["torch"]).max()))
+        return found
+
     judge = {"classification": judge_classes, "segmentation": judge_lungs, "embedding": judge_embeddings}[source.task]
-    name, figures = judge(arguments, source, runners(source, files, arguments.threads), table, rows)
+    rows, figures = judge(arguments, source, compute, read_set(str(arguments.data)))
     return {
-        "figure": name,
         "split": arguments.split,
-        "rows": len(rows),
-        **{kind: round(value, 4) for kind, value in figures.items()},
-        "points_lost": {kind: round(100 * (figures["torch"] - figures[kind]), 3) for kind in files},
+        "rows": rows,
+        "figures": {name: {run: round(value, 4) for run, value in each.items()} for name, each in figures.items()},
+        "points_lost": {
+            name: {kind: round(100 * (each["torch"] - each[kind]), 3) for kind in files}
+            for name, each in figures.items()
+        },
+        "largest_difference_of_outputs": {name: float(f"{value:.3g}") for name, value in off.items()},
     }
+
+
+Compute = Callable[[torch.Tensor], dict[str, np.ndarray]]
+
+
+def spread(arguments: Arguments, count: int) -> list[int]:
+    """The numbers of the rows to measure on."""
+    most = count if arguments.most_rows is None else min(count, arguments.most_rows)
+    return np.linspace(0, count - 1, most).astype(int).tolist()
 
 
 def pixel_values(source: Source, table: RadiographTable, rows: list[int]) -> Iterator[tuple[int, Any, torch.Tensor]]:
@@ -171,56 +238,100 @@ def pixel_values(source: Source, table: RadiographTable, rows: list[int]) -> Ite
 
 
 def judge_classes(
-    arguments: Arguments, source: Source, runs: dict[str, Run], table: RadiographTable, rows: list[int]
-) -> tuple[str, dict[str, float]]:
-    """Accuracy; of a multi-label model, over all its labels at 0.5. Rows of unknown labels are refused."""
-    labels = table.column(arguments.label_column)
-    hits: dict[str, list[float]] = {name: [] for name in runs}
-    multi_label = source.model.config.problem_type == "multi_label_classification"
-    names = [source.model.config.id2label[index] for index in range(source.model.config.num_labels)]
-    for row, _, values in pixel_values(source, table, rows):
-        label = labels[row]
-        held = label if isinstance(label, list) else [label]
-        if set(held) - set(names):
-            raise SpcxrError(f"{table.name}: {arguments.label_column} holds {label!r}; the model knows {names}")
-        truth = np.array([name in held for name in names])
-        for name, run in runs.items():
-            logits = run(values)[0]
-            right = ((logits > 0) == truth) if multi_label else [truth[logits.argmax()]]
-            hits[name].append(float(np.mean(right)))
-    return "accuracy", {name: statistics.fmean(values) for name, values in hits.items()}
+    arguments: Arguments, source: Source, compute: Compute, table: RadiographTable
+) -> tuple[int, Figures]:
+    """AUROC (mean over the classes), accuracy of the decisions, and how many of PyTorch's decisions are kept."""
+    multi_label = is_multi_label(source.model)
+    classes = match_classes(source.name, class_names(source.model), parse_classes(arguments.classes))
+    labelled = select_rows(
+        table, str(arguments.label_column), str(arguments.split_column), arguments.split, classes, multi_label
+    )
+    rows = spread(arguments, len(labelled))
+    found = [compute(values) for _, _, values in pixel_values(source, labelled.table, rows)]
+    logits = {name: torch.from_numpy(np.concatenate([one[name] for one in found])) for name in found[0]}
+    targets = labelled.targets[rows]
+    said = {name: decisions(source, values, multi_label) for name, values in logits.items()}
+    truth = targets if multi_label else targets.argmax(dim=1)
+    known = ~truth.isnan()
+    return len(rows), {
+        "auroc": {name: measure(values, targets, multi_label)["auroc"] for name, values in logits.items()},
+        "accuracy": {name: (one == truth)[known].float().mean().item() for name, one in said.items()},
+        "decisions kept": {name: (one == said["torch"]).float().mean().item() for name, one in said.items()},
+    }
 
 
-def judge_lungs(
-    arguments: Arguments, source: Source, runs: dict[str, Run], table: RadiographTable, rows: list[int]
-) -> tuple[str, dict[str, float]]:
+def decisions(source: Source, logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
+    """The likeliest class (n), or of a multi-label model (n, labels): 1 from the label's threshold on.
+
+    The threshold is the operating point that the configuration names; 0.5 where there is none.
+    """
+    if not multi_label:
+        return logits.argmax(dim=1)
+    config: Any = source.model.config
+    points = getattr(config, "operating_points", None) or {}
+    named = [
+        points.get(name, {}).get(getattr(config, "operating_point", None), 0.5) for name in class_names(source.model)
+    ]
+    return (to_probabilities(logits, multi_label) >= torch.tensor(named)).float()
+
+
+def judge_lungs(arguments: Arguments, source: Source, compute: Compute, table: RadiographTable) -> tuple[int, Figures]:
     """Mean Dice of the lung masks, each at its image's own size."""
     lung = source.model.config.label2id.get("lung")
     if lung is None:
         raise SpcxrError(f"{source.name}: there is no 'lung' among its labels")
+    table = table.where(str(arguments.split_column), arguments.split)
+    rows = spread(arguments, len(table))
     masks = table.column("lung_mask")
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    found: dict[str, list[float]] = {}
     for row, image, values in pixel_values(source, table, rows):
         target = torch.from_numpy(np.asarray(open_mask(masks[row], f"{table.name}, row {row}")) > 127)
-        for name, run in runs.items():
-            logits = torch.from_numpy(run(values))
-            resized = torch.nn.functional.interpolate(logits, size=(image.height, image.width), mode="bilinear")
-            found[name].append(dice(resized[0].argmax(dim=0) == lung, target).item())
-    return "dice", {name: statistics.fmean(values) for name, values in found.items()}
+        for name, output in compute(values).items():
+            resized = torch.nn.functional.interpolate(
+                torch.from_numpy(output), size=(image.height, image.width), mode="bilinear"
+            )
+            found.setdefault(name, []).append(dice(resized[0].argmax(dim=0) == lung, target).item())
+    return len(rows), {"dice": {name: statistics.fmean(values) for name, values in found.items()}}
 
 
 def judge_embeddings(
-    arguments: Arguments, source: Source, runs: dict[str, Run], table: RadiographTable, rows: list[int]
-) -> tuple[str, dict[str, float]]:
+    arguments: Arguments, source: Source, compute: Compute, table: RadiographTable
+) -> tuple[int, Figures]:
     """Mean cosine similarity with PyTorch's embedding: what an encoder alone can be judged by."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    table = table.where(str(arguments.split_column), arguments.split)
+    rows = spread(arguments, len(table))
+    found: dict[str, list[float]] = {}
     for _, _, values in pixel_values(source, table, rows):
-        expected = runs["torch"](values)[0]
-        for name, run in runs.items():
-            embedding = run(values)[0]
-            norms = np.linalg.norm(embedding) * np.linalg.norm(expected)
-            found[name].append(float(embedding @ expected / norms))
-    return "cosine similarity", {name: statistics.fmean(values) for name, values in found.items()}
+        outputs = compute(values)
+        expected = outputs["torch"][0]
+        for name, output in outputs.items():
+            norms = np.linalg.norm(output[0]) * np.linalg.norm(expected)
+            found.setdefault(name, []).append(float(output[0] @ expected / norms))
+    return len(rows), {"cosine similarity": {name: statistics.fmean(values) for name, values in found.items()}}
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------
+
+
+def table_of(results: dict[str, Any]) -> str:
+    """In Markdown: a row for each figure of each model, and a row for the speed of each."""
+    figures, speeds = [HEAD], [SPEED_HEAD]
+    for name, result in results.items():
+        for figure, each in result.get("accuracy", {}).get("figures", {}).items():
+            lost = result["accuracy"]["points_lost"][figure]["int8"]
+            cells = [*(f"{each[run]:.4f}" for run in ("torch", "float", "int8")), f"{lost:.2f}"]
+            figures.append(f"| `{name}` | {figure} ({result['accuracy']['rows']} images) | {' | '.join(cells)} |")
+        batches = result["speed"]["CPU time, 1 thread"]
+        ratios = [
+            ", ".join(f"{each['times_as_fast'][kind]:.2f} ({batch})" for batch, each in batches.items())
+            for kind in ("float", "int8")
+        ]
+        sizes = ", ".join(f"{result['megabytes'][kind]:.0f}" for kind in ("float", "int8"))
+        per_image = ", ".join(
+            f"{each['ms']['torch'] / int(batch.split()[1]):.0f} ({batch})" for batch, each in batches.items()
+        )
+        speeds.append(f"| `{name}` | {per_image} | {' | '.join(ratios)} | {sizes} |")
+    return "\n".join([*figures, "", *speeds])
 
 
 if __name__ == "__main__":
