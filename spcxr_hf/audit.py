@@ -37,7 +37,10 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; } th, td { padding: .2rem .7rem; text-align: left; }
 th { background: #eef; } td { border-bottom: 1px solid #ddd; } img { image-rendering: auto; max-width: 100%; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 0 0 1rem; } .sheet { background: #000; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 0 1.5rem; }
+.pairs figcaption { font-size: 12px; line-height: 1.3; overflow-wrap: anywhere; }
 """
 
 
@@ -108,7 +111,7 @@ def audit(
     folder = _make_folder(Path(output))
     survey = _survey(table, worker_count(workers), on_error)
     pairs = find_duplicates(survey.thumbnails, flips=flips) if images else None
-    numbers = _numbers(table, survey, pairs, splits, columns, patient_column)
+    numbers = _numbers(table, survey, pairs, splits, columns, patient_column) | {"split_column": split_column}
     _write(folder / "audit.json", json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
     _write(folder / "audit.html", _page(numbers, survey, pairs, table.ids, splits, columns))
     return numbers
@@ -317,18 +320,26 @@ def _page(
     columns: Mapping[str, Sequence[str | None]],
 ) -> str:
     title = f"Audit of {_escape(numbers['set'])}"
+    sides = [_side(split, numbers["split_column"]) for split in splits]
     parts = [
         *_overview(numbers),
         *_label_tables(numbers),
         *_troubles(numbers),
         *_duplicates(numbers, survey, pairs),
         "<h2>Grey values</h2>",
-        _histogram_figure(numbers["grey"]),
-        *_contact_sheets(survey, splits, columns),
+        _histogram_figure({_side(name, numbers["split_column"]): values for name, values in numbers["grey"].items()}),
+        *_contact_sheets(survey, sides, columns),
     ]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     body = "\n".join(parts)
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n'
+
+
+def _side(split: str | None, column: str | None) -> str:
+    """What the page calls a split: `train`, but `pretrain = True`."""
+    if split in (None, "(none)", "(missing)"):
+        return "no split"
+    return str(split) if column == "split" else f"{column} = {split}"
 
 
 def _escape(value: Any) -> str:
@@ -338,8 +349,14 @@ def _escape(value: Any) -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """An HTML table, every cell escaped."""
     top = "".join(f"<th>{_escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>\n" for row in rows)
     return f"<table><tr>{top}</tr>\n{body}</table>"
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, int | float):
+        return f"<td>{_escape(value)}</td>"
+    return f'<td class="number">{int(value) if value == int(value) else value:,}</td>'
 
 
 def _overview(numbers: Mapping[str, Any]) -> list[str]:
@@ -359,7 +376,7 @@ def _overview(numbers: Mapping[str, Any]) -> list[str]:
     return [
         _table(("", "number"), rows),
         "<h2>Splits</h2>",
-        _table(("split", "images"), numbers["splits"].items()),
+        _table((numbers["split_column"] or "split", "images"), numbers["splits"].items()),
         "<h2>Files</h2>",
         _table(("kind and mode", "images"), numbers["modes"].items()),
         _table(("pixels", "smallest", "median", "largest"), sizes),
@@ -376,6 +393,7 @@ def _label_tables(numbers: Mapping[str, Any]) -> list[str]:
     for name, counts in numbers["labels"].items():
         splits = list(next(iter(counts.values())))
         rows = [(label, *by_split.values(), sum(by_split.values())) for label, by_split in counts.items()]
+        splits = [_side(split, numbers["split_column"]) for split in splits]
         parts += [_table((name, *splits, "all"), rows[:SHOWN]), _more(rows, SHOWN)]
     return parts
 
@@ -407,18 +425,17 @@ def _duplicates(numbers: Mapping[str, Any], survey: _Survey, pairs: Sequence[Pai
     if not pairs:
         return []
     told = sorted(zip(numbers["duplicates"], pairs, strict=True), key=lambda item: not _crosses(item[0]))
-    parts = ["<h2>Nearly equal images</h2>"]
+    parts = ["<h2>Nearly equal images</h2>", '<div class="pairs">']
     for words, pair in told[:SHOWN_PAIRS]:
         picture = np.concatenate([survey.tiles[pair.first], survey.tiles[pair.second]], axis=1)
-        where = [f"{words[one]} ({words[f'{one}_split'] or 'no split'})" for one in ("first", "second")]
+        sides = [_side(words[f"{one}_split"], numbers["split_column"]) for one in ("first", "second")]
+        where = [f"{words[one]} ({side})" for one, side in zip(("first", "second"), sides, strict=True)]
         leak = ": a leak" if _crosses(words) else ""
         parts.append(_figure(picture, f"{' and '.join(where)}, correlation {words['correlation']:.2f}{leak}"))
-    return [*parts, _more(told, SHOWN_PAIRS)]
+    return [*parts, "</div>", _more(told, SHOWN_PAIRS)]
 
 
-def _contact_sheets(
-    survey: _Survey, splits: Sequence[str | None], columns: Mapping[str, Sequence[str | None]]
-) -> list[str]:
+def _contact_sheets(survey: _Survey, splits: Sequence[str], columns: Mapping[str, Sequence[str | None]]) -> list[str]:
     """A sheet for each split, and for each class of each label column in it."""
     parts = ["<h2>Contact sheets</h2>"]
     for title, rows in _sheets(splits, columns):
@@ -430,12 +447,11 @@ def _contact_sheets(
     return parts
 
 
-def _sheets(splits: Sequence[str | None], columns: Mapping[str, Sequence[str | None]]) -> list[tuple[str, list[int]]]:
+def _sheets(splits: Sequence[str], columns: Mapping[str, Sequence[str | None]]) -> list[tuple[str, list[int]]]:
     """Titles and row numbers; by split alone where there are no labels to show."""
     shown = {name: values for name, values in columns.items() if len(set(values)) <= MAX_CLASSES}
-    told = ["no split" if split is None else split for split in splits]
     groups: dict[str, list[int]] = {}
-    for row, split in enumerate(told):
+    for row, split in enumerate(splits):
         for name, values in shown.items():
             if values[row] is not None:
                 groups.setdefault(f"{name} = {values[row]}, {split}", []).append(row)

@@ -104,9 +104,7 @@ def read_table(source: str | os.PathLike) -> RadiographTable:
         raise SpcxrError(f"{path}: no such file or folder")
     shards = sorted(path.glob("*.parquet"))
     if shards:
-        return RadiographTable(
-            pa.concat_tables([_read_shard(shard) for shard in shards], promote_options="default"), path.name
-        )
+        return join_tables([RadiographTable(_read_shard(shard), shard.name) for shard in shards], path.name)
     pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     if not pictures:
         raise SpcxrError(
@@ -116,6 +114,19 @@ def read_table(source: str | os.PathLike) -> RadiographTable:
     names = [str(picture.relative_to(path)) for picture in pictures]
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     return RadiographTable(pa.table({"image": pa.array(images, struct), "id": names}), path.name)
+
+
+def join_tables(tables: Sequence[RadiographTable], name: str | None = None) -> RadiographTable:
+    """The rows of all, one after the other; a column that one lacks is null there.
+
+    Raises:
+        SpcxrError: a column has one type here and another there.
+    """
+    name = name or (tables[0].name if len(tables) == 1 else f"{len(tables)} files")
+    try:
+        return RadiographTable(pa.concat_tables([table.rows for table in tables], promote_options="default"), name)
+    except pa.ArrowException as error:
+        raise SpcxrError(f"{name}: the files do not fit together ({one_line(error)})") from error
 
 
 def _read_shard(path: Path) -> pa.Table:

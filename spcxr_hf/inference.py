@@ -39,7 +39,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .auto import register
-from .data import PICTURE_SUFFIXES, RadiographTable, read_table
+from .data import PICTURE_SUFFIXES, RadiographTable, join_tables, read_table
 from .errors import SpcxrError
 from .hub import BUNDLED, install_checkpoints
 from .plausibility import colourfulness, concerns
@@ -121,14 +121,17 @@ def _is_image(file: Path) -> bool:
 
 
 def table_of(words: Sequence[str | os.PathLike]) -> RadiographTable:
-    """A set out of one Parquet file, one folder, or whatever `find_sources` takes; ids are paths then.
+    """A set out of Parquet files, one folder, or whatever `find_sources` takes; ids are paths then.
 
     Raises:
         SpcxrError: there are no images.
     """
-    if len(words) == 1 and (Path(words[0]).is_dir() or Path(words[0]).suffix == ".parquet"):
+    if len(words) == 1 and Path(words[0]).is_dir():
         return read_table(words[0])
     sources = find_sources(words)
+    shards = [source.path for source in sources if source.path.suffix == ".parquet"]
+    if shards and len(shards) == len(sources):
+        return join_tables([read_table(shard) for shard in shards])
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     cells = [{"bytes": None, "path": str(source.path)} for source in sources]
     rows = {"image": pa.array(cells, struct), "id": [str(source.path) for source in sources]}

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -14,6 +15,7 @@ from spcxr_hf import audit as module
 from spcxr_hf.audit import audit
 from spcxr_hf.data import RadiographTable, read_table
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.inference import table_of
 from tests.made_up import STRUCT, encoded, write_set
 from tests.test_leaks import crop, radiograph
 
@@ -141,6 +143,27 @@ def test_the_page_holds_the_facts_and_its_pictures(page, folder):
     assert (192, 96) in sheets  # the pair
     assert any("label = viral, train" in text for text in page.text)
     assert sorted(path.name for path in folder.iterdir()) == ["audit.html", "audit.json"]
+
+
+def test_a_split_column_of_another_name_is_named(table, tmp_path):
+    rows = RadiographTable(table.rows.append_column("kept", pa.array([True] * 5 + [False] * 3)), "made")
+    numbers = audit(rows, tmp_path, split_column="kept", label_columns=["label"], images=False)
+    page = Page((tmp_path / "audit.html").read_text(encoding="utf-8"))
+    assert numbers["split_column"] == "kept"
+    assert ["kept", "images"] in page.rows and ["label", "kept = True", "kept = False", "all"] in page.rows
+    assert any("label = viral, kept = True" in text for text in page.text)
+    assert ["width", "141", "160", "160"] in page.rows  # the median, too, without decimals
+
+
+def test_several_parquet_files_by_a_pattern(tmp_path):
+    for name in ("a", "b"):
+        write_set(tmp_path / f"{name}.parquet", ["train", "val"])
+    assert len(table_of([str(tmp_path / "*.parquet")])) == 4
+    assert len(table_of([str(tmp_path / "a.parquet")])) == 2
+    rows = read_table(tmp_path / "a.parquet").rows.select(["image"]).append_column("id", [[1, 2]])
+    pq.write_table(rows, tmp_path / "c.parquet")
+    with pytest.raises(SpcxrError, match="the files do not fit together"):
+        table_of([str(tmp_path / "*.parquet")])
 
 
 def test_no_value_becomes_mark_up(page, folder):
