@@ -20,6 +20,9 @@
 | `source` | the archive, and after a slash the origin that it names |
 | `licence` | of the archive, or of the image, where the archive names one; to be checked at the source |
 
+The readers here and not torchxrayvision's stand behind a folder: they keep the official split, the file as it is and
+the terms, which its objects do not tell; one of its objects is taken too (`read_torchxrayvision`, the extra `xrv`).
+
 Nothing is decoded and no header is read: images are looked for, not opened. What each archive gives, and where a label
 is missing rather than absent, is said at its reader.
 """
@@ -48,6 +51,7 @@ from .manifests import (
     age_of,
     check_unique,
     find_files,
+    is_torchxrayvision,
     numbers,
     radiographs,
     read_dataset,
@@ -55,6 +59,7 @@ from .manifests import (
     read_manifest,
     read_rows,
     read_shards,
+    read_torchxrayvision,
     row_number,
     sex_of,
     split_of,
@@ -95,7 +100,8 @@ def read_set(source: Any, **options: Any) -> RadiographTable:
     Args:
         source: A manifest (.csv, .tsv, .parquet with a column `path`); a Parquet shard or a folder of them; a .tar or
             a folder of them; a public archive; a folder that `datasets` saved; a folder of pictures; a
-            `datasets.Dataset` or `DatasetDict`; the id of a set of the Hub (`owner/name`).
+            `datasets.Dataset` or `DatasetDict`; a data set of torchxrayvision; the id of a set of the Hub
+            (`owner/name`).
         **options: For the reader that it comes to: `read_manifest`, `read_archive`, `read_folder`, `read_shards` or
             `read_dataset`.
 
@@ -103,7 +109,7 @@ def read_set(source: Any, **options: Any) -> RadiographTable:
         SpcxrError: nothing is there, or the reader refuses it.
     """
     if not isinstance(source, str | os.PathLike):
-        return read_dataset(source, **options)
+        return read_torchxrayvision(source) if is_torchxrayvision(source) else read_dataset(source, **options)
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.suffix:
         return read_dataset(str(source), **options)
