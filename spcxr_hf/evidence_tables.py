@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 NOT_RUN = "not run"
+NOTHING = "Not run."
 REACHED, MISSED, OPEN = "reached", "missed", "open: cells not run"
 FEW = 0.1  # the largest share of the labels that counts as few
 POINTS_ONCE, POINTS_ALWAYS = 0.25, 0.05  # of balanced accuracy
@@ -126,8 +127,7 @@ def comparison_table(results: Results, tasks: Sequence[str] | None = None) -> st
     """A row for each task and share of the labels: balanced accuracy of every init, the difference, AUROC."""
     inits, (ours, floor) = results["inits"], (results["compare"][name] for name in ("ours", "floor"))
     heads = [f"{figure}, {init}" for figure in ("balanced accuracy", "AUROC") for init in inits]
-    lines = [_row(["task", "labels", *heads[: len(inits)], f"{ours} - {floor}", *heads[len(inits) :]])]
-    lines.append(_row(["---"] * (3 + len(heads))))
+    head, rows = ["task", "labels", *heads[: len(inits)], f"{ours} - {floor}", *heads[len(inits) :]], []
     for task, entry in _chosen(results, tasks):
         for fraction, setting in entry["fractions"].items():
             cells = [
@@ -140,15 +140,15 @@ def comparison_table(results: Results, tasks: Sequence[str] | None = None) -> st
             difference = _dig(setting, "differences", f"{ours} - {floor}", entry["main"], "balanced_accuracy")
             labels = setting.get("labels")
             share = _percent(float(fraction)) + (f" ({labels})" if labels else "")
-            lines.append(_row([task, share, *cells[0], _points(difference), *cells[1]]))
-    return "\n".join(lines)
+            rows.append([task, share, *cells[0], _points(difference), *cells[1]])
+    return _table(head, rows, 2)
 
 
 def other_reports_table(results: Results, tasks: Sequence[str] | None = None) -> str:
     """Every report but the main one: other hospitals, other ages; a row for each figure."""
     inits = results["inits"]
     ours, floor = (results["compare"][name] for name in ("ours", "floor"))
-    lines = [_row(["task", "on", "labels", "figure", *inits, f"{ours} - {floor}"]), _row(["---"] * (5 + len(inits)))]
+    head, rows = ["task", "labels", "on", "figure", *inits, f"{ours} - {floor}"], []
     for task, entry in _chosen(results, tasks):
         for fraction, setting in entry["fractions"].items():
             for report, names in entry["reports"].items():
@@ -160,48 +160,48 @@ def other_reports_table(results: Results, tasks: Sequence[str] | None = None) ->
                         for init in inits
                     ]
                     difference = _dig(setting, "differences", f"{ours} - {floor}", report, figure)
-                    words = [task, report, _percent(float(fraction)), _figure_name(figure)]
-                    lines.append(_row([*words, *cells, _points(difference)]))
-    return "\n".join(lines)
+                    words = [task, _percent(float(fraction)), report, _figure_name(figure)]
+                    rows.append([*words, *cells, _points(difference)])
+    return _table(head, rows, 4)
 
 
 def probe_table(results: Results) -> str:
     """Linear probe and k-NN on frozen features: a row for each task, method and share of the labels."""
     probing = results.get("probing", {})
     models, tasks = probing.get("models", []), probing.get("tasks", {})
-    lines = [_row(["task", "method", "labels", "metric", *models]), _row(["---"] * (4 + len(models)))]
+    head, rows = ["task", "method", "labels", "metric", *models], []
     for task, metric in tasks.items():
         for method in probing["methods"]:
             for fraction in probing["fractions"]:
                 values = [_probe_value(results, model, task, method, fraction) for model in models]
                 cells = [NOT_RUN if value is None else f"{value:.3f}" for value in values]
-                if any(value is not None for value in values):
-                    lines.append(_row([task, _method_name(method), _percent(float(fraction)), metric, *cells]))
-    return "\n".join(lines) if len(lines) > 2 else f"Frozen features: {NOT_RUN}."
+                rows.append([task, _method_name(method), _percent(float(fraction)), metric, *cells])
+    return _table(head, rows, 4)
 
 
 def ablation_table(results: Results) -> str:
     """Short pretrainings, each other in one thing, by a linear probe."""
     entries = results.get("ablations", {}).get("variants", {})
     tasks = results.get("ablations", {}).get("tasks", [])
-    if not entries:
-        return f"Ablations: {NOT_RUN}."
-    lines = [_row(["variant", *tasks]), _row(["---"] * (1 + len(tasks)))]
-    for name, found in entries.items():
-        lines.append(_row([name, *(NOT_RUN if found is None else f"{found[task]:.3f}" for task in tasks)]))
-    return "\n".join([*lines, "", results["ablations"]["setting"]])
+    if not any(entries.values()):
+        return NOTHING
+    rows = [
+        [name, *(NOT_RUN if found is None else f"{found[task]:.3f}" for task in tasks)]
+        for name, found in entries.items()
+    ]
+    return "\n\n".join([_table(["variant", *tasks], rows, 1), results["ablations"]["setting"]])
 
 
 def cost_table(results: Results) -> str:
     """What the trainings took."""
-    lines = [_row(["training", "device", "minutes", "images/s", "energy"]), _row(["---"] * 5)]
+    rows = []
     for name, cost in results["cost"]["trainings"].items():
         if cost is None:
-            lines.append(_row([name, *[NOT_RUN] * 4]))
+            rows.append([name, *[NOT_RUN] * 4])
             continue
         energy = f"{cost['energy_wh']:.0f} Wh" if cost.get("energy_wh") else "not read"
-        lines.append(_row([name, cost["device"], f"{cost['minutes']:.1f}", f"{cost['images_per_second']:.1f}", energy]))
-    return "\n".join(lines)
+        rows.append([name, cost["device"], f"{cost['minutes']:.1f}", f"{cost['images_per_second']:.1f}", energy])
+    return _table(["training", "device", "minutes", "images/s", "energy"], rows, 1)
 
 
 def goal_table(results: Results) -> str:
@@ -212,6 +212,21 @@ def goal_table(results: Results) -> str:
 
 def _chosen(results: Results, tasks: Sequence[str] | None) -> list[tuple[str, Any]]:
     return [(task, entry) for task, entry in results["fine_tuning"].items() if tasks is None or task in tasks]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], names: int) -> str:
+    """A Markdown table; the first `names` cells of a row say what it is.
+
+    Rows and columns in which nothing was run are named in a line below it, so that the figures stand close together.
+    """
+    known = [row for row in rows if set(row[names:]) != {NOT_RUN}]
+    if not known:
+        return NOTHING
+    columns = [at for at in range(len(head)) if at < names or any(row[at] != NOT_RUN for row in known)]
+    absent = [" ".join(row[: min(names, 2)]) for row in rows if row not in known]
+    absent += [head[at] for at in range(len(head)) if at not in columns]
+    lines = [_row([row[at] for at in columns]) for row in (head, ["---"] * len(head), *known)]
+    return "\n".join([*lines, *(["", f"Not run: {'; '.join(dict.fromkeys(absent))}."] if absent else [])])
 
 
 def _row(cells: Sequence[str]) -> str:
