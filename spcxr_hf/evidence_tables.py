@@ -193,7 +193,9 @@ def ablation_table(results: Results) -> str:
 
 
 def cost_table(results: Results) -> str:
-    """What the trainings took."""
+    """What the trainings took, where their runs' folders are there to tell."""
+    if not any(results["cost"]["trainings"].values()):
+        return "Not measured."
     rows = []
     for name, cost in results["cost"]["trainings"].items():
         if cost is None:
