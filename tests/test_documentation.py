@@ -29,7 +29,7 @@ from spcxr_hf.recipe import parse_arguments, read_recipe
 from tests.common import TINY
 from tests.made_up import picture
 from tests.phantom import draw_chest
-from training_scripts import benchmark, checkpoint_table, evidence
+from training_scripts import benchmark, benchmark_onnx, checkpoint_table, compat, evidence
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
@@ -204,7 +204,11 @@ def test_tables_are_what_their_results_say(tmp_path):
     benchmark.main(["--render", str(page), "--results", str(ROOT / "training_scripts" / "results")])
     for results in sorted((ROOT / "training_scripts" / "results").glob("evidence_*.json")):
         evidence.main(["--results", str(results), "--render", str(page)])
+    compat.main(["--render", str(page)])
     assert page.read_text(encoding="utf-8") == README.read_text(encoding="utf-8")
+    shutil.copyfile(GUIDES, page)
+    benchmark_onnx.main(["--render", str(page)])
+    assert page.read_text(encoding="utf-8") == GUIDES.read_text(encoding="utf-8")
 
 
 def test_checkpoints_that_are_there_have_a_row(tmp_path):
