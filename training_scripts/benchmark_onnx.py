@@ -277,7 +277,8 @@ def decisions(source: Source, logits: torch.Tensor, multi_label: bool) -> torch.
 
 def judge_lungs(arguments: Arguments, source: Source, compute: Compute, table: RadiographTable) -> tuple[int, Figures]:
     """Mean Dice of the lung masks, each at its image's own size."""
-    lung = source.model.config.label2id.get("lung")
+    config: Any = source.model.config
+    lung = config.label2id.get("lung")
     if lung is None:
         raise SpcxrError(f"{source.name}: there is no 'lung' among its labels")
     table = table.where(str(arguments.split_column), arguments.split)
