@@ -104,6 +104,7 @@ print(refused)
 """
 
 
+@pytest.mark.slow
 def test_no_bit_of_a_footer_ends_the_process(tmp_path):
     """Found by `fuzz_reader.py`: of some damaged footers pyarrow throws where nobody can catch it."""
     image = pa.array([{"bytes": b"no picture", "path": None}], STRUCT)

@@ -388,6 +388,7 @@ def test_the_number_of_requests(hub, token, cards, unchecked):
     assert len(hub.requests) == UPDATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cut", "cut_upload", "cut_answer", "status"])
 @pytest.mark.parametrize("number", range(1, UPDATE + 1))
 def test_an_update_cut_at_any_request(hub, token, cards, unchecked, number, kind):
@@ -413,6 +414,7 @@ def test_an_update_cut_at_any_request(hub, token, cards, unchecked, number, kind
     assert len(repository.tags) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cut", "cut_answer"])
 @pytest.mark.parametrize("number", range(1, FIRST + 1))
 def test_a_first_publish_cut_at_any_request(hub, token, cards, unchecked, number, kind):

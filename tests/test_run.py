@@ -108,7 +108,8 @@ def wait_for_rows(output: Path, more: int, process) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("call", [0, *(pytest.param(call, marks=pytest.mark.slow) for call in (1, 2, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [0, 1, 2, 4])
 def test_a_run_killed_inside_the_writing_of_a_checkpoint(shard, whole, tmp_path, monkeypatch, call):
     """`call` counts the safetensors files of a checkpoint: 0 dies before the first optimiser file, and so on."""
     save_file, calls = checkpoints.save_file, []
