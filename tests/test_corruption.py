@@ -25,6 +25,7 @@ def coverage(mask: torch.Tensor) -> torch.Tensor:
     return mask.float().mean(dim=(1, 2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masking", [DROP, REPLACE], ids=["drop", "replace"])
 @pytest.mark.parametrize("align", [1, 16])
 def test_coverage_has_mean_and_spread_of_a_plain_loop(masking, align):

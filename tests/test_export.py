@@ -119,6 +119,7 @@ class TestViT:
         with pytest.raises(ValueError, match="channel dimension"):
             AutoModel.from_pretrained(folder)(**values)
 
+    @pytest.mark.slow
     def test_it_loads_without_the_package(self, tmp_path):
         model = build(SpcxrModel)
         model.save_pretrained(tmp_path / "ours")

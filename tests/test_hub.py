@@ -324,6 +324,7 @@ def run_that_line(folder: Path, home: Path) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_auto_model_loads_the_id_offline_in_a_fresh_process(tmp_path):
     cards = make_stand_ins(tmp_path / "model_cards")
     moved = shutil.move(cards, tmp_path / "moved")

@@ -455,6 +455,7 @@ def files_that_hold(folder: Path, words: str) -> list[Path]:
 SLOW = [pytest.param(words, marks=pytest.mark.slow) for words in ("none", "no Hub")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["the Hub repeats it", *SLOW])
 def test_the_token_reaches_no_log_output_or_file(cards, tmp_path, trouble):
     """In a process of its own, with all that the client can say; a Hub, or a proxy, may repeat it in its answers."""

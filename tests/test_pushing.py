@@ -82,6 +82,7 @@ def test_each_state_arrives_and_checkpoints_may_go(hub, tmp_path):
     assert (tmp_path / "run" / "checkpoint-2" / "optimizer.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_newest_state_wins(hub, tmp_path):
     hub.faults = [Fault("slow", where="/repos/create", seconds=4.0)]
     pusher = BackgroundPusher("me/model")
@@ -123,6 +124,7 @@ def test_a_hub_in_trouble_does_not_matter_and_the_last_state_follows(hub, tmp_pa
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_what_was_not_pushed_is_kept_and_named(hub, tmp_path, capsys, caplog, monkeypatch):
     """The printed command pushes it later; the token is in nothing that was said or written."""
     token = next(iter(hub.tokens))

@@ -130,6 +130,7 @@ def test_a_run_killed_inside_the_writing_of_a_checkpoint(shard, whole, tmp_path,
     assert not list(tmp_path.glob(".*partial"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_end_saves_and_goes_on(shard, whole, tmp_path):
     process = start(pretrain.main, words(shard, tmp_path, *HARD, "--save_every", "1000"), tmp_path / "console")
     while not (tmp_path / "log.csv").is_file() and process.is_alive():
@@ -144,6 +145,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(shard, whole, tmp_path):
     assert contents(tmp_path) == contents(whole)
 
 
+@pytest.mark.slow
 def test_a_tampered_checkpoint_is_named_and_passed_over(shard, whole, tmp_path):
     short = [*HARD, "--decay_steps", "20"]
     assert finish([start(pretrain.main, words(shard, tmp_path, *short, "--steps", "7"), tmp_path / "console")]) == [0]

@@ -654,6 +654,7 @@ def resident_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
 def test_a_hundred_times_the_rows(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(shards, "SAMPLES_PER_UNIT", GROUP)
