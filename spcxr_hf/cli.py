@@ -242,7 +242,8 @@ def _picture_job(images: list[str], pictures: Path, output: Path | None, stated:
     from .jobs import Job, picture_names
 
     sources = _find(images)
-    return Job(sources, output, stated, *options, picture_of=picture_names(sources, pictures))
+    # The options are the four between; mypy takes them for all that could follow.
+    return Job(sources, output, stated, *options, picture_of=picture_names(sources, pictures))  # type: ignore[misc]
 
 
 def _png_saver(job: "Job") -> Any:

@@ -273,7 +273,7 @@ def _draw_groups(
     max_side: tuple[int, int],
     with_source: bool,
     generator: torch.Generator | None,
-) -> _Groups:
+) -> torch.Tensor | None:
     """Write groups into `mask` (B, rows, columns) until each image's share `target` (B,) of the cells is covered.
 
     Returns `source`, see `_Groups`; None if it is not asked for.

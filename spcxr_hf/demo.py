@@ -120,7 +120,7 @@ def check_output(output: Path) -> None:
         raise SpcxrError(f"the picture needs matplotlib: {GET_DEMO}") from error
 
 
-def install(checkpoints: Path) -> None:
+def install(checkpoints: Path | None) -> None:
     """Put the checkpoints of a folder into the local Hub cache, and see that those the demo needs are there."""
     installed = [checkpoint.repo_id for checkpoint in install_checkpoints(checkpoints)]
     for repo_id in (BASE, LUNGS):
@@ -194,7 +194,7 @@ def segment_lungs(lungs: Loaded, radiograph: Image.Image) -> torch.Tensor:
     """True where lung is, (height, width) of the radiograph itself."""
     labels = lungs.model.config.label2id or {}
     if "lung" not in labels:
-        raise SpcxrError(f"{lungs.repo_id} names no label 'lung'; it has {', '.join(labels)}")
+        raise SpcxrError(f"{lungs.name} names no label 'lung'; it has {', '.join(labels)}")
     inputs: BatchFeature = lungs.processor(radiograph, return_tensors="pt")
     outputs = lungs.model(**inputs)
     size = (radiograph.height, radiograph.width)

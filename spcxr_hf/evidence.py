@@ -69,7 +69,7 @@ class Report:
         """
         rows = table.where(self.split_column, self.split)
         number = {label: self._number(name) for name, labels in self.classes.items() for label in labels}
-        found = [number.get(_word(cell), -1) for cell in rows.column(self.label_column)]
+        found = [number.get(_word(cell) or "", -1) for cell in rows.column(self.label_column)]
         kept = [one >= 0 for one in found]
         if not any(kept):
             raise SpcxrError(f"{rows.name}: no row has a label in {self.label_column} that is one of the classes")

@@ -107,7 +107,7 @@ class Judge:
                 report = report_of(spec, spec["reports"][name])
                 rows, labels = report.select(read_rows(self.data, spec.get("exclude")))
                 size = section.get("settings", {}).get("stored_size", 256)
-                unknown = [None] * len(rows)
+                unknown: list[Any] = [None] * len(rows)
                 patients = rows.column("patient") if "patient" in rows.rows.column_names else unknown
                 groups = rows.column(report.within[0]) if report.within else unknown
                 empty = Predictions(rows.ids, patients, groups, labels, np.empty(0))
@@ -232,7 +232,7 @@ def _collect_setting(
     for other in (names["floor"], names["peer"]):
         pair = [drawn.get(one, {}) for one in (names["ours"], other)]
         sides = {name: [{seed: one[name] for seed, one in side.items()} for side in pair] for name in reports}
-        differences = {name: compare(*both) for name, both in sides.items()}
+        differences = {name: compare(both[0], both[1]) for name, both in sides.items()}
         if any(differences.values()):
             entry["differences"][f"{names['ours']} - {other}"] = differences
     return entry

@@ -157,7 +157,8 @@ def target_matrix(model: PreTrainedModel, target: Target, batch: int) -> torch.T
     targets = [target] * batch if isinstance(target, int | str) else list(target or [])
     if len(targets) != batch:
         raise SpcxrError(f"{len(targets)} targets for {batch} images")
-    matrix = torch.zeros(batch, model.config.num_labels, dtype=torch.bool)
+    count = len(model.config.id2label or {})
+    matrix = torch.zeros(batch, count, dtype=torch.bool)
     for row, one in enumerate(targets):
         matrix[row, _labels_of(model, one)] = True
     if not _is_sigmoid(model) and matrix.all(dim=1).any():
@@ -166,15 +167,15 @@ def target_matrix(model: PreTrainedModel, target: Target, batch: int) -> torch.T
 
 
 def _labels_of(model: PreTrainedModel, target: int | str) -> list[int]:
-    names = {str(name): int(number) for number, name in dict(model.config.id2label).items()}
+    names = {str(name): int(number) for number, name in (model.config.id2label or {}).items()}
     if isinstance(target, str):
         words = [target] if target in names else target.split(" + ")
         unknown = [word for word in words if word not in names]
         if unknown:
             raise SpcxrError(f"the model has no label {unknown[0]!r}; it has {', '.join(names)}")
         return [names[word] for word in words]
-    if not 0 <= target < model.config.num_labels:
-        raise SpcxrError(f"the model has no label {target}; it has {model.config.num_labels}")
+    if not 0 <= target < len(model.config.id2label or {}):
+        raise SpcxrError(f"the model has no label {target}; it has {len(model.config.id2label or {})}")
     return [target]
 
 
@@ -189,7 +190,7 @@ def _is_sigmoid(model: PreTrainedModel) -> bool:
     return model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
 
 
-def _run(model: PreTrainedModel, pixels: torch.Tensor) -> Any:
+def _run(model: torch.nn.Module, pixels: torch.Tensor) -> Any:
     # A request for the weights makes the blocks go eager, in this call alone.
     return model(pixels, output_attentions=True, return_dict=True)
 

@@ -103,7 +103,7 @@ def _draw_curves(
     x_label: str,
     y_label: str,
     area: str,
-    place: str,
+    place: Any,
 ) -> Figure:
     figure, grid = _panels(list(panels), extra_height=0.0)
     for (title, curves), axes in zip(panels.items(), grid, strict=True):

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -274,7 +275,7 @@ def _send(
     commit = head
     if plan.changed:
         changed = (*plan.added, *plan.updated)
-        operations = [
+        operations: list[Any] = [
             *(CommitOperationAdd(name, _uploadable(prepared.content(name))) for name in changed),
             *(CommitOperationDelete(name, is_folder=False) for name in plan.deleted),
         ]

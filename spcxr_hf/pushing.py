@@ -114,7 +114,7 @@ class BackgroundPusher:
             return
         with self._changed:
             if self._closing:  # nobody would push it
-                older = state
+                older: _State | None = state
             else:
                 older, self._waiting = self._waiting, state
             self._changed.notify_all()

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -101,7 +101,7 @@ def _read_bytes(source: Any) -> "tuple[str, bytes | Dataset]":
         name, data = "the given bytes", bytes(source)
     # Not loaded: then it is no data set of pydicom's. (While a thread is loading it, the module has no such name yet.)
     elif isinstance(source, getattr(sys.modules.get("pydicom"), "Dataset", ())):
-        return "the DICOM dataset", source
+        return "the DICOM dataset", cast(Any, source)
     elif isinstance(source, (str, os.PathLike)) or hasattr(source, "read"):
         name, data = _read_file(source)
     else:

@@ -116,7 +116,7 @@ def _own_class(folder: Path, config: Any) -> Any:
 
 def summarise(outputs: Mapping[str, torch.Tensor]) -> dict[str, dict[str, list]]:
     """Shape, and up to 32 values spread evenly over it (first and last among them), of each tensor."""
-    summary = {}
+    summary: dict[str, dict[str, list]] = {}
     for name, tensor in outputs.items():
         flat = tensor.flatten()
         places = torch.linspace(0, flat.numel() - 1, min(VALUES, flat.numel())).long()

@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -24,7 +25,7 @@ from .errors import SpcxrError
 from .leaks import SAME_IMAGE, LeakError, Leaks, refuse_leaks
 
 SKIPPED_FILE = "skipped.csv"
-Processes = Accelerator | PartialState | None  # None: this process is alone
+Processes: TypeAlias = Accelerator | PartialState | None  # None: this process is alone
 
 
 @dataclass

@@ -58,7 +58,7 @@ class Predictor:
         config = loaded.model.config
         if config.problem_type == "regression":
             raise SpcxrError(f"{loaded.name}: a regression model gives no probabilities")
-        self.labels = [str(config.id2label[index]) for index in range(config.num_labels)]
+        self.labels = [str(name) for _, name in sorted((config.id2label or {}).items())]
         self.point, self.thresholds = choose_operating_point(config, operating_point)
         for target in self.thresholds:
             self._members(target)
@@ -100,7 +100,7 @@ def choose_operating_point(config: Any, name: str | None = None) -> tuple[str | 
     names = list(dict.fromkeys(known for thresholds in points.values() for known in thresholds))
     if name is not None and name not in names:
         raise SpcxrError(f"no operating point {name!r}; the checkpoint has {', '.join(names) or 'none'}")
-    chosen = name or getattr(config, "operating_point", None) or next(iter(names), None)
+    chosen: Any = name or getattr(config, "operating_point", None) or next(iter(names), None)
     return chosen, {target: values[chosen] for target, values in points.items() if chosen in values}
 
 
@@ -325,7 +325,8 @@ class Explainer:
         if self.target != "probable":
             return [self.target] * len(pixel_values)
         best = loaded.model(pixel_values).logits.argmax(dim=-1).tolist()
-        return [str(loaded.model.config.id2label[index]) for index in best]
+        names: Any = loaded.model.config.id2label
+        return [str(names[index]) for index in best]
 
     def _draw(self, loaded: Loaded, image: Prepared, target: str | None, relevance: torch.Tensor) -> Record:
         radiograph = read_radiograph(image.source.path, strict=None)

@@ -115,7 +115,8 @@ def _writer(output: Path | None, kind: str, resume: bool) -> Writer:
         if resume and output.exists():
             _cut_to_whole_lines(output)
         stream = output.open("a" if resume else "w", encoding="utf-8", newline="")
-    return {"jsonl": _JsonLines, "csv": _Csv, "table": _Table}[kind](stream, output)
+    kinds: dict[str, Any] = {"jsonl": _JsonLines, "csv": _Csv, "table": _Table}
+    return kinds[kind](stream, output)
 
 
 @contextmanager

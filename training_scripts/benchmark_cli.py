@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -66,7 +67,7 @@ def main() -> None:
 def make_files(folder: Path, count: int, side: int) -> list[Source]:
     """Smooth grey PNGs of random blobs."""
     random = np.random.default_rng(0)
-    sources = []
+    sources: list[Source] = []
     for number in range(count):
         path = folder / f"{number:06d}.png"
         if number < MADE_FILES:
@@ -80,7 +81,7 @@ def make_files(folder: Path, count: int, side: int) -> list[Source]:
     return sources
 
 
-def load(size: dict[str, int], side: int, device: torch.device) -> Loaded:
+def load(size: Mapping[str, Any], side: int, device: torch.device) -> Loaded:
     """A model of random weights."""
     torch.manual_seed(0)
     model = SpcxrModel(SpcxrConfig(image_size=side, **size)).eval().to(device)

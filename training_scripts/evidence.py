@@ -311,7 +311,9 @@ def make_cell(
 
     A value `$name` stands for the checkpoint of that name among the plan's `models`.
     """
-    words, settings, needs = [], {}, []
+    words: list[list[str]] = []
+    settings: dict[str, Any] = {}
+    needs: list[Path] = []
     for script, flags, trains in commands:
         resolved, own = {}, {}
         for flag, value in flags.items():

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -158,7 +158,7 @@ def predict(arguments: Arguments, run: Run, images: torch.Tensor) -> torch.Tenso
     own = parts[run.plan.process :: run.plan.processes]
     with run.averaged() as model:
         model.eval()
-        masks = [predict_part(arguments, run, model, part) for part in own]
+        masks = [predict_part(arguments, run, cast(SpcxrForSemanticSegmentation, model), part) for part in own]
         model.train()
     return torch.cat(run.collect(masks))
 

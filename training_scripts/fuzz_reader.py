@@ -318,9 +318,10 @@ def child(pipe: Connection) -> None:
     with open("/proc/self/statm") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + BYTES, taken + BYTES))
-    while (file := pipe.recv()) is not None:
+    while (mutated := pipe.recv()) is not None:
         started = time.perf_counter()
-        outcome = read(*file, processor)
+        kind, data = mutated
+        outcome = read(kind, data, processor)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         pipe.send((outcome, time.perf_counter() - started, peak))
     shutil.rmtree(tempfile.tempdir)

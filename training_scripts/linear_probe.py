@@ -268,7 +268,8 @@ def load_splits(
     for name, part in rows.items():
         check_labels(part, task, may_lack=name == "shift")  # images of other hospitals may lack a class
     check_split(table, task.split_column, arguments.allow_leaks, names, cache=arguments.cache)
-    splits, skipped = {}, {}
+    splits: dict[str, Any] = {}
+    skipped: dict[str, Any] = {}
     for name, part in rows.items():
         decoded = decode_set(part, size, arguments.cache, on_error=arguments.on_error)
         skipped |= decoded.skipped

@@ -156,6 +156,7 @@ class SpcxrAttention(nn.Module):
         attend: Callable = eager_attention_forward
         # The fused implementations never hold the weights: a request for them goes eager. (`get_interface` would do the
         # same, but breaks the graph under torch.compile of torch 2.6.)
+        # trf-ignore: TRF051
         if not need_weights and self.config._attn_implementation not in (None, "eager"):
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         context, weights = attend(
