@@ -345,11 +345,11 @@ def _read_cache(file: Path) -> tuple[np.ndarray, Sequence[int]] | None:
 def _write_cache(file: Path, pixels: np.ndarray, broken: list[int]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     if broken:  # first, so that pixels never stand there without it
-        _write_aside(file.with_suffix(".broken.json"), lambda stream: stream.write(json.dumps(broken).encode()))
-    _write_aside(file, lambda stream: np.save(stream, pixels))
+        write_aside(file.with_suffix(".broken.json"), lambda stream: stream.write(json.dumps(broken).encode()))
+    write_aside(file, lambda stream: np.save(stream, pixels))
 
 
-def _write_aside(file: Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_aside(file: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write beside the file's place and put it there when it is whole: another process sees all of it or nothing."""
     partial = file.with_suffix(f".{os.getpid()}.partial")
     with partial.open("wb") as stream:

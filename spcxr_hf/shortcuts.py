@@ -12,6 +12,7 @@ from .errors import SpcxrError
 from .metrics import auroc
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the logistic regression
+SMALLEST_LUNGS = 0.05  # share of the image below which lungs count as not found
 Features = Callable[[torch.Tensor], np.ndarray]  # images (n, 1, S, S) uint8 -> (n, features)
 Classify = Callable[[np.ndarray], np.ndarray]  # (n, features) -> probabilities (n, classes)
 
@@ -121,6 +122,20 @@ def filled(images: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     """Images (n, 1, S, S) uint8 with their own mean where `where` (n, S, S) is true."""
     mean = images.float().mean(dim=(2, 3), keepdim=True).round().to(torch.uint8)
     return torch.where(where[:, None], mean, images)
+
+
+def lungs_alone(
+    images: torch.Tensor, lungs: torch.Tensor, share: float = 1.0, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Images (n, 1, S, S) uint8 with all but their lungs (n, S, S) filled with the image's mean, or as they are.
+
+    Args:
+        share: The probability that an image is filled. One whose lungs were not found stays as it is.
+        generator: For the draw, on the images' device.
+    """
+    chosen = torch.rand(len(images), generator=generator, device=images.device) < share
+    chosen &= lungs.float().mean(dim=(1, 2)) >= SMALLEST_LUNGS
+    return filled(images, chosen[:, None, None] & ~lungs)
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------

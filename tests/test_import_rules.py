@@ -55,6 +55,7 @@ FLOORS = {
         "data",
         "masks",
         "sampling",
+        "segmenter",
         "sets",
         "splits",
         "leaks",

@@ -23,11 +23,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.archives import read_set
-from spcxr_hf.encoders import LOADING_ERRORS
 from spcxr_hf.explain import METHODS, PerturbationCurves, deletion_insertion, draw_explanation, explain, share_inside
 from spcxr_hf.figures import draw_contact_sheet, draw_perturbation, save_figure
 from spcxr_hf.labels import parse_classes
@@ -44,6 +42,7 @@ from spcxr_hf.predicting import (
 )
 from spcxr_hf.recipe import parse_arguments
 from spcxr_hf.report import software
+from spcxr_hf.segmenter import Segmenter, load_segmenter
 
 SHOWN = 8  # images in the picture of the maps
 
@@ -103,18 +102,6 @@ def check(arguments: Arguments) -> None:
             raise SpcxrError(f"{name} must be at least {least}; got {getattr(arguments, name)}")
 
 
-def load_segmenter(source: str, device: torch.device) -> tuple[Any, Any]:
-    """A segmentation model with a label `lung`, and its image processor."""
-    try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(source, use_safetensors=True)
-        processor = AutoImageProcessor.from_pretrained(source)
-    except LOADING_ERRORS as error:
-        raise SpcxrError(f"{source}: no segmentation model ({' '.join(str(error).split())[:240]})") from error
-    if "lung" not in (model.config.label2id or {}):
-        raise SpcxrError(f"{source}: names no label 'lung'")
-    return model.to(device).eval(), processor
-
-
 def select(arguments: Arguments, model: Any) -> LabelledRows:
     """The images to look at."""
     classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
@@ -131,17 +118,16 @@ def select(arguments: Arguments, model: Any) -> LabelledRows:
     return rows.where(kept)
 
 
-def prepare(rows: LabelledRows, processor: Any, segmenter: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def prepare(rows: LabelledRows, processor: Any, segmenter: Segmenter | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Pixel values (n, C, H, W), and the lungs of each image at the segmentation model's size; none without it."""
     pixels, masks = [], []
     for image in tqdm(open_images(rows.table), total=len(rows), desc="reading", unit="image"):
         pixels.append(processor(image, return_tensors="pt").pixel_values)
         if segmenter is not None:
-            network, its_processor = segmenter
-            inputs = its_processor(image, return_tensors="pt").to(network.device)
+            inputs = segmenter.processor(image, return_tensors="pt").to(segmenter.model.device)
             with torch.no_grad():
-                found = network(**inputs).logits.argmax(dim=1)[0]
-            masks.append((found == network.config.label2id["lung"]).cpu())
+                found = segmenter.model(**inputs).logits.argmax(dim=1)[0]
+            masks.append((found == segmenter.lung).cpu())
     return torch.cat(pixels), masks
 
 

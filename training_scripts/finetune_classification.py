@@ -7,6 +7,8 @@ Started again with the same command, it goes on from its newest checkpoint. `--f
 network without pretraining, `--freeze_encoder true` the head alone, `--lora_rank 8` adapters in every linear layer of
 the encoder and the head. `--model` puts another family in SPCXR's place: what AutoModelForImageClassification loads.
 `--seeds 0 1 2` makes a run of each, in `output/seed-<n>`, and `output/results.json` with means and deviations.
+`--lungs MODEL --fill_outside 0.5` hides all but the lungs in half of the views, so that the model learns to do without
+what lies outside; it is then chosen by the mean of its figures on whole images and on lungs alone.
 
 The model is chosen on the rows `val`; nothing is learned from `test` and `shift`, or measured on them: `evaluate.py`
 reports them. A split that leaks between any of them is refused (`--allow_leaks`, `--exclude`).
@@ -47,7 +49,9 @@ from spcxr_hf.probing import choose_linear_head, head_input, put_head
 from spcxr_hf.recipe import parse_arguments, save_recipe
 from spcxr_hf.run import Run, learning_rate_schedule
 from spcxr_hf.sampling import balanced, draw_rows, select
+from spcxr_hf.segmenter import Segmenter, find_lungs, load_segmenter
 from spcxr_hf.sets import SplitArguments, check_split, list_skipped, read_rows, tell_skipped
+from spcxr_hf.shortcuts import lungs_alone
 
 
 @dataclass
@@ -83,6 +87,12 @@ class Arguments(AugmentationArguments, SplitArguments, ClassifierArguments):
     head_from_probe: bool = field(
         default=False,
         metadata={"help": "start with a logistic regression on the encoder's features as the head (LP-FT)"},
+    )
+    lungs: str | None = field(
+        default=None, metadata={"help": "folder or Hub id of a segmentation model with a label `lung`"}
+    )
+    fill_outside: float = field(
+        default=0.0, metadata={"help": "share of the views in which all but the lungs is filled with the image's mean"}
     )
     patience: int = field(
         default=0, metadata={"help": "end after so many checkpoints in a row that are no better on val; 0: never"}
@@ -157,6 +167,10 @@ def check_ranges(arguments: Arguments) -> None:
         raise SpcxrError(f"label_fraction must lie in (0, 1]; got {arguments.label_fraction}")
     if not 0 <= arguments.label_smoothing < 1:
         raise SpcxrError(f"label_smoothing must lie in [0, 1); got {arguments.label_smoothing}")
+    if not 0 <= arguments.fill_outside <= 1:
+        raise SpcxrError(f"fill_outside must lie in [0, 1]; got {arguments.fill_outside}")
+    if bool(arguments.fill_outside) != bool(arguments.lungs):
+        raise SpcxrError("lungs (a segmentation model) and fill_outside (above 0) go together")
     for name in ("mixup", "cutmix", "lora_rank", "patience"):
         if getattr(arguments, name) < 0:
             raise SpcxrError(f"{name} must be at least 0; got {getattr(arguments, name)}")
@@ -210,8 +224,11 @@ def load_sets(arguments: Arguments, run: Run) -> tuple[list[str], RadiographSet,
     check_split(
         table, arguments.split_column, arguments.allow_leaks, processes=run.accelerator, cache=arguments.cache_folder
     )
+    segmenter = load_segmenter(arguments.lungs, run.accelerator.device) if arguments.lungs else None
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
-        (training, lost), (validation, lost_of_val) = (load_set(arguments, split, classes) for split in splits)
+        (training, lost), (validation, lost_of_val) = (
+            load_set(arguments, split, classes, segmenter) for split in splits
+        )
     if run.is_main:
         list_skipped(run.output, lost | lost_of_val)
     training = draw_labels(arguments, training, list(classes))
@@ -223,9 +240,12 @@ def load_sets(arguments: Arguments, run: Run) -> tuple[list[str], RadiographSet,
 
 
 def load_set(
-    arguments: Arguments, table: RadiographTable, classes: dict[str, list[str]]
+    arguments: Arguments, table: RadiographTable, classes: dict[str, list[str]], segmenter: Segmenter | None
 ) -> tuple[RadiographSet, dict[str, str]]:
-    """Decode the images of a split that have a label; id -> cause of those that are broken and skipped."""
+    """Decode the images of a split that have a label; id -> cause of those that are broken and skipped.
+
+    The set's columns are "targets" (n, classes) and, with a segmentation model, "lungs" (n, S, S).
+    """
     cells = table.column(arguments.label_column)
     targets = torch.tensor([targets_of(cell, classes, arguments.multi_label) for cell in cells])
     known = ~targets.isnan().all(dim=1)
@@ -234,6 +254,10 @@ def load_set(
     kept = RadiographTable(table.rows.filter(pa.array(known.tolist())), table.name)
     decoded = decode_set(kept, arguments.stored_size, arguments.cache_folder, on_error=arguments.on_error)
     columns = {"targets": targets[known][decoded.rows]}
+    if segmenter is not None:
+        columns["lungs"] = find_lungs(
+            segmenter, decoded, arguments.cache_folder, bf16=arguments.mixed_precision == "bf16"
+        )
     return RadiographSet(decoded.images, decoded.table.ids, columns), decoded.skipped
 
 
@@ -270,10 +294,12 @@ def fit_head(
     training: RadiographSet,
     validation: RadiographSet,
 ) -> None:
-    """Give the model the head of a logistic regression on its features of the images as they are."""
-    sets = [
-        (embed(run, model, pixels, images.images), images.columns["targets"].cpu()) for images in (training, validation)
-    ]
+    """Give the model the head of a logistic regression on its features of the images, whole and as lungs alone."""
+    sets = []
+    for images in (training, validation):
+        kinds = versions(images).values()
+        features = torch.cat([embed(run, model, pixels, kind) for kind in kinds])
+        sets.append((features, images.columns["targets"].cpu().repeat(len(kinds), 1)))
     is_balanced = "balanced" in (arguments.class_weights, arguments.sampling)
     weights = class_weights(training.columns["targets"], is_balanced, arguments.multi_label)
     put_head(model, choose_linear_head(sets[0], sets[1], arguments.multi_label, weights))
@@ -295,12 +321,23 @@ def embed(run: Run, model: PreTrainedModel, pixels: Pixels, images: torch.Tensor
 # ---- training --------------------------------------------------------------------------------------------------
 
 
+def versions(images: RadiographSet) -> dict[str, torch.Tensor]:
+    """The images (n, 1, S, S) of a set: `whole`, and where their lungs are known `lungs`, all else filled."""
+    whole = {"whole": images.images}
+    return (
+        whole | {"lungs": lungs_alone(images.images, images.columns["lungs"])} if "lungs" in images.columns else whole
+    )
+
+
 def draw_views(
     arguments: Arguments, pixels: Pixels, micro_batch: MicroBatch, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random views of these images, mixed or not: pixel_values (B, C, S, S) and targets (B, classes)."""
-    generator = torch.Generator(micro_batch.images.device).manual_seed(micro_batch.seed)
-    views = pixels.normalise(arguments.views(arguments.image_size)(micro_batch.images, generator))
+    images = micro_batch.images
+    generator = torch.Generator(images.device).manual_seed(micro_batch.seed)
+    if arguments.fill_outside:
+        images = lungs_alone(images, micro_batch.columns["lungs"], arguments.fill_outside, generator)
+    views = pixels.normalise(arguments.views(arguments.image_size)(images, generator))
     views, targets = mix(views, micro_batch.columns["targets"], arguments.mixup, arguments.cutmix, micro_batch.seed)
     return views.to(device), targets.to(device)
 
@@ -311,7 +348,9 @@ def train(arguments: Arguments, run: Run, pixels: Pixels, training: RadiographSe
     weights = class_weights(
         training.columns["targets"], arguments.class_weights == "balanced", arguments.multi_label
     ).to(run.accelerator.device)
-    columns = [f"val_{name}" for name in (MULTI_LABEL_METRICS if arguments.multi_label else METRICS)]
+    seen = versions(validation)
+    metrics = MULTI_LABEL_METRICS if arguments.multi_label else METRICS
+    columns = [column(version, name) for version in seen for name in metrics]
     for step, micro_batches in run.steps(training):
         for micro_batch in micro_batches:
             pixel_values, targets = draw_views(arguments, pixels, micro_batch, run.accelerator.device)
@@ -323,21 +362,36 @@ def train(arguments: Arguments, run: Run, pixels: Pixels, training: RadiographSe
         run.update(learning_rate(step), arguments.weight_decay)
         run.scores = dict.fromkeys(columns, "")
         if run.is_due:
-            validate(arguments, run, pixels, validation)
+            validate(arguments, run, pixels, validation, seen)
             if run.is_main:
                 run.draw_curves({"loss": "loss", "loss on val": "val_loss", "AUROC on val": "val_auroc"})
 
 
-def validate(arguments: Arguments, run: Run, pixels: Pixels, validation: RadiographSet) -> None:
-    """Measure the model on val, and keep it if it is the best so far."""
-    logits = predict(arguments, run, pixels, validation.images)
-    figures = measure(logits, validation.columns["targets"], arguments.multi_label)
+def validate(
+    arguments: Arguments, run: Run, pixels: Pixels, validation: RadiographSet, seen: dict[str, torch.Tensor]
+) -> None:
+    """Measure the model on the versions of val that it is chosen by, and keep it if it is the best so far."""
+    targets = validation.columns["targets"]
+    figures = {
+        name: measure(predict(arguments, run, pixels, images), targets, arguments.multi_label)
+        for name, images in seen.items()
+    }
     sign = -1 if arguments.metric == "loss" else 1  # the engine's best is the highest
-    run.keep_best(f"val_{arguments.metric}", sign * figures[arguments.metric], arguments.patience)
-    run.scores = {f"val_{name}": "" if math.isnan(value) else round(value, 5) for name, value in figures.items()}
+    chosen_by = sum(found[arguments.metric] for found in figures.values()) / len(figures)
+    run.keep_best(f"val_{arguments.metric}", sign * chosen_by, arguments.patience)
+    run.scores = {
+        column(version, name): "" if math.isnan(value) else round(value, 5)
+        for version, found in figures.items()
+        for name, value in found.items()
+    }
     if arguments.final == "last" or run.state.get("best_step") == run.state["step"] + 1:
         run.state["figures"] = figures
         run.state["figures_step"] = run.state["step"] + 1
+
+
+def column(version: str, figure: str) -> str:
+    """What the log calls a figure on a version of val."""
+    return f"val_{figure}" if version == "whole" else f"val_{version}_{figure}"
 
 
 @torch.no_grad()
@@ -370,7 +424,8 @@ def describe(
         "train_images_by_class": dict(zip(labels, counts, strict=True)),
         "metric": arguments.metric,
         "step": run.state["figures_step"],
-        "val": run.state["figures"],
+        "val": run.state["figures"]["whole"],
+        **{f"val_{version}": found for version, found in run.state["figures"].items() if version != "whole"},
     }
 
 

@@ -31,12 +31,11 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.calibration import JOIN, target_columns, target_values, to_probabilities
 from spcxr_hf.data import decode_images
-from spcxr_hf.encoders import LOADING_ERRORS
 from spcxr_hf.labels import parse_classes
 from spcxr_hf.metrics import bootstrap_draws, classification_report, patient_groups, write_results
 from spcxr_hf.predicting import (
@@ -49,12 +48,12 @@ from spcxr_hf.predicting import (
     select_rows,
 )
 from spcxr_hf.recipe import parse_arguments, read_recipe
+from spcxr_hf.segmenter import load_segmenter
 from spcxr_hf.sets import read_rows
-from spcxr_hf.shortcuts import FEATURES, Features, aurocs, boxes, choose_probe, filled
+from spcxr_hf.shortcuts import FEATURES, SMALLEST_LUNGS, Features, aurocs, boxes, choose_probe, filled
 
 AGAINST = " / "  # between two classes whose images alone are compared
 LUNGS = Path(__file__).resolve().parent.parent / "model_cards" / "lung-segmentation"
-SMALLEST = 0.05  # share of the image below which lungs count as not found
 VARIANTS = {
     "model": "the model on whole images",
     "thumbnail_16": "logistic regression on 16 x 16 grey values",
@@ -125,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
     fill_in(arguments)
     model, processor = load_judged(arguments.model, arguments.device)
-    segmenter = load_segmenter(arguments)
+    segmenter = load_segmenter(arguments.lungs, arguments.device)
     task = define_task(arguments, model)
     splits = select(arguments, task)
 
@@ -134,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for name in arguments.splits:
         rows = splits[name]
         images = decode_images(rows.table, arguments.stored_size, arguments.cache_folder)
-        masks = find_lungs(arguments, *segmenter, images)
+        masks = segmenter.find(images, arguments.batch_size, arguments.bf16)
         scores = judge(arguments, task, model, processor, images, masks)
         scores |= {variant: probe(images) for variant, probe in probes.items()}
         result["splits"][name] = report(arguments, task, rows, {key: scores[key] for key in VARIANTS}, masks)
@@ -205,34 +204,6 @@ def fit_probes(arguments: Arguments, task: Task, splits: Mapping[str, LabelledRo
 # ---- masked images ---------------------------------------------------------------------------------------------
 
 
-def load_segmenter(arguments: Arguments) -> tuple[PreTrainedModel, Any, int]:
-    """The segmentation model, its image processor and the number of its label `lung`."""
-    try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(arguments.lungs, use_safetensors=True)
-        processor = AutoImageProcessor.from_pretrained(arguments.lungs)
-    except LOADING_ERRORS as error:
-        raise SpcxrError(f"{arguments.lungs}: no segmentation model ({' '.join(str(error).split())[:240]})") from error
-    labels = dict(model.config.label2id or {})
-    if "lung" not in labels:
-        raise SpcxrError(f"{arguments.lungs}: its labels are {', '.join(labels)}; there is no 'lung' among them")
-    return model.to(arguments.device).eval(), processor, labels["lung"]
-
-
-@torch.no_grad()
-def find_lungs(
-    arguments: Arguments, model: PreTrainedModel, processor: Any, lung: int, images: torch.Tensor
-) -> torch.Tensor:
-    """Lungs of images (n, 1, S, S) uint8: (n, S, S) booleans."""
-    found = []
-    for part in tqdm(images.split(arguments.batch_size), desc="lungs", unit="batch"):
-        inputs = processor(pictures(part), return_tensors="pt").to(arguments.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=arguments.bf16):
-            outputs = model(**inputs)
-        sizes = [tuple(part.shape[-2:])] * len(part)
-        found += [(labels == lung).cpu() for labels in processor.post_process_semantic_segmentation(outputs, sizes)]
-    return torch.stack(found)
-
-
 def pictures(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(image[0].numpy()) for image in images]
 
@@ -294,7 +265,7 @@ def report(arguments: Arguments, task: Task, rows: LabelledRows, scores: Scores,
         "images": len(rows),
         "patients": len(set(groups)) if groups else None,
         "mean_lung_area": float(areas.mean()),
-        "images_without_lungs": int((areas < SMALLEST).sum()),
+        "images_without_lungs": int((areas < SMALLEST_LUNGS).sum()),
         "variants": {variant: {"targets": {}} for variant in scores},
     }
     if not task.multi_label:
