@@ -39,7 +39,8 @@ bench: $(VENV)/.has-test  ## Measure speed and memory (BENCH="--gmml_release CHE
 
 evidence: $(VENV)/.has-test  ## Run the grid of comparisons, where it stopped (EVIDENCE="--data DATA --models spcxr=CHECKPOINT")
 	$(BIN)/python training_scripts/evidence.py --grid training_scripts/recipes/evidence_cpu_112.yaml \
-		--output runs/evidence_cpu_112 --results training_scripts/results/evidence_cpu_112.json $(EVIDENCE)
+		--output runs/evidence_cpu_112 --kept training_scripts/results/evidence_cpu_112 \
+		--results training_scripts/results/evidence_cpu_112.json $(EVIDENCE)
 
 clean:  ## Remove the environment, the builds and the caches
 	rm -rf $(VENV) .compat build dist *.egg-info .*_cache

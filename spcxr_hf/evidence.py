@@ -182,7 +182,7 @@ def write_predictions(path: Path, reports: Mapping[str, Predictions]) -> None:
     ]
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.concat_tables(tables), partial)
+    pq.write_table(pa.concat_tables(tables), partial, compression="zstd")
     partial.replace(path)
 
 

@@ -30,10 +30,9 @@ from .evidence import (
     write_predictions,
 )
 from .evidence_tables import goals
-from .grid import Cell, Grid
+from .grid import PREDICTIONS, Cell, Grid, fingerprint
 from .sets import read_rows
 
-PREDICTIONS = "predictions.parquet"
 Plan = Mapping[str, Any]
 Draws = dict[str, np.ndarray]  # figure -> (resamples + 1,)
 
@@ -161,8 +160,14 @@ def read_cost(folders: Sequence[str]) -> dict[str, Any] | None:
 _drawn: dict[tuple[str, str, int], Draws] = {}  # of cells that were read before: their files do not change
 
 
-def collect(plan: Plan, grid: Grid, cells: Sequence[Cell], resamples: int = 1000) -> dict[str, Any]:
-    """The results file of the cells that are finished."""
+def collect(
+    plan: Plan, grid: Grid, cells: Sequence[Cell], resamples: int = 1000, earlier: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The results file of the cells that are finished.
+
+    Args:
+        earlier: What the file held before. A setting of which no cell lies here keeps the figures that it has there.
+    """
     found = {cell.name: result for cell in cells if (result := grid.result(cell)) is not None}
     section = plan["fine_tuning"]
     results: dict[str, Any] = {
@@ -171,7 +176,7 @@ def collect(plan: Plan, grid: Grid, cells: Sequence[Cell], resamples: int = 1000
         "method": f"{METHOD} {resamples} resamples.",
         "compare": plan["compare"],
         "inits": list(section["inits"]),
-        "cells": {"finished": len(found), "missing": len(cells) - len(found)},
+        "cells": {"finished": len(found), "missing": len(cells) - len(found), "carried_over": 0},
         "fine_tuning": {
             task: _collect_task(
                 plan, grid, [cell for cell in cells if cell.about.get("task") == task], found, resamples
@@ -182,8 +187,28 @@ def collect(plan: Plan, grid: Grid, cells: Sequence[Cell], resamples: int = 1000
     results["probing"] = _collect_probes(plan, cells, found)
     results["ablations"] = _collect_ablations(plan, cells, found)
     results["cost"] = {"cells": _collect_minutes(cells, found)}
+    results["weights"] = fingerprint(Path(plan["models"].get(plan["compare"]["ours"], "")))
+    if earlier and (earlier.get("grid"), earlier.get("weights", results["weights"])) == (
+        plan["name"],
+        results["weights"],
+    ):
+        _carry_over(results, earlier)
     results["goals"] = goals(results)
     return results
+
+
+def _carry_over(results: dict[str, Any], earlier: Mapping[str, Any]) -> None:
+    """Fill settings whose cells are gone from an earlier results file of the same grid and weights."""
+    carried = 0
+    for task, entry in results["fine_tuning"].items():
+        known = earlier["fine_tuning"].get(task, {}).get("fractions", {})
+        for fraction, setting in entry["fractions"].items():
+            before = sum(len(init["finished"]) for init in known.get(fraction, {}).get("inits", {}).values())
+            if before and not any(init["finished"] for init in setting["inits"].values()):
+                entry["fractions"][fraction] = known[fraction]
+                carried += before
+    results["cells"]["carried_over"] = carried
+    results["cells"]["missing"] -= carried
 
 
 def _collect_task(
@@ -240,7 +265,7 @@ def _collect_setting(
 
 def _draw(grid: Grid, cell: Cell, reports: Mapping[str, Report], resamples: int) -> dict[str, Draws]:
     """The figures of a finished cell on every report and resample; the same patients are drawn for every cell."""
-    path = grid.output / cell.name / PREDICTIONS
+    path = grid.home(cell) / PREDICTIONS
     missing = [name for name in reports if (str(path), name, resamples) not in _drawn]
     predictions = read_predictions(path) if missing else {}
     for name in missing:

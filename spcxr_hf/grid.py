@@ -26,6 +26,8 @@ from .errors import SpcxrError
 from .metrics import write_results
 
 RESULT, SETTINGS, LOG, LOCK = "result.json", "settings.json", "log.txt", "lock"
+PREDICTIONS = "predictions.parquet"
+KEPT = (SETTINGS, PREDICTIONS, RESULT)  # of a finished cell; the last makes it one
 RAPL = Path("/sys/class/powercap")
 POWER_EVERY = 5.0  # seconds between readings of a card's power
 
@@ -69,6 +71,8 @@ class Grid:
         prepare: Called with a cell and its folder before its first command.
         jobs: Cells at a time.
         keep_models: Keep the weights of finished cells.
+        kept: A folder that gets the small files of finished cells (`KEPT`), so that they outlive `output`; a cell that
+            is in it is finished.
     """
 
     def __init__(
@@ -78,13 +82,20 @@ class Grid:
         prepare: Callable[[Cell, Path], None] = lambda cell, folder: None,
         jobs: int = 1,
         keep_models: bool = False,
+        kept: Path | None = None,
     ):
-        self.output, self.read, self.prepare = output, read, prepare
+        self.output, self.read, self.prepare, self.kept = output, read, prepare, kept
         self.jobs, self.keep_models = jobs, keep_models
         self.tally = Tally()
         self._children: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
+
+    def home(self, cell: Cell) -> Path:
+        """The folder where a cell's result lies, or will."""
+        if self.kept is not None and (self.kept / cell.name / RESULT).is_file():
+            return self.kept / cell.name
+        return self.output / cell.name
 
     def result(self, cell: Cell) -> dict | None:
         """The result of a cell, None where it is not finished.
@@ -92,11 +103,11 @@ class Grid:
         Raises:
             SpcxrError: it is damaged, or was run with other settings.
         """
-        file = self.output / cell.name / RESULT
-        if not file.is_file():
+        home = self.home(cell)
+        if not (home / RESULT).is_file():
             return None
-        self._check(cell, self.output / cell.name)
-        return _read_json(file)
+        self._check(cell, home)
+        return _read_json(home / RESULT)
 
     def run(
         self, cells: Sequence[Cell], deadline: float | None = None, after: Callable[[Cell], None] = lambda cell: None
@@ -168,6 +179,8 @@ class Grid:
         write_results(folder / RESULT, result)
         if not self.keep_models:
             drop_models(folder)
+        if self.kept is not None:
+            keep(folder, self.kept / cell.name)
         print(f"{cell.name}: finished in {result['minutes']:.1f} minutes", flush=True)
 
     def _call(self, command: Sequence[str], log: Path, lock: int) -> None:
@@ -220,6 +233,14 @@ def drop_models(folder: Path) -> None:
         shutil.rmtree(checkpoint, ignore_errors=True)
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
+
+
+def keep(folder: Path, place: Path) -> None:
+    """Copy what counts of a finished cell, its result last."""
+    place.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, place / name)
 
 
 def fingerprint(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -356,25 +357,48 @@ def start(place: Path, shard: str, models: list[str], *flags: str) -> dict:
 @pytest.mark.slow
 def test_a_grid_from_its_first_cell_to_its_tables(place, shard, checkpoint, mae, in_process, capsys):
     models = [f"spcxr={checkpoint}", f"mae={place / 'none'}"]
-    results = start(place, shard, models, "--only", "pneumonia/0.5")
+    keeping = ["--kept", str(place / "kept")]
+    results = start(place, shard, models, *keeping, "--only", "pneumonia/0.5")
     # All inits of a seed before the next seed; what waits for its checkpoint is named.
     setting = results["fine_tuning"]["pneumonia"]["fractions"]["0.5"]
     assert in_process == ["finetune_classification.py"] * 4
     assert setting["inits"]["spcxr"]["finished"] == [0, 1] and setting["inits"]["mae"]["missing"] == [0, 1]
     assert "seed-0/mae: waits for its checkpoint" in capsys.readouterr().out
     check_setting(setting)
-    assert results["cells"] == {"finished": 4, "missing": 10}
+    assert results["cells"] == {"finished": 4, "missing": 10, "carried_over": 0}
     assert {entry["state"] for entry in results["goals"][:3]} <= {"open: cells not run", "reached", "missed"}
     table = evidence_tables.blocks(results)["evidence comparison"]
     assert table.splitlines()[2].startswith("| pneumonia | 50 % (9) | ") and "mae |" not in table
     assert table.endswith("Not run: pneumonia 100 %; balanced accuracy, mae; AUROC, mae.")
 
-    results = start(place, shard, [models[0], f"mae={mae}"])
+    shutil.rmtree(place / "cells")  # another machine
+    results = start(place, shard, [models[0], f"mae={mae}"], *keeping)
     assert in_process[4:].count("finetune_classification.py") == 2 + 3  # what was finished is not run again
-    assert results["cells"]["missing"] == 0
+    assert results["cells"] == {"finished": 14, "missing": 0, "carried_over": 0}
+    assert setting["inits"]["spcxr"] == results["fine_tuning"]["pneumonia"]["fractions"]["0.5"]["inits"]["spcxr"]
     check_the_rest(results)
     assert not list((place / "cells").rglob("*.safetensors"))
     assert str(place) not in json.dumps(results) and checkpoint not in json.dumps(results)
+
+
+@pytest.mark.slow
+def test_settings_whose_cells_are_gone_keep_their_figures(shard, checkpoint, in_process, tmp_path):
+    """Without `--kept` they go with the folder of the cells; other weights have other figures."""
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(small_plan(), sort_keys=False))
+    models = [f"spcxr={checkpoint}"]
+    before = start(tmp_path, shard, models, "--only", "*/1/*/spcxr", "*/1/*/scratch")
+    shutil.rmtree(tmp_path / "cells")
+    after = start(tmp_path, shard, models, "--only", "*/0.5/seed-0/spcxr")
+    kept = after["fine_tuning"]["pneumonia"]["fractions"]
+    assert kept["1"] == before["fine_tuning"]["pneumonia"]["fractions"]["1"]
+    assert kept["0.5"]["inits"]["spcxr"]["finished"] == [0]
+    assert after["cells"] == {"finished": 1, "missing": 14 - 1 - 2, "carried_over": 2}
+    assert after["goals"][2]["state"] == before["goals"][2]["state"] != "open: cells not run"
+
+    file = tmp_path / "results.json"
+    file.write_text(file.read_text().replace(after["weights"], "00000000"))
+    of_others = start(tmp_path, shard, models, "--only", "*/0.5/seed-0/spcxr")
+    assert of_others["cells"]["carried_over"] == 0
 
 
 def check_setting(setting: dict) -> None:
@@ -610,4 +634,4 @@ def test_killed_and_started_again(shard, checkpoint, tmp_path):
     assert process.returncode == 1 and "stopped" in said
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "r.json").read_text())["cells"] == {"finished": 2, "missing": 0}
+    assert json.loads((tmp_path / "r.json").read_text())["cells"] == {"finished": 2, "missing": 0, "carried_over": 0}

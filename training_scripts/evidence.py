@@ -6,8 +6,9 @@
 
 A cell of the grid is a process (or two, one behind the other) with a folder of its own under `--output`. A cell that
 has its `result.json` is not run again, one that was killed goes on from its checkpoint, so that the command may be
-stopped at any time and started again. Cells run the cheapest first, all inits of a task, share of the labels and seed
-before the next. The results file is written anew behind every cell; what was not run is called so.
+stopped at any time and started again. `--kept` names a folder for the results and predictions of finished cells:
+small files that outlive `--output`. Cells run the cheapest first, all inits of a task, share of the labels and
+seed before the next. The results file is written anew behind every cell; what was not run is called so.
 
 Settings are chosen on `val`; `test`, `shift` and other hospitals are for the report. `--render` fills every block of a
 page that stands between `<!-- evidence -->` and `<!-- /evidence -->`, `<!-- evidence pneumonia -->`, ... and draws the
@@ -62,6 +63,9 @@ class Arguments:
         metadata={"help": "run cells whose place begins so: pneumonia/0.01, */1/seed-0, probing, ablations, ..."},
     )
     max_minutes: float | None = field(default=None, metadata={"help": "begin no cell after this time"})
+    kept: str | None = field(
+        default=None, metadata={"help": "folder that keeps results and predictions; a cell in it is not run again"}
+    )
     keep_models: bool = field(default=False, metadata={"help": "keep the weights of finished cells"})
     list_only: bool = field(default=False, metadata={"help": "run nothing; list the cells and what became of them"})
     cache_folder: str | None = field(default=None, metadata={"help": "folder that keeps the decoded images"})
@@ -80,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = read_plan(arguments)
     cells = list(make_cells(arguments, plan))
     judge = Judge(arguments.data or "", plan, arguments.cache_folder, arguments.device)
-    grid = Grid(Path(arguments.output), judge.read, prepare, plan.get("jobs", 1), arguments.keep_models)
+    kept = Path(arguments.kept) if arguments.kept else None
+    grid = Grid(Path(arguments.output), judge.read, prepare, plan.get("jobs", 1), arguments.keep_models, kept)
     if arguments.list_only:
         list_cells(grid, cells)
         return
@@ -129,7 +134,7 @@ def publish(arguments: Arguments, plan: dict[str, Any], grid: Grid, cells: list[
     """Write the results file from all finished cells."""
     if arguments.results is None:
         return
-    results = collect(plan, grid, cells, arguments.resamples)
+    results = collect(plan, grid, cells, arguments.resamples, read_results(Path(arguments.results)))
     runs = name_values(arguments.runs, "runs")
     trainings = {name: read_cost(runs.get(name, plan["trainings"].get(name, []))) for name in plan["trainings"]}
     energy = read_results(Path(arguments.output) / "energy.json")
