@@ -64,6 +64,22 @@ def save_recipe(arguments: Any, path: Path) -> None:
     path.write_text(yaml.safe_dump(dataclasses.asdict(arguments), sort_keys=False), encoding="utf-8")
 
 
+def fill_from_recipe(arguments: Any, recipe: Path, **otherwise: Any) -> None:
+    """Give fields that are empty the recipe's values, as of the recipe that lies beside a trained model.
+
+    Args:
+        arguments: A dataclass of which fields are changed.
+        recipe: A file that need not be there.
+        otherwise: Field -> its value where the recipe does not say one either.
+
+    Raises:
+        SpcxrError: as `read_recipe`, of a file that is there.
+    """
+    known = read_recipe(recipe) if recipe.is_file() else {}
+    for name, value in otherwise.items():
+        setattr(arguments, name, getattr(arguments, name) or known.get(name) or value)
+
+
 def _recipe_words(arguments_class: type, path: Path) -> list[str]:
     known = {field.name for field in dataclasses.fields(arguments_class)}
     words: list[str] = []

@@ -260,7 +260,7 @@ def test_the_script(tmp_path, capsys):
     words += ["--label_column", "pneumonia_label", "--split_column", "pneumonia_split", "--images", "5", "--steps", "4"]
     words += ["--random_maps", "2", "--resamples", "50", "--batch_size", "3"]
     result = explain_check.main([*words, "--output", str(output), "--pictures", str(tmp_path / "pictures")])
-    assert json.loads(output.read_text()) == json.loads(json.dumps(result))
+    assert json.loads(output.read_text()) == {"model": json.loads(json.dumps(result))}
     assert result["images"] == 5
     assert set(result["deletion_auc"]) == {"relevance", "rollout", "relevance of another image", "random"}
     difference = result["against"]["relevance against random"]["deletion"]
@@ -272,3 +272,39 @@ def test_the_script(tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(SpcxrError, match="images must be at least 2"):
         explain_check.main([*words, "--images", "1"])
+    with pytest.raises(SpcxrError, match="give --model and --data to measure, or --render PAGE"):
+        explain_check.main([])
+
+    # Columns come from the recipe beside the weights; another model's entry is kept; the tables are the results'.
+    recipe = "label_column: pneumonia_label\nsplit_column: pneumonia_split\ndata: elsewhere\n"
+    (tmp_path / "model" / "recipe.yaml").write_text(recipe)
+    (tmp_path / "model").rename(tmp_path / "other")
+    less = [word for word in words if not word.startswith(("--label", "--split", "pneumonia_"))]
+    again = explain_check.main([*less, "--model", str(tmp_path / "other"), "--output", str(output)])
+    assert again["deletion_auc"] == result["deletion_auc"]
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- explain -->\nold\n<!-- /explain -->\nafter\n")
+    explain_check.main(["--output", str(output), "--render", str(page)])
+    table = page.read_text()
+    assert (
+        "old" not in table and table.count("| `model` (5 of `test`) |") == table.count("| `other` (5 of `test`) |") == 4
+    )
+    assert f"| {difference['mean']:+.3f} [{difference['ci95'][0]:+.3f}, {difference['ci95'][1]:+.3f}] |" in table
+
+
+@pytest.mark.parametrize(
+    ("deletion", "insertion", "words"),
+    [
+        ((0.1, 0.2), (0.1, 0.3), "better in both"),
+        ((-0.1, 0.2), (-0.1, 0.3), "no difference"),
+        ((-0.3, -0.2), (-0.1, 0.3), "worse in deletion, no difference in insertion"),
+        ((0.1, 0.2), (-0.3, -0.1), "better in deletion, worse in insertion"),
+    ],
+)
+def test_an_interval_around_nothing_is_no_difference(deletion, insertion, words):
+    mean = {"mean": 0.15, "ci95": [0.1, 0.2], "images": 5}
+    pair = {"deletion": {**mean, "ci95": deletion}, "insertion": {**mean, "ci95": insertion}}
+    tables = explain_check.tables_of(
+        {"a": {"images": 5, "split": "test", "against": {"relevance against random": pair}}}
+    )
+    assert tables.splitlines()[2].endswith(f"| {words} |")

@@ -1,19 +1,24 @@
 """Check a classifier's maps on radiographs: deletion and insertion curves against random maps, and the lungs' share.
 
     python training_scripts/explain_check.py --model model_cards/pneumonia --lungs model_cards/lung-segmentation \
-        --data ../shared/data --label_column pneumonia_label --split_column pneumonia_split --split test \
-        --images 200 --output results.json
+        --data ../shared/data --output training_scripts/results/explain.json
+    python training_scripts/explain_check.py --render training_scripts/GUIDES.md
 
 Deletion and insertion are those of RISE (arXiv 1806.07421, section 4.1), by patches. Two controls: random maps, several
 for each image, and the relevance map of another image, which has the same habits but has not seen this one. Differences
 are paired by image, positive where the map is better, with 95 % intervals by patient. `--pictures FOLDER` draws the
 curves, and the first maps over their radiographs: keep those where the images may be.
+
+Each model is an entry of its own in the results file. Columns and classes that are left out are those of the recipe in
+the model's folder. `--render` measures nothing and writes the tables of the results between `<!-- explain -->` and
+`<!-- /explain -->`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.archives import read_set
+from spcxr_hf.benchmarking import read_results, replace_block
 from spcxr_hf.explain import METHODS, PerturbationCurves, deletion_insertion, draw_explanation, explain, share_inside
 from spcxr_hf.figures import draw_contact_sheet, draw_perturbation, save_figure
 from spcxr_hf.labels import parse_classes
@@ -40,24 +46,31 @@ from spcxr_hf.predicting import (
     open_images,
     select_rows,
 )
-from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.recipe import fill_from_recipe, parse_arguments
 from spcxr_hf.report import software
 from spcxr_hf.segmenter import Segmenter, load_segmenter
 
+RESULTS = Path(__file__).resolve().parent / "results" / "explain.json"
 SHOWN = 8  # images in the picture of the maps
+AGAINST = {"random": "random maps", "relevance of another image": "another image's relevance"}  # in the tables
 
 
 @dataclass
 class Arguments:
     """Check a classifier's maps."""
 
-    model: str = field(metadata={"help": "folder or Hub id of an SPCXR classifier with its image processor"})
-    data: str = field(metadata={"help": "a set with a column of labels and a column of splits"})
-    label_column: str = field(default="label", metadata={"help": "column of the labels"})
-    split_column: str = field(default="split", metadata={"help": "column of the splits"})
+    model: str | None = field(default=None, metadata={"help": "folder or Hub id of an SPCXR classifier"})
+    data: str | None = field(default=None, metadata={"help": "a set with a column of labels and a column of splits"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "column of the labels; by default that of the model's recipe, or `label`"}
+    )
+    split_column: str | None = field(
+        default=None, metadata={"help": "column of the splits; by default that of the model's recipe, or `split`"}
+    )
     split: str = field(default="test", metadata={"help": "its value to take images from"})
     classes: list[str] = field(
-        default_factory=list, metadata={"help": "the model's classes, as `normal pneumonia=bacterial+viral`"}
+        default_factory=list,
+        metadata={"help": "the model's classes, as `normal pneumonia=bacterial+viral`; by default the recipe's"},
     )
     target: str = field(
         default="probable",
@@ -68,15 +81,30 @@ class Arguments:
     random_maps: int = field(default=3, metadata={"help": "random maps for each image; their areas are averaged"})
     steps: int = field(default=14, metadata={"help": "steps of the curves"})
     batch_size: int = field(default=16, metadata={"help": "images at a time"})
-    output: str | None = field(default=None, metadata={"help": "JSON file to write"})
+    output: str | None = field(default=None, metadata={"help": "JSON file; entries of other models in it are kept"})
     pictures: str | None = field(default=None, metadata={"help": "folder for curves.png and maps.png"})
     resamples: int = field(default=2000, metadata={"help": "draws of the bootstrap"})
     seed: int = field(default=0, metadata={"help": "of the choice of images, the random maps and the bootstrap"})
+    render: str | None = field(default=None, metadata={"help": "measure nothing; rewrite the tables in this page"})
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
+    if arguments.render:
+        results = read_results(Path(arguments.output or RESULTS))
+        replace_block(Path(arguments.render), "explain", tables_of(results))
+        return results
     check(arguments)
+    result = measure_model(arguments)
+    if arguments.output:
+        path = Path(arguments.output)
+        write_results(path, {**read_results(path), name_of(arguments): result})
+    print(json.dumps(result["against"], indent=2))
+    return result
+
+
+def measure_model(arguments: Arguments) -> dict:
+    """Maps and curves of one model."""
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     model, processor = load_judged(arguments.model, device)
     segmenter = load_segmenter(arguments.lungs, device) if arguments.lungs else None
@@ -89,14 +117,21 @@ def main(argv: Sequence[str] | None = None) -> dict:
     result = describe(arguments, rows, areas, {name: maps[name] for name in METHODS}, masks)
     if arguments.pictures:
         draw(arguments, processor, pixels, joined(curves), maps, masks)
-    if arguments.output:
-        write_results(arguments.output, result)
-    print(json.dumps(result["against"], indent=2))
     return result
 
 
+def name_of(arguments: Arguments) -> str:
+    """The model's entry in the results."""
+    return Path(str(arguments.model)).resolve().name
+
+
 def check(arguments: Arguments) -> None:
-    """Refuse a command line that would fail late."""
+    """Refuse a command line that would fail late; fill in what the model's recipe says."""
+    if arguments.model is None or arguments.data is None:
+        raise SpcxrError("give --model and --data to measure, or --render PAGE")
+    fill_from_recipe(
+        arguments, Path(arguments.model) / "recipe.yaml", label_column="label", split_column="split", classes=[]
+    )
     for name, least in (("images", 2), ("random_maps", 1), ("steps", 1), ("batch_size", 1), ("resamples", 1)):
         if getattr(arguments, name) < least:
             raise SpcxrError(f"{name} must be at least {least}; got {getattr(arguments, name)}")
@@ -199,7 +234,8 @@ def describe(
         return {"mean": float(values.mean()), "ci95": list(interval), "images": len(values)}
 
     result: dict[str, Any] = {
-        "model": Path(arguments.model).resolve().name,
+        "model": name_of(arguments),
+        "weights_sha256": weights_sum(arguments),
         "split": arguments.split,
         "target": arguments.target,
         "images": len(rows),
@@ -224,6 +260,52 @@ def describe(
         result["lungs"] = {"area": mean(np.array([mask.float().mean().item() for mask in masks]))}
         result["lungs"] |= {f"share of {name}": mean(found) for name, found in shares.items()}
     return result
+
+
+def weights_sum(arguments: Arguments) -> str | None:
+    """The checksum of the weights, where they lie in a folder."""
+    file = Path(str(arguments.model)) / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def tables_of(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: how much better the maps are than the controls, and where they lie."""
+    lines = [
+        "| checkpoint | map | against | deletion, better by | insertion, better by | found |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        images = f"{result['images']} of `{result['split']}`"
+        for pair, areas in result["against"].items():
+            method, control = pair.split(" against ")
+            cells = [f"`{name}` ({images})", method, AGAINST[control], *map(_difference, areas.values()), _found(areas)]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| checkpoint | share of the image that is lung | share of relevance in it | of rollout |"]
+    lines += ["|---|---|---|---|"]
+    for name, result in results.items():
+        if lungs := result.get("lungs"):
+            shares = [_share(lungs[key]) for key in ("area", "share of relevance", "share of rollout")]
+            lines.append(f"| `{name}` | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
+def _difference(figure: Mapping[str, Any]) -> str:
+    low, high = figure["ci95"]
+    return f"{figure['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _share(figure: Mapping[str, Any]) -> str:
+    low, high = figure["ci95"]
+    return f"{figure['mean']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _found(areas: Mapping[str, Mapping[str, Any]]) -> str:
+    """In words: an interval that holds 0 shows no difference."""
+    signs = {name: (figure["ci95"][0] > 0) - (figure["ci95"][1] < 0) for name, figure in areas.items()}
+    if set(signs.values()) in ({1}, {0}, {-1}):
+        return {1: "better in both", 0: "no difference", -1: "worse in both"}[next(iter(signs.values()))]
+    words = {1: "better in", 0: "no difference in", -1: "worse in"}
+    return ", ".join(f"{words[sign]} {name}" for name, sign in signs.items())
 
 
 def draw(
