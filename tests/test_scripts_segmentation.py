@@ -209,6 +209,8 @@ def test_report(shard, finished, tmp_path):
         for figures in (entry["model"], entry["mean_training_mask"]):
             assert figures["dice_ci95"][0] <= figures["dice"] <= figures["dice_ci95"][1]
             assert 0 <= figures["iou"] <= figures["dice"] <= 1
+            low, high = figures["hausdorff95_ci95"]
+            assert 0 <= low <= figures["hausdorff95"] <= high < 1.5  # of the image's height
         assert entry["mean_training_mask"]["dice"] > 0.8  # the made-up lungs hardly move
 
 
@@ -221,6 +223,7 @@ def test_a_model_that_draws_the_human_masks_has_dice_1(shard, finished, monkeypa
     result = evaluate_segmentation.main(["--model", str(finished / "final"), "--data", shard, "--baseline", "false"])
     assert result["splits"]["val"]["model"]["dice"] == 1
     assert result["splits"]["val"]["model"]["iou"] == 1
+    assert result["splits"]["val"]["model"]["hausdorff95"] == 0
     assert "mean_training_mask" not in result["splits"]["val"]
 
 
