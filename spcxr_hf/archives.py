@@ -20,8 +20,9 @@
 | `source` | the archive, and after a slash the origin that it names |
 | `licence` | of the archive, or of the image, where the archive names one; to be checked at the source |
 
-The readers here and not torchxrayvision's stand behind a folder: they keep the official split, the file as it is and
-the terms, which its objects do not tell; one of its objects is taken too (`read_torchxrayvision`, the extra `xrv`).
+Where torchxrayvision has a reader of an archive (the extra `xrv`), `reader="torchxrayvision"` takes its rows and labels
+in place of those that are read here, which keep uncertain labels and what a set did not say; `spcxr_hf.xrv` has a
+table of where the two differ. The other columns are read here in either case: it does not tell them.
 
 Nothing is decoded and no header is read: images are looked for, not opened. What each archive gives, and where a label
 is missing rather than absent, is said at its reader.
@@ -35,7 +36,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from xml.etree import ElementTree
 
 import numpy as np
@@ -51,7 +52,6 @@ from .manifests import (
     age_of,
     check_unique,
     find_files,
-    is_torchxrayvision,
     numbers,
     radiographs,
     read_dataset,
@@ -59,7 +59,6 @@ from .manifests import (
     read_manifest,
     read_rows,
     read_shards,
-    read_torchxrayvision,
     row_number,
     sex_of,
     split_of,
@@ -67,13 +66,15 @@ from .manifests import (
     view_of,
 )
 from .masks import index_files, jsrt_clinical, jsrt_masks
+from .xrv import as_torchxrayvision, is_torchxrayvision, read_torchxrayvision
 
+LabelReader = Literal["own", "torchxrayvision"]
 LARGEST_SHEET = 2**28  # bytes of a worksheet, unpacked
 # PadChest's terms that mean, or imply, a label (Bustos et al. 2020, the tree of findings). Labels whose branch of the
 # tree is wider than the label (infiltrates, hernia, mass) are left out: their absence would not be known.
 PADCHEST_TERMS = {
     "Atelectasis": ("atelectasis", "laminar atelectasis", "lobar atelectasis", "total atelectasis", "round atelectasis",
-                    "segmental atelectasis"),
+                    "segmental atelectasis", "atelectasis basal"),
     "Cardiomegaly": ("cardiomegaly",),
     "Consolidation": ("consolidation", "air bronchogram"),
     "Edema": ("pulmonary edema",),
@@ -189,6 +190,7 @@ def read_archive(
     *,
     uncertain: Uncertain = "ignore",
     missing: Missing = "error",
+    reader: LabelReader = "own",
 ) -> RadiographTable:
     """Read a public archive in its published layout.
 
@@ -198,17 +200,31 @@ def read_archive(
         uncertain: What becomes of labels that are uncertain: `ignore` (missing), `zero`, `one`.
         missing: `error`: every image that the archive's tables name must be there; `skip`: those that are not are left
             out with a warning, as after a partial download.
+        reader: `own`: all is read here; `torchxrayvision`: its rows and labels, of the archives that it has a reader
+            of (see above). It makes uncertain labels missing.
 
     Returns:
         A row per image, in the order of the archive's tables.
 
     Raises:
         SpcxrError: it is none of the archives, or not the named one (the message says what was expected); a table
-            cannot be read, lacks a column or names an image twice; an image is missing.
+            cannot be read, lacks a column or names an image twice; an image is missing; there is no such reader, or
+            torchxrayvision cannot read the archive.
     """
     root = Path(folder)
     if not root.is_dir():
         raise SpcxrError(f"{root}: no such folder")
+    if reader not in get_args(LabelReader):
+        raise SpcxrError(f"reader must be {' or '.join(get_args(LabelReader))}; got {reader!r}")
+    if reader != "own" and uncertain != "ignore":
+        raise SpcxrError(f"{reader} makes uncertain labels missing; got uncertain={uncertain!r}")
+    key, place = _find_archive(root, name)
+    table = _table_of(key, ARCHIVES[key].read(place), uncertain, missing)
+    return table if reader == "own" else as_torchxrayvision(table, key, place)
+
+
+def _find_archive(root: Path, name: str | None) -> tuple[str, Path]:
+    """The archive in this folder, or the one of this name, and where its tables lie."""
     if name is not None and name not in ARCHIVES:
         raise SpcxrError(f"no archive is called {name!r}; there are {', '.join(ARCHIVES)}")
     found = _recognised(root, name)
@@ -218,8 +234,7 @@ def read_archive(
         raise SpcxrError(
             f"{root}: {'none of the known archives' if name is None else f'not {name}'}; expected {expected}"
         )
-    key, place = found
-    return _table_of(key, ARCHIVES[key].read(place), uncertain, missing)
+    return found
 
 
 def _recognised(root: Path, name: str | None = None) -> tuple[str, Path] | None:

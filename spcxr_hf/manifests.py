@@ -16,7 +16,6 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
-from PIL import Image
 
 from .data import PICTURE_SUFFIXES, RadiographTable, read_parquet
 from .errors import SpcxrError
@@ -231,10 +229,10 @@ def radiographs(name: str, paths: Sequence[str], columns: Mapping[str, Any]) -> 
     image = pa.StructArray.from_arrays(
         [pa.nulls(len(paths), pa.binary()), pa.array(paths, pa.string())], fields=list(IMAGE)
     )
-    return RadiographTable(_in_schema(image, columns), name)
+    return RadiographTable(in_schema(image, columns), name)
 
 
-def _in_schema(image: pa.Array | pa.ChunkedArray, columns: Mapping[str, Any]) -> pa.Table:
+def in_schema(image: pa.Array | pa.ChunkedArray, columns: Mapping[str, Any]) -> pa.Table:
     """The columns of SCHEMA in their types and order, then all others."""
     built: dict[str, Any] = {"image": image}
     for column, kind in SCHEMA.items():
@@ -487,7 +485,7 @@ def read_shards(source: Any, columns: Sequence[str] | None = None) -> Radiograph
             built[column] = _as_type(values, SCHEMA[column]) if column in SCHEMA else pa.array(values)
         except (pa.ArrowException, TypeError) as error:
             raise SpcxrError(f"{index.name}: entry {column!r} has values of different kinds ({error})") from error
-    return RadiographTable(_in_schema(pa.array([row.image for row in rows], IMAGE), built), index.name)
+    return RadiographTable(in_schema(pa.array([row.image for row in rows], IMAGE), built), index.name)
 
 
 def _shard_columns(index: ShardIndex) -> list[str]:
@@ -560,74 +558,6 @@ def _load_dataset(name: str) -> Any:
         ) from error
 
 
-# ---- torchxrayvision ---------------------------------------------------------------------------------------------
-
-
-def is_torchxrayvision(source: Any) -> bool:
-    """Whether it has what every data set of torchxrayvision has."""
-    return all(hasattr(source, name) for name in ("pathologies", "labels", "csv", "__getitem__", "__len__"))
-
-
-def read_torchxrayvision(dataset: Any) -> RadiographTable:
-    """Read a data set object of torchxrayvision (the extra `xrv`): any of its archives, merged, filtered or a subset.
-
-    Its objects say what a picture is and not where its file lies, so every picture is read once and kept as a PNG in
-    memory: grey, 8 bits, or 16 where 8 would lose something. For sets that do not fit, give the archive's folder to
-    `read_set`. Its `transform` must keep to its range.
-
-    Args:
-        dataset: `labels` (n, p) of 1, 0 and NaN, `pathologies` p names, `csv` n rows of which `patientid`, `view`,
-            `sex_male` and `age_years` are read, and `dataset[row]["img"]` (1, H, W) in -1024..1024.
-
-    Raises:
-        SpcxrError: it is empty, a picture cannot be read, or its values lie outside -1024..1024.
-    """
-    name, count = type(dataset).__name__, len(dataset)
-    if not count:
-        raise SpcxrError(f"{name}: no rows")
-    table = dataset.csv.reset_index(drop=True)
-    cells = [{"bytes": _xrv_png(dataset, row, f"{name}: row {row}"), "path": None} for row in range(count)]
-    labels = np.asarray(dataset.labels, dtype=np.float64)
-    columns = {
-        "id": [f"{name}/{row}" for row in range(count)],
-        "patient": [value and f"{name}/{value}" for value in _xrv_words(table, "patientid", count)],
-        "view": [view_of(value) for value in _xrv_words(table, "view", count)],
-        "sex": [{1: "M", 0: "F"}.get(value) for value in _xrv_column(table, "sex_male", count)],
-        "age": [age if 0 <= age <= OLDEST else None for age in _xrv_column(table, "age_years", count)],
-        "source": name,
-        LABELS_COLUMN: label_struct({word: labels[:, at] for at, word in enumerate(dataset.pathologies)}),
-    }
-    return RadiographTable(_in_schema(pa.array(cells, IMAGE), columns), name)
-
-
-def _xrv_column(table: Any, name: str, count: int) -> list[Any]:
-    """A column of its metadata, NaN where a value or the column is missing."""
-    return table[name].tolist() if name in table.columns else [float("nan")] * count
-
-
-def _xrv_words(table: Any, name: str, count: int) -> list[str | None]:
-    """A column as text; whole numbers that pandas made floats, for want of another null, are whole again."""
-    values = [None if value is None or value != value else value for value in _xrv_column(table, name, count)]
-    whole = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
-    return [None if value is None else str(value) for value in whole]
-
-
-def _xrv_png(dataset: Any, row: int, name: str) -> bytes:
-    try:
-        pixels = np.asarray(dataset[row]["img"], dtype=np.float64)
-    except Exception as error:  # many types, by archive and decoder
-        raise SpcxrError(f"{name}: torchxrayvision cannot read it ({_one_line(error)})") from error
-    unit = (pixels.reshape(pixels.shape[-2:]) / 1024 + 1) / 2
-    if not (unit.min() > -1e-3 and unit.max() < 1 + 1e-3):
-        raise SpcxrError(f"{name}: values from {pixels.min():.6g} to {pixels.max():.6g}, not within -1024..1024")
-    eight = unit.clip(0, 1) * 255
-    is_eight = np.abs(eight - np.rint(eight)).max() < 1e-3
-    values = np.rint(eight).astype(np.uint8) if is_eight else np.rint(unit.clip(0, 1) * 65535).astype(np.uint16)
-    buffer = BytesIO()
-    Image.fromarray(values).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
@@ -649,7 +579,7 @@ def _dataset_part(part: Any, split: str | None, image_column: str, name: str) ->
     if split is not None:
         built["split"] = split_of(split)
     try:
-        return RadiographTable(_in_schema(rows[image_column].cast(IMAGE), _unlike_left_out(built)), name)
+        return RadiographTable(in_schema(rows[image_column].cast(IMAGE), _unlike_left_out(built)), name)
     except pa.ArrowException as error:
         raise SpcxrError(f"{name}: a feature has another type than the schema's ({error})") from error
 

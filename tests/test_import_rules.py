@@ -62,6 +62,7 @@ FLOORS = {
         "audit",
         "manifests",
         "archives",
+        "xrv",
         "shards",
         "streaming",
         "checkpoints",

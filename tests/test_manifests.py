@@ -13,8 +13,7 @@ from made_up import CLASSES, encoded, picture, write_set
 from PIL import Image
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.archives import read_set
-from spcxr_hf.data import decode_images, open_image
+from spcxr_hf.data import decode_images
 from spcxr_hf.labels import label_matrix
 from spcxr_hf.manifests import (
     SCHEMA,
@@ -384,54 +383,3 @@ def test_unions_that_do_not_go_together(tmp_path):
     shard.rows = shard.rows.drop_columns(["id"]).append_column("id", pa.array([1]))
     with pytest.raises(SpcxrError, match="do not go together"):
         unite([shard, read_table(write_picture(tmp_path / "x" / "a.png").parent)])
-
-
-# ---- torchxrayvision ---------------------------------------------------------------------------------------------
-
-
-class Xrv:
-    """What torchxrayvision documents of its data sets."""
-
-    def __init__(self, pictures):
-        pandas = pytest.importorskip("pandas")
-        self.pictures = pictures
-        self.pathologies = ["Effusion", "Cardiomegaly"]
-        self.labels = np.array([[1, np.nan], [0, 1]])
-        columns = {
-            "patientid": [7, np.nan],
-            "view": ["PA", "UNKNOWN"],
-            "sex_male": [True, False],
-            "age_years": [50, 411],
-        }
-        self.csv = pandas.DataFrame(columns, index=[4, 9])  # a subset keeps the numbers of the whole
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def __getitem__(self, row):
-        return {
-            "img": (2 * self.pictures[row][None].astype(np.float32) - 1) * 1024,
-            "lab": self.labels[row],
-            "idx": row,
-        }
-
-
-def test_a_set_of_torchxrayvision():
-    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    deep = np.arange(256).reshape(16, 16) * 251 + 3
-    table = read_set(Xrv([levels / 255, deep / 65535]))
-    first, second = (np.asarray(open_image(cell, "x")) for cell in table.column("image"))
-    assert np.array_equal(first, levels)
-    assert np.abs(second.astype(int) - deep // 257).max() <= 1  # 16 bits are kept, and shown as 8 here
-    assert Image.open(io.BytesIO(table.column("image")[1]["bytes"])).mode == "I;16"
-    names = "Pleural Effusion", "Cardiomegaly"
-    assert [tuple(row[name] for name in names) for row in table.column("labels")] == [(1, None), (0, 1)]
-    assert table.column("patient") == ["Xrv/7", None]
-    assert (table.column("view"), table.column("sex"), table.column("age")) == (["PA", None], ["M", "F"], [50, None])
-
-
-def test_a_set_of_torchxrayvision_with_other_values():
-    with pytest.raises(SpcxrError, match="Xrv: row 1: values from .* not within -1024..1024"):
-        read_set(Xrv([np.zeros((4, 4)), np.full((4, 4), 3)]))
-    with pytest.raises(SpcxrError, match="Xrv: no rows"):
-        read_set(Xrv([]))
