@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from tqdm import tqdm
 
 FORK = multiprocessing.get_context("fork")
 
@@ -46,6 +48,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _own_progress_lock() -> None:
+    """Progress bars of forked processes share a lock: one that is killed while it holds it would stop all the others."""
+    lock, classes = threading.RLock(), [tqdm]
+    while classes:
+        bar = classes.pop()
+        bar.set_lock(lock)
+        classes += bar.__subclasses__()
+
+
 def _run(main: Callable[[list[str]], object], words: list[str], log: Path, environment: dict[str, str]) -> None:
     with log.open("ab", buffering=0) as stream:
         os.dup2(stream.fileno(), 1)
@@ -53,6 +64,7 @@ def _run(main: Callable[[list[str]], object], words: list[str], log: Path, envir
     # The parent's Python streams may lead to pytest's own files.
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ.update({"ACCELERATE_USE_CPU": "true", **environment})
+    _own_progress_lock()
     torch.set_num_threads(1)  # threads that the parent had started are not there
     AcceleratorState._reset_state(reset_partial_state=True)  # what the parent found out is about the parent
     try:
