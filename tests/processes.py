@@ -49,7 +49,7 @@ def free_port() -> int:
 
 
 def _own_progress_lock() -> None:
-    """Progress bars of forked processes share a lock: one that is killed while it holds it would stop all the others."""
+    """Progress bars of forked processes share a lock: one that is killed while it holds it stops all the others."""
     lock, classes = threading.RLock(), [tqdm]
     while classes:
         bar = classes.pop()
