@@ -341,6 +341,34 @@ def test_the_measurement_finds_what_was_hidden(tmp_path, monkeypatch):
     assert Image.open(names["sheet.png"]).size == (12 * 128, 64)
 
 
+def test_verifying_that_nothing_leaks(tmp_path, capsys):
+    images = [radiograph(0), radiograph(1), brighten(radiograph(0)), radiograph(2), reencode(radiograph(1))]
+    rows = table(
+        images,
+        id=list("abcde"),
+        patient=["1", "2", "3", "4", "2"],
+        pretrain=[True, True, False, False, False],
+        lung_split=[None, "train", "test", "val", "train"],
+    )
+    pq.write_table(rows.rows, tmp_path / "set.parquet")
+    words = ["--data", str(tmp_path / "set.parquet"), "--verify"]
+    with pytest.raises(
+        SpcxrError, match="or held out leaks: 1 nearly equal image pair.*pretrain 'a' and held"
+    ):
+        check_leaks_script.main([*words, "pretrain"])
+    (tmp_path / "copies.txt").write_text("a\n")
+    check_leaks_script.main([*words, "pretrain", "--exclude", str(tmp_path / "copies.txt")])
+    assert json.loads(capsys.readouterr().out) == {
+        "rows": {"pretrain": 1, "held out": 2},  # e, in train alone, is on neither side
+        "patients": 0,
+        "image_pairs": 0,
+        "unknown_patients": 0,
+        "unreadable": 0,
+    }
+    check_leaks_script.main([*words, "lung_split"])
+    assert json.loads(capsys.readouterr().out)["rows"] == {"train": 2, "test": 1, "val": 1}
+
+
 def test_the_threshold_is_the_largest_that_finds_nearly_all():
     similarities = {kind: np.array([0.9] * 98 + [0.1] * 2) for kind in check_leaks_script.HELD_TO}
     assert check_leaks_script.choose_threshold(similarities) == 0.89

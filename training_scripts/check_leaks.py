@@ -11,6 +11,12 @@ may see and those of any other split, and the patients that are on both sides.
 
 compares the sides of one split and lists what to leave out (`--exclude` of the other scripts), so that no image is on
 two sides: the copy in `train` goes before that in `val`, `test` and `shift`.
+
+    python training_scripts/check_leaks.py --data DATA --verify pretrain \\
+        --exclude training_scripts/recipes/near_copies.txt
+
+looks whether anything leaks, patient or picture, once those are left out; where something does, it is told and the exit
+status is 1. `pretrain` is from the images that pretraining may see to any val, test or shift split; else name a split.
 """
 
 from __future__ import annotations
@@ -28,13 +34,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.archives import read_set
-from spcxr_hf.data import RadiographTable, open_image, read_table
+from spcxr_hf.data import RadiographTable, open_image
 from spcxr_hf.leaks import (
     SAME_IMAGE,
     Pair,
@@ -44,10 +50,11 @@ from spcxr_hf.leaks import (
     find_patient_leaks,
     known_patients,
     read_thumbnails,
+    refuse_leaks,
     thumbnail,
 )
 from spcxr_hf.recipe import parse_arguments
-from spcxr_hf.sets import write_ids
+from spcxr_hf.sets import read_rows, write_ids
 
 LOWEST = 0.6  # similarities from here on are kept, to choose a threshold among them
 CHOSEN_RECALL = 0.98
@@ -72,6 +79,12 @@ class Arguments:
         metadata={"help": "column of a split: only list its copies (train goes before val, test and shift); "
                   "by default copies_list has the pretraining images"},
     )  # fmt: skip
+    exclude: str | None = field(default=None, metadata={"help": "text file of ids to leave out, as training does"})
+    verify: str | None = field(
+        default=None,
+        metadata={"help": "only look whether anything leaks: `pretrain` (to any val, test or shift split), or between "
+                  "the sides of this column"},
+    )  # fmt: skip
     known_pairs: str | None = field(
         default=None, metadata={"help": "with copies_of: a file that --pairs wrote, in place of comparing the images"}
     )
@@ -80,7 +93,9 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(Arguments, argv)
-    if arguments.copies_of is not None:
+    if arguments.verify is not None:
+        verify(arguments, arguments.verify)
+    elif arguments.copies_of is not None:
         list_copies(arguments, arguments.copies_of)
     else:
         measure_search(arguments)
@@ -89,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure_search(arguments: Arguments) -> None:
     """All that the first paragraphs above tell of."""
     generator = np.random.default_rng(arguments.seed)
-    table = read_table(arguments.data)
+    table = read_rows(arguments.data, arguments.exclude)
     if arguments.rows:
         rows = np.sort(generator.choice(len(table), min(arguments.rows, len(table)), replace=False))
         table = RadiographTable(table.rows.take(rows), table.name)
@@ -124,6 +139,24 @@ def measure_search(arguments: Arguments) -> None:
         draw(thumbnails, found, Path(arguments.sheet))
 
 
+# Whether anything leaks
+
+
+def verify(arguments: Arguments, column: str) -> None:
+    """Say that nothing leaks between the sides of a column, or refuse it.
+
+    Raises:
+        LeakError: something does.
+    """
+    table = read_rows(arguments.data, arguments.exclude)
+    if column == "pretrain":
+        column = "pretrain or held out"
+        table = RadiographTable(table.rows.append_column(column, pa.array(pretraining_sides(table))), table.name)
+    report = refuse_leaks(table, column)
+    told = {"rows": report.rows, "patients": len(report.patients), "image_pairs": len(report.images or [])}
+    print(json.dumps(told | {"unknown_patients": report.unknown_patients, "unreadable": len(report.broken)}))
+
+
 # The copies of one split
 
 
@@ -131,7 +164,7 @@ def list_copies(arguments: Arguments, split_column: str) -> None:
     """Write the images whose leaving takes every near copy off the other sides of a split."""
     if arguments.copies_list is None:
         raise SpcxrError("--copies_of lists copies: say where with --copies_list FILE")
-    table = read_set(arguments.data)
+    table = read_rows(arguments.data, arguments.exclude)
     side_of = dict(zip(table.ids, table.column(split_column), strict=True))
     if arguments.known_pairs is not None:
         pairs = read_pairs(Path(arguments.known_pairs))
@@ -317,9 +350,8 @@ def find_leaks(found: Found) -> dict[str, Any]:
     """Between images that pretraining may see and images of any val, test or shift split; and within each split."""
     table, pairs = found.table, found.real(None, SAME_IMAGE)
     pretrain, held_out = pretraining_and_held_out(table)
-    sides: dict[str, list[str | None]] = {
-        "pretrain": [("pretrain" if p else "held out" if h else None) for p, h in zip(pretrain, held_out, strict=True)]
-    } | {name: table.column(name) for name in split_columns(table)}
+    sides: dict[str, list[str | None]] = {"pretrain": pretraining_sides(table)}
+    sides |= {name: table.column(name) for name in split_columns(table)}
     leaks: dict[str, Any] = {"images_both_for_pretraining_and_held_out": int((pretrain & held_out).sum())}
     for name, values in sides.items():
         crossing = [pair for pair in pairs if is_leak(values[pair.first], values[pair.second])]
@@ -343,6 +375,12 @@ def pretraining_and_held_out(table: RadiographTable) -> tuple[np.ndarray, np.nda
     """Which rows pretraining may see, and which are in any val, test or shift split: (n,) boolean each."""
     held_out = [[value in HELD_OUT for value in table.column(name)] for name in split_columns(table)]
     return np.array(table.column("pretrain"), dtype=bool), np.any(held_out, axis=0)
+
+
+def pretraining_sides(table: RadiographTable) -> list[str | None]:
+    """(n,) `pretrain`, `held out`, or None for an image that is neither; one that is both counts as `pretrain`."""
+    sides = zip(*pretraining_and_held_out(table), strict=True)
+    return ["pretrain" if pretrain else "held out" if held_out else None for pretrain, held_out in sides]
 
 
 def pretraining_copies(found: Found) -> set[int]:
