@@ -14,3 +14,8 @@ def one_line(error: Exception | str) -> str:
     """What another library says, as part of a one-line message: at most 240 characters, or its type."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 240 else f"{text[:240]} ..."
+
+
+def printable(text: str) -> str:
+    """For a terminal: what a file's name may hold besides text (line ends, escape sequences) is shown, not done."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -278,6 +278,8 @@ class Failed(NamedTuple):
 
 def prepare(source: Source, processor: Any) -> Prepared | Failed:
     """Read one file and make `pixel_values` of it; never raises for what is wrong with the file."""
+    if not _is_text(str(source.path)):  # no format of the records could hold it
+        return Failed(source, f"{source.path}: the name is not valid UTF-8; rename the file")
     try:
         image, found = read_with_concerns(source.path)
         pixel_values = processor(image, return_tensors="pt").pixel_values[0]
@@ -286,6 +288,14 @@ def prepare(source: Source, processor: Any) -> Prepared | Failed:
     except Exception as error:  # whatever a damaged file does to a library, the others go on
         return Failed(source, f"{source.path}: cannot be used ({type(error).__name__})")
     return Prepared(source, pixel_values, (image.height, image.width), found)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_with_concerns(path: Path) -> tuple[Image.Image, list[str]]:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from .errors import SpcxrError
+from .errors import SpcxrError, printable
 from .inference import Answer, Loaded, Source, answers
 from .writers import NOTE, check_output, choose_format, finished, open_writer
 
@@ -47,10 +47,11 @@ class Outcome:
         return SOME_FAILED if self.done or self.skipped else NOTHING_DONE
 
     def __str__(self) -> str:
-        rate = f" ({self.done / self.seconds:.1f} images/s)" if self.seconds else ""
-        parts = [f"{self.done} images in {self.seconds:.1f} s{rate}"]
+        rate = f" ({self.done / self.seconds:.1f} images/s)" if self.seconds and self.done else ""
+        images = "1 image" if self.done == 1 else f"{self.done} images"
+        parts = [f"{images} in {self.seconds:.1f} s{rate}"]
         parts += [f"{self.failed} failed"] if self.failed else []
-        parts += [f"{self.skipped} were done before"] if self.skipped else []
+        parts += [f"{self.skipped} {'was' if self.skipped == 1 else 'were'} done before"] if self.skipped else []
         parts += ["interrupted; what is written is whole"] if self.interrupted else []
         return "; ".join(parts)
 
@@ -109,7 +110,7 @@ class Job:
             for step in answers(loaded, sources, answer, self.batch_size, self.workers):
                 writer.write(step.records)
                 for failed in step.failed:
-                    print(f"error: {failed.cause}", file=sys.stderr)
+                    print(f"error: {printable(failed.cause)}", file=sys.stderr)
                 outcome.done += len(step.records)
                 outcome.failed += len(step.failed)
                 advance(len(step.records) + len(step.failed))

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .errors import SpcxrError
+from .errors import SpcxrError, printable
 
 NOTE = "research use only, not for clinical use"
 FORMATS = {".txt": "table", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet",
@@ -32,7 +32,9 @@ FORMATS = {".txt": "table", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"
 FILES_ONLY = ("parquet", "safetensors")
 ROW_GROUP = 1024  # records of a Parquet row group
 TABLE_ROWS = 500  # records that a table collects before it is printed
-HIDDEN_IN_TABLES = ("model", "note", "operating_point")
+HIDDEN_IN_TABLES = ("model", "note", "operating_point")  # below the table: the same for every record
+SPEAK_FOR_THEMSELVES = ("probabilities", "targets", "fills")  # of these a column is called by its part alone
+LONGEST_WORD = 20  # characters of a table's word that stay together
 
 Record = Mapping[str, Any]
 
@@ -341,31 +343,64 @@ class _Table(_Lines):
     def __init__(self, stream: IO[str], output: Path | None) -> None:
         super().__init__(stream, output)
         self.rows: list[dict[str, str]] = []
+        self.caption = NOTE
 
     def write(self, records: Sequence[Record]) -> None:
-        self.rows += [table_row(record) for record in records]
+        for record in records:
+            self.rows.append(table_row(record))
+            self.caption = caption_of(record)
         if len(self.rows) >= TABLE_ROWS:
             self._print()
 
     def _print(self) -> None:
         from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
 
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        table = Table(caption=NOTE)
-        for name in names:
-            table.add_column(Text(name))
-        for row in self.rows:
-            table.add_row(*[Text(row.get(name, "")) for name in names])
-        width = None if self.stream.isatty() else 240
-        Console(file=self.stream, width=width, highlight=False, markup=False).print(table)
+        console = Console(
+            file=self.stream, width=None if self.stream.isatty() else 240, highlight=False, markup=False, emoji=False
+        )
+        columns = {name: [row.get(name, "") for row in self.rows] for row in self.rows for name in row}
+        if _least_width(columns) <= console.width:
+            console.print(_grid(columns, self.caption))
+        else:  # too narrow for the columns side by side: a paragraph for each record
+            console.print("\n\n".join([*map(_paragraph, self.rows), self.caption]), soft_wrap=True)
         self.rows = []
 
     def close(self) -> None:
         if self.rows:
             self._print()
         super().close()
+
+
+def _grid(columns: Mapping[str, Sequence[str]], caption: str) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(caption=Text(caption))
+    for name in columns:
+        table.add_column(Text(name), overflow="fold")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _least_width(columns: Mapping[str, Sequence[str]]) -> int:
+    """That a table can be read at: words stay whole, but for long ones, as those of paths, which are folded."""
+    words = [max((len(word) for cell in (name, *cells) for word in cell.split()), default=0)
+             for name, cells in columns.items()]  # fmt: skip
+    return sum(min(longest, LONGEST_WORD) + 3 for longest in words) + 1
+
+
+def _paragraph(row: Mapping[str, str]) -> str:
+    """The first cell, the path, then a line for each other."""
+    first, *others = row.items()
+    return "\n".join([first[1], *(f"  {name}: {cell}" for name, cell in others if cell)])
+
+
+def caption_of(record: Record) -> str:
+    """What holds for all records of a table, below it: the model, the operating point, and what they are not for."""
+    said = [str(record["model"])] if record.get("model") else []
+    said += [f"operating point {record['operating_point']}"] if record.get("operating_point") else []
+    return "; ".join([*said, NOTE])
 
 
 def table_row(record: Record) -> dict[str, str]:
@@ -375,23 +410,25 @@ def table_row(record: Record) -> dict[str, str]:
         if name in HIDDEN_IN_TABLES or value is None or value == []:
             continue
         if isinstance(value, Mapping):
-            row |= {
-                part: ", ".join(map(_cell, cell.values())) if isinstance(cell, Mapping) else _cell(cell)
-                for part, cell in value.items()
-            }
+            prefix = "" if name in SPEAK_FOR_THEMSELVES else f"{name} "
+            row |= {f"{prefix}{part}": _cell(cell) for part, cell in value.items()}
         else:
             row[name] = _cell(value)
     return row
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        if value.keys() == {"probability", "decision", "threshold"}:
+            return f"{value['probability']:.3f} ({value['decision']} {value['threshold']:.3f})"
+        return ", ".join(f"{name} {_cell(part)}" for name, part in value.items())
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, list | tuple):
         if value and not isinstance(value[0], str):
             return f"{len(value)} values, L2 norm {float(np.linalg.norm(value)):.3f}"
-        return "; ".join(value)
-    return str(value)
+        return "; ".join(map(printable, value))
+    return printable(str(value))
 
 
 # ---- what an earlier run has written -----------------------------------------------------------------------------

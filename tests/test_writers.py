@@ -112,13 +112,58 @@ def test_other_columns_are_refused(tmp_path, kind):
 
 
 def test_a_table_is_for_the_eye(capsys):
-    targets = {"viral": {"probability": 0.71, "decision": "above", "threshold": 0.5}}
     with open_writer(None, "table") as writer:
-        writer.write([{"path": "[a].png", "probabilities": {"normal": 0.29}, "targets": targets, "warnings": []}])
+        writer.write([prediction("[a].png"), prediction("b\n\x1b[31m.png")])
     printed = capsys.readouterr().out
-    for words in ("[a].png", "normal", "0.290", "viral", "0.710, above, 0.500", NOTE):
+    for words in ("[a].png", r"b\n\x1b[31m.png", "normal", "0.290", "viral", "0.710 (above 0.500)"):
         assert words in printed
+    assert f"lab/model@1; operating point youden; {NOTE}" in " ".join(printed.split())
     assert "\x1b" not in printed
+
+
+def prediction(path: str) -> dict:
+    targets = {"viral": {"probability": 0.71, "decision": "above", "threshold": 0.5}}
+    return {
+        "path": path,
+        "probabilities": {"normal": 0.29},
+        "operating_point": "youden",
+        "targets": targets,
+        "model": "lab/model@1",
+        "warnings": [],
+        "note": NOTE,
+    }
+
+
+@pytest.mark.parametrize("width", [30, 60, 120])
+def test_no_width_of_a_terminal_hides_a_figure(monkeypatch, width):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("sys.stdout", stream)
+    with open_writer(None, "table") as writer:
+        writer.write([prediction("a-long-folder/a-long-name.png"), prediction("b.png")])
+    printed = stream.getvalue()
+    assert "…" not in printed
+    assert printed.count("0.710") == printed.count("0.500") == 2
+    assert ("viral: 0.710 (above 0.500)\n" in printed) == (width == 30)
+    assert NOTE in " ".join(printed.split())
+
+
+def test_cells_say_what_they_are():
+    record = {
+        "path": "a.png",
+        "fills": {"noise": {"masked": 0.5, "error": 0.1}},
+        "lung_area": {"total": 0.3, "image_left": 0.1},
+        "embedding": [3.0, 4.0],
+    }
+    assert writers.table_row(record) == {
+        "path": "a.png",
+        "noise": "masked 0.500, error 0.100",
+        "lung_area total": "0.300",
+        "lung_area image_left": "0.100",
+        "embedding": "2 values, L2 norm 5.000",
+    }
 
 
 @pytest.mark.parametrize(
