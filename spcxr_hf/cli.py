@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import SpcxrError
+from .errors import SpcxrError, printable
 
 if TYPE_CHECKING:
     from .inference import Loaded, Source
     from .jobs import Job
 
 BASE, LUNGS, PNEUMONIA = "spcxr/base", "spcxr/lung-segmentation", "spcxr/pneumonia"
+IDS = (BASE, LUNGS, PNEUMONIA, "spcxr/screening", "spcxr/covid")
 
 HELP = """SPCXR: a chest X-ray foundation model. Research use only, not for clinical use.
 
@@ -51,11 +52,25 @@ def _example(*lines: str) -> str:
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def _from(*words: str) -> Any:
+    """What the shell completes an option's value from."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
+
+
 # ---- options that commands share ---------------------------------------------------------------------------------
 
 Images = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or quoted patterns.")]
-ModelOption = Annotated[str, typer.Option("--model", metavar="ID|FOLDER", help="A Hub id or a folder.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", metavar="ID|FOLDER", help="A Hub id or a folder.", autocompletion=_from(*IDS))
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", autocompletion=_from("auto", "cpu", "cuda", "mps")),
+]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, help="Threads that read; by default one per processor, at most 8.")
@@ -67,7 +82,12 @@ VectorsOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help=".parquet, .safetensors, .jsonl or .csv.")
 ]
 FormatOption = Annotated[
-    str | None, typer.Option("--format", help="table, jsonl, csv or parquet, where the suffix does not say it.")
+    str | None,
+    typer.Option(
+        "--format",
+        help="table, jsonl, csv or parquet, where the suffix does not say it.",
+        autocompletion=_from("table", "jsonl", "csv", "parquet", "safetensors"),
+    ),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Leave out files that an earlier run has finished.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run has written.")]
@@ -90,7 +110,10 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 # ---- many files through a model ----------------------------------------------------------------------------------
 
 
-@app.command(epilog=_example("spcxr predict scans/ --output predictions.csv", "spcxr predict chest.dcm | jq .targets"))
+@app.command(
+    short_help="Probabilities of each label, beside named thresholds.",
+    epilog=_example("spcxr predict scans/ --output predictions.csv", "spcxr predict chest.dcm | jq .targets"),
+)
 def predict(
     images: Images,
     model: ModelOption = PNEUMONIA,
@@ -114,7 +137,10 @@ def predict(
     _finish(job, loaded, Predictor(loaded, operating_point))
 
 
-@app.command(epilog=_example("spcxr embed 'scans/**/*.dcm' --output embeddings.parquet"))
+@app.command(
+    short_help="The embedding of each image.",
+    epilog=_example("spcxr embed 'scans/**/*.dcm' --output embeddings.parquet"),
+)
 def embed(
     images: Images,
     model: ModelOption = BASE,
@@ -134,13 +160,21 @@ def embed(
     _finish(job, _load("embedding", model, device), answer)
 
 
-@app.command(epilog=_example("spcxr segment scans/ --masks masks/ --output areas.csv"))
+@app.command(
+    short_help="A lung mask of each image, and its areas.",
+    epilog=_example("spcxr segment scans/ --masks masks/ --output areas.csv"),
+)
 def segment(
     images: Images,
     model: ModelOption = LUNGS,
     masks: Annotated[Path, typer.Option("--masks", metavar="FOLDER", help="Where the masks go.")] = Path("masks"),
     mask_format: Annotated[
-        str, typer.Option("--mask-format", help="png (white is lung), or seg: DICOM segmentations of DICOM files.")
+        str,
+        typer.Option(
+            "--mask-format",
+            help="png (white is lung), or seg: DICOM segmentations of DICOM files.",
+            autocompletion=_from("png", "seg"),
+        ),
     ] = "png",
     device: DeviceOption = "auto",
     batch_size: BatchOption = 16,
@@ -164,7 +198,10 @@ def segment(
     )
 
 
-@app.command(epilog=_example("spcxr explain chest.png --target pneumonia --pictures explained/"))
+@app.command(
+    short_help="Draw which parts of an image an answer rests on.",
+    epilog=_example("spcxr explain chest.png --target pneumonia --pictures explained/"),
+)
 def explain(
     images: Images,
     model: ModelOption = PNEUMONIA,
@@ -174,9 +211,16 @@ def explain(
             metavar="LABEL", help="A label, labels joined by ' + ', or 'embedding'; by default the most probable label."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="relevance or rollout.")] = "relevance",
+    method: Annotated[
+        str, typer.Option(help="relevance or rollout.", autocompletion=_from("relevance", "rollout"))
+    ] = "relevance",
     lungs: Annotated[
-        str, typer.Option(metavar="ID|FOLDER|none", help="The model that outlines the lungs, or none.")
+        str,
+        typer.Option(
+            metavar="ID|FOLDER|none",
+            help="The model that outlines the lungs, or none.",
+            autocompletion=_from(LUNGS, "none"),
+        ),
     ] = LUNGS,
     pictures: PicturesOption = Path("explained"),
     device: DeviceOption = "auto",
@@ -198,12 +242,19 @@ def explain(
     _finish(job, loaded, Explainer(loaded, _png_saver(job), what, method, outliner))
 
 
-@app.command(epilog=_example("spcxr reconstruct chest.png --fill noise --fill block --seed 1"))
+@app.command(
+    short_help="Draw images corrupted and reconstructed.",
+    epilog=_example("spcxr reconstruct chest.png --fill noise --fill block --seed 1"),
+)
 def reconstruct(
     images: Images,
     model: ModelOption = BASE,
     fill: Annotated[
-        list[str] | None, typer.Option(help="noise, zeros, block or replace; again for more. All but replace.")
+        list[str] | None,
+        typer.Option(
+            help="noise, zeros, block or replace; again for more. By default all but replace.",
+            autocompletion=_from("noise", "zeros", "block", "replace"),
+        ),
     ] = None,
     second: Annotated[Path | None, typer.Option(metavar="IMAGE", help="Where replace takes its pixels from.")] = None,
     seed: Annotated[int, typer.Option(help="Where the corrupted groups lie.")] = 0,
@@ -265,7 +316,10 @@ def _finish(job: "Job", loaded: "Loaded", answer: Any) -> None:
 # ---- one flow each -----------------------------------------------------------------------------------------------
 
 
-@app.command(epilog=_example("spcxr demo", "spcxr demo chest.dcm --output chest.png", "spcxr demo --serve"))
+@app.command(
+    short_help="Look at one radiograph, or at many in a browser.",
+    epilog=_example("spcxr demo", "spcxr demo chest.dcm --output chest.png", "spcxr demo --serve"),
+)
 def demo(
     image: Annotated[
         Path | None,
@@ -299,7 +353,7 @@ def demo(
     run_demo(image, output, checkpoints)
 
 
-@app.command(epilog=_example("spcxr install"))
+@app.command(short_help="Put the bundled checkpoints into the local cache.", epilog=_example("spcxr install"))
 def install(
     checkpoints: CheckpointsOption = None,
     force: Annotated[
@@ -314,7 +368,9 @@ def install(
         typer.echo(f"{checkpoint.repo_id}  revision {checkpoint.revision}  {state}")
 
 
-@app.command(epilog=_example("spcxr audit scans/ --output audit/"))
+@app.command(
+    short_help="Look through a set: broken files, copies, leaks.", epilog=_example("spcxr audit scans/ --output audit/")
+)
 def audit(
     images: Annotated[list[str], typer.Argument(metavar="SET...", help="Parquet, a folder, files or quoted patterns.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the page goes.")] = Path(
@@ -341,11 +397,14 @@ def audit(
         workers=workers,
     )
     typer.echo(str(output / "audit.html"))
-    _note(f"{len(table)} images")
+    _note("1 image" if len(table) == 1 else f"{len(table)} images")
     raise typer.Exit(3 if found["broken"] else 0)
 
 
-@app.command(epilog=_example("spcxr export spcxr/base --to onnx --output spcxr-base-onnx --quantize"))
+@app.command(
+    short_help="Write a checkpoint for ONNX Runtime, or as a ViT.",
+    epilog=_example("spcxr export spcxr/base --to onnx --output spcxr-base-onnx --quantize"),
+)
 def export(
     model: Annotated[str, typer.Argument(metavar="ID|FOLDER", help="A Hub id or a folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write.")],
@@ -373,7 +432,10 @@ def export(
     _note("exported")
 
 
-@app.command(epilog=_example("spcxr publish --namespace my-lab --dry-run", "spcxr publish --namespace my-lab base"))
+@app.command(
+    short_help="Send checkpoints to the Hub.",
+    epilog=_example("spcxr publish --namespace my-lab --dry-run", "spcxr publish --namespace my-lab base"),
+)
 def publish(
     only: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Checkpoints; all by default.")] = None,
     checkpoints: CheckpointsOption = None,
@@ -402,7 +464,8 @@ def main() -> None:
     try:
         app()
     except SpcxrError as error:
-        print(f"error: {error}", file=sys.stderr)
+        told = "\n".join(map(printable, str(error).split("\n")))
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -154,6 +154,34 @@ def test_exit_status_tells_of_broken_files(tmp_path, classifier, monkeypatch, ca
     assert printed.err.count("error: ") == len(broken)
 
 
+def test_odd_names_are_read_written_and_shown(tmp_path, classifier, monkeypatch, capsys):
+    names = ["-dash.png", "sp ace.png", "[b].png", "a*b?.png", "ünï.png", "new\nline.png", "\x1b[31m.png"]
+    for name, path in zip(names, save_pictures(tmp_path / "scans", len(names)), strict=True):
+        path.rename(path.with_name(name))
+    (tmp_path / "scans" / "\x1b[7m\n.png").write_bytes(b"no picture")
+    output = tmp_path / "out.csv"
+    words = ["predict", tmp_path / "scans", "--model", classifier, "--output", output]
+    assert run_main(monkeypatch, *words) == 3
+    told = capsys.readouterr().err
+    assert r"\x1b[7m\n.png: not a PNG" in told and "\x1b" not in told
+    assert {Path(path).name for path in writers.finished(output, "csv", str(classifier))} == set(names)
+    assert run_main(monkeypatch, "predict", tmp_path / "scans" / "[b].png", "--model", classifier) == 0
+    assert len(lines(capsys.readouterr().out)) == 1
+    assert run_main(monkeypatch, "predict", str(tmp_path / "scans" / "*.dcm"), "--model", classifier) == 1
+    assert "no file has such a name" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every name is Unicode")
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_name_that_is_no_text_is_told_and_the_others_go_on(tmp_path, classifier, monkeypatch, capsys, kind):
+    paths, output = save_pictures(tmp_path / "scans", 2), tmp_path / f"out.{kind}"
+    paths[0].rename(os.fsdecode(os.fsencode(paths[0].parent) + b"/\xff.png"))
+    words = ["predict", tmp_path / "scans", "--model", classifier, "--output", output]
+    assert run_main(monkeypatch, *words) == 3
+    assert r"\udcff.png: the name is not valid UTF-8; rename the file" in capsys.readouterr().err
+    assert writers.finished(output, kind, str(classifier)) == {str(paths[1])}
+
+
 def test_resume_repeats_nothing(tmp_path, pretrained, monkeypatch, capsys):
     paths, output = save_pictures(tmp_path / "scans", 4), tmp_path / "out.parquet"
     paths[3].rename(tmp_path / "later.png")
@@ -163,7 +191,7 @@ def test_resume_repeats_nothing(tmp_path, pretrained, monkeypatch, capsys):
     assert run_main(monkeypatch, *embed) == 1
     assert "--resume goes on with it" in capsys.readouterr().err
     assert run_main(monkeypatch, *embed, "--resume") == 0
-    assert "1 images in" in (told := capsys.readouterr().err)
+    assert "1 image in" in (told := capsys.readouterr().err)
     assert "3 were done before" in told
     assert pq.read_table(output)["path"].to_pylist() == [str(path) for path in paths]
 
@@ -278,6 +306,23 @@ def test_every_command_shows_an_example(command):
     found = CliRunner().invoke(cli.app, [command, "--help"])
     assert found.exit_code == 0
     assert f"Example:\n    spcxr {command}" in found.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("spcxr pre", ["predict"]),
+        ("spcxr predict --model spcxr/s", ["spcxr/screening"]),
+        ("spcxr reconstruct --fill ", ["noise", "zeros", "block", "replace"]),
+        ("spcxr segment --mask-format s", ["seg"]),
+    ],
+)
+def test_the_shell_completes(words, found):
+    command = str(Path(sys.executable).with_name("spcxr"))
+    asked = {"_SPCXR_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run([command], capture_output=True, text=True, env={**os.environ, **asked}, check=True)
+    assert done.stdout.split() == found
 
 
 @pytest.mark.slow
