@@ -23,6 +23,8 @@ from transformers import AutoConfig
 
 import spcxr_hf
 from spcxr_hf import SpcxrError, SpcxrImageProcessor
+from spcxr_hf.evidence_results import read_cost
+from spcxr_hf.metrics import write_results
 from spcxr_hf.recipe import parse_arguments, read_recipe
 from spcxr_hf.recorded_outputs import RECORD, record_outputs
 
@@ -40,6 +42,9 @@ class Arguments:
     name: str = field(metadata={"help": "last part of the id: base, lung-segmentation, ..."})
     model: str | None = field(default=None, metadata={"help": "folder `final` of the training run"})
     results: list[str] = field(default_factory=list, metadata={"help": "JSON files with the figures on the card"})
+    runs: list[str] = field(
+        default_factory=list, metadata={"help": "folders of the trainings' runs, for results/training_cost.json"}
+    )
     pictures: list[str] = field(default_factory=list, metadata={"help": "PNG files that the card shows"})
     cards: str = field(default=str(REPOSITORY / "model_cards"), metadata={"help": "where the folder is made"})
     card_only: bool = field(default=False, metadata={"help": "renew the card, the code and these results alone"})
@@ -55,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         copy_recipe(Path(arguments.model), folder)
     copy_files([Path(result) for result in arguments.results], folder / "results")
     copy_files([Path(picture) for picture in arguments.pictures], folder / "pictures")
+    count_cost(arguments.runs, folder / "results")
     copy_code(folder)
     if not arguments.card_only or not (folder / RECORD).is_file():
         record_outputs(folder)
@@ -96,6 +102,16 @@ def copy_files(sources: Sequence[Path], folder: Path) -> None:
             raise SpcxrError(f"{source}: no such file")
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / source.name)
+
+
+def count_cost(runs: Sequence[str], folder: Path) -> None:
+    """What the trainings took together: device, minutes, views and views per second, by their reports."""
+    if not runs:
+        return
+    cost = read_cost(runs)
+    if cost is None:
+        raise SpcxrError(f"{', '.join(runs)}: one of these runs has not ended")
+    write_results(folder / "training_cost.json", cost)
 
 
 def render_card(name: str, folder: Path) -> str:
