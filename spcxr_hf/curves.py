@@ -281,17 +281,37 @@ def _efficiency(by_fraction: dict[float, dict[Any, float]]) -> Efficiency:
     return Efficiency(np.array(fractions), *columns)
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a results file: a JSON list, or an object with a list under "rows".
+def read_rows(path: Path, task: str | None = None) -> list[dict]:
+    """The rows of a results file: a JSON list, an object with a list under "rows", or what `evidence.py` writes.
+
+    Args:
+        path: The file.
+        task: Whose rows to take from the results of `evidence.py`; those of other files are of one task.
 
     Raises:
-        SpcxrError: the file cannot be read, or holds no such list.
+        SpcxrError: the file cannot be read, or holds no such rows.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SpcxrError(f"{path}: no results file ({error})") from error
+    if isinstance(content, dict) and isinstance(content.get("fine_tuning"), dict):
+        return _rows_of_evidence(content["fine_tuning"], task, path)
     rows = content.get("rows") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise SpcxrError(f'{path}: holds no list of rows, nor one under "rows"')
     return rows
+
+
+def _rows_of_evidence(tasks: dict[str, Any], task: str | None, path: Path) -> list[dict]:
+    """A row for each training of a task: what it reached on the split that the task is judged on."""
+    if task not in tasks:
+        raise SpcxrError(f"{path}: no task {task!r}; there are {', '.join(tasks)}")
+    rows: dict[tuple, dict] = {}
+    for fraction, cell in tasks[task]["fractions"].items():
+        for init, found in cell["inits"].items():
+            for metric, figure in found["reports"].get(tasks[task]["main"], {}).items():
+                for seed, value in figure["seeds"].items():
+                    row = {"fraction": float(fraction), "init": init, "seed": seed}
+                    rows.setdefault((fraction, init, seed), row)[metric] = value
+    return list(rows.values())

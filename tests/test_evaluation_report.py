@@ -150,8 +150,9 @@ def test_the_script(tmp_path, capsys):
     efficiency = tmp_path / "efficiency.json"
     efficiency.write_text(json.dumps({"rows": EFFICIENCY}))
     words = ["--model", str(model), "--data", str(data), "--label_column", "pneumonia_label"]
-    words += ["--split_column", "pneumonia_split", "--splits", "val", "test", "--classes", "normal"]
-    words += ["ill=bacterial+viral", "--resamples", "20", "--output", str(tmp_path / "report")]
+    words += ["--splits", "val", "test", "--classes", "normal", "ill=bacterial+viral"]
+    words += ["--resamples", "20", "--output", str(tmp_path / "report")]
+    (model / "recipe.yaml").write_text("split_column: pneumonia_split\nclasses: [normal]\n")
     path = report.main([*words, "--label_efficiency", str(efficiency), "--limit", "8"])
     assert str(path) in capsys.readouterr().out
     results = json.loads((path.parent / "results.json").read_text())

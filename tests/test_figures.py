@@ -3,6 +3,7 @@
 import itertools
 import json
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,6 +161,17 @@ def test_rows_of_a_file(tmp_path):
         path.write_text(text)
         with pytest.raises(SpcxrError, match=r"results\.json"):
             read_rows(path)
+
+
+def test_rows_of_the_evidence():
+    path = Path(__file__).parent.parent / "training_scripts" / "results" / "evidence_cpu_112.json"
+    found = json.loads(path.read_text())["fine_tuning"]["covid"]["fractions"]["0.01"]["inits"]["scratch"]["reports"]
+    curves = label_efficiency(read_rows(path, "covid"), "auroc")
+    assert {"spcxr", "scratch"} <= set(curves)
+    assert curves["scratch"].fractions[0] == 0.01
+    assert curves["scratch"].mean[0] == pytest.approx(np.mean([*found["test"]["auroc"]["seeds"].values()]))
+    with pytest.raises(SpcxrError, match="no task 'base'; there are pneumonia, "):
+        read_rows(path, "base")
 
 
 # ---- readable ------------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """Report a classifier on splits of a set, with figures: one HTML file that holds everything, and its pictures as PNG.
 
-    python training_scripts/report.py --model model_cards/pneumonia --data ../shared/data \
-        --label_column pneumonia_label --split_column pneumonia_split --splits val test --output reports/pneumonia
+    python training_scripts/report.py --model model_cards/pneumonia --data ../shared/data --splits val test \
+        --label_efficiency training_scripts/results/evidence_cpu_112.json --output reports/pneumonia
 
 ROC and precision-recall curves with 95 % bands by patient, reliability diagrams, confusion matrices, label efficiency
-(`--label_efficiency results.json`, rows with fraction, seed, init and the metric), and the most confident errors. These
-show radiographs: keep the folder where the images may be, or say `--worst 0`.
+(from the results of `evidence.py`, or rows with fraction, seed, init and the metric), and the most confident errors.
+These show radiographs: keep the folder where the images may be, or say `--worst 0`. Columns and classes that are left
+out are those of the recipe in the model's folder.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from spcxr_hf.predicting import (
     predict_logits,
     select_rows,
 )
-from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.recipe import fill_from_recipe, parse_arguments
 
 
 @dataclass
@@ -47,16 +48,24 @@ class Arguments:
     model: str = field(metadata={"help": "folder or Hub id of an image classifier with its image processor"})
     data: str = field(metadata={"help": "a set with a column of labels and a column of splits"})
     output: str = field(metadata={"help": "folder for report.html, results.json and the pictures"})
-    label_column: str = field(default="label", metadata={"help": "column of the labels"})
-    split_column: str = field(default="split", metadata={"help": "column of the splits"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "column of the labels; by default that of the model's recipe, or `label`"}
+    )
+    split_column: str | None = field(
+        default=None, metadata={"help": "column of the splits; by default that of the model's recipe, or `split`"}
+    )
     splits: list[str] = field(default_factory=lambda: ["val"], metadata={"help": "its values to report"})
     classes: list[str] = field(
-        default_factory=list, metadata={"help": "the model's classes, as `normal pneumonia=bacterial+viral`"}
+        default_factory=list,
+        metadata={"help": "the model's classes, as `normal pneumonia=bacterial+viral`; by default the recipe's"},
     )
     sums: list[str] = field(
         default_factory=list, metadata={"help": "more targets: labels joined by ' + ', whose probabilities are added"}
     )
-    label_efficiency: str | None = field(default=None, metadata={"help": "JSON file with rows of fraction, seed, init"})
+    label_efficiency: str | None = field(
+        default=None, metadata={"help": "results of evidence.py, or a JSON file with rows of fraction, seed, init"}
+    )
+    task: str | None = field(default=None, metadata={"help": "its task; by default called as the model's folder"})
     metric: str = field(default="auroc", metadata={"help": "its key of the value"})
     title: str | None = field(default=None, metadata={"help": "of the page; by default the model's name"})
     worst: int = field(default=12, metadata={"help": "how many of the most confident errors to show; 0 for none"})
@@ -70,7 +79,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> Path:
     arguments = parse_arguments(Arguments, argv)
     check(arguments)
-    efficiency = read_rows(Path(arguments.label_efficiency)) if arguments.label_efficiency else []
+    efficiency = read_efficiency(arguments)
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     model, processor = load_judged(arguments.model, device)
     rows = select(arguments, model)
@@ -88,8 +97,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return path
 
 
+def read_efficiency(arguments: Arguments) -> list[dict]:
+    """Rows for the curves of label efficiency; none where there is no file of them."""
+    if not arguments.label_efficiency:
+        return []
+    return read_rows(Path(arguments.label_efficiency), arguments.task or Path(arguments.model).resolve().name)
+
+
 def check(arguments: Arguments) -> None:
-    """Refuse a command line that would fail late."""
+    """Refuse a command line that would fail late; fill in what the model's recipe says."""
+    recipe = Path(arguments.model) / "recipe.yaml"
+    fill_from_recipe(arguments, recipe, label_column="label", split_column="split", classes=[])
     for name in ("batch_size", "resamples", "limit"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
