@@ -408,7 +408,7 @@ def audit(
 def export(
     model: Annotated[str, typer.Argument(metavar="ID|FOLDER", help="A Hub id or a folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write.")],
-    to: Annotated[str, typer.Option("--to", help="onnx, or vit: a plain ViT of transformers.")] = "onnx",
+    to: Annotated[str, typer.Option("--to", "--format", help="onnx, or vit: a plain ViT of transformers.")] = "onnx",
     quantize: Annotated[bool, typer.Option("--quantize", help="An 8-bit version beside the ONNX file, too.")] = False,
     num_channels: Annotated[int, typer.Option("--channels", help="3 takes RGB pictures, 1 grey ones.")] = 3,
 ) -> None:

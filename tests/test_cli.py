@@ -287,15 +287,27 @@ def test_audit_takes_single_files(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "audit" / "audit.json").read_text())["broken"]
 
 
-def test_export_and_publish_hand_everything_on(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flag", ["--to", "--format"])
+def test_export_hands_everything_on(tmp_path, monkeypatch, flag):
     calls = []
     monkeypatch.setattr("spcxr_hf.export_vit.export_vit", lambda *given, **named: calls.append((given, named)))
-    assert run_main(monkeypatch, "export", "spcxr/base", "--to", "vit", "--output", tmp_path, "--channels", 1) == 0
-    assert calls.pop() == (("spcxr/base", tmp_path), {"num_channels": 1})
+    assert run_main(monkeypatch, "export", "spcxr/base", flag, "vit", "--output", tmp_path, "--channels", 1) == 0
+    assert calls == [(("spcxr/base", tmp_path), {"num_channels": 1})]
+    assert run_main(monkeypatch, "export", "spcxr/base", flag, "pdf", "--output", tmp_path) == 1
+
+
+def test_export_says_what_a_plain_vit_cannot_be(classifier, tmp_path, monkeypatch, capsys):
+    words = ("export", classifier, "--format", "vit", "--output", tmp_path / "vit")
+    assert run_main(monkeypatch, *words) == 1
+    assert "a classifier over the mean of the patch tokens cannot be a ViTForImage" in capsys.readouterr().err
+    assert not (tmp_path / "vit").exists()
+
+
+def test_publish_hands_everything_on(tmp_path, monkeypatch):
+    calls = []
     monkeypatch.setattr("spcxr_hf.publishing.publish", lambda *given, **named: calls.append((given, named)) or [])
     assert run_main(monkeypatch, "publish", "base", "--namespace", "lab", "--dry-run", "--checkpoints", tmp_path) == 0
     assert calls == [((tmp_path, "lab", False, True), {"tag": None, "only": ["base"]})]
-    assert run_main(monkeypatch, "export", "spcxr/base", "--to", "pdf", "--output", tmp_path) == 1
 
 
 # Help
