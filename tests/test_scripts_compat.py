@@ -25,7 +25,7 @@ def broken(): raise RuntimeError
 def test_cannot_begin(broken): pass
 """
 ENTRY = {
-    "suite": "selection",
+    "suite": "quick",
     "versions": dict.fromkeys(["python", *compat.TOLD], "1.2"),
     "passed": 3,
     "failed": 0,
@@ -35,8 +35,21 @@ ENTRY = {
 }
 
 
-def test_the_selection_is_there():
-    assert [name for name in compat.SELECTION if not (ROOT / name).is_file()] == []
+def test_the_hubs_modules_are_there():
+    assert [name for name in compat.HUB if not (ROOT / name).is_file()] == []
+
+
+def test_the_runs_of_a_suite_are_counted_together(tmp_path, monkeypatch):
+    (tmp_path / "test_made_up.py").write_text(FAILING)
+    monkeypatch.setattr(compat, "ROOT", tmp_path)
+    one = ["test_made_up.py", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-k"]
+    monkeypatch.setitem(compat.SUITES, "quick", ([*one, "passes or fails"], [*one, "skips or begin"]))
+    found = compat.run_suite(Path(sys.executable), "quick", 1)
+    assert {kind: found[kind] for kind in ("passed", "failed", "skipped")} == {"passed": 1, "failed": 2, "skipped": 1}
+    assert found["failures"] == ["test_made_up::test_cannot_begin", "test_made_up::test_fails"]
+    monkeypatch.setitem(compat.SUITES, "quick", ([*one, "nothing_of_this_name"],))
+    with pytest.raises(SpcxrError, match="pytest ended with status 5"):
+        compat.run_suite(Path(sys.executable), "quick", 1)
 
 
 def test_the_oldest_is_what_the_project_claims():

@@ -10,9 +10,9 @@ small one) and keeps them for the next time:
     hub1    the newest Python; the newest of everything, but huggingface_hub below 2
     newest  the newest Python; the newest of everything, looked up anew each time
 
-The tests are SELECTION: configuration, loading and saving, the model contract, image processors, remote code,
-publishing, the round trip through a Hub, and what other libraries do with the model. `--suite quick` runs the quick
-suite whole instead. Each environment is an entry of its own in the results file, so they can be run one by one. Exit
+The tests are the quick suite whole and, of the modules in HUB, the slow ones too: publishing cut at any request, the
+round trip through a Hub in fresh processes, remote code, and what other libraries do with the model. `--suite hub` runs
+these modules alone. Each environment is an entry of its own in the results file, so they can be run one by one. Exit
 status 1 if a test failed. `--render` runs nothing and writes the table of the results between `<!-- compat -->` and
 `<!-- /compat -->`.
 """
@@ -40,7 +40,7 @@ from spcxr_hf.recipe import parse_arguments
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "training_scripts" / "results" / "compat.json"
 OLDEST_PYTHON, NEWEST_PYTHON = "3.10", "3.13"
-SELECTION = [
+HUB = [
     f"tests/test_{name}.py"
     for name in (
         "auto",
@@ -51,10 +51,13 @@ SELECTION = [
         "image_processing_spcxr",
         "modeling_spcxr",
         "publishing",
+        "pushing",
         "remote_code",
+        "run_pushing",
     )
 ]
-SUITES = {"selection": SELECTION, "quick": ["tests", "-m", "not slow"]}
+# What pytest is told, run by run.
+SUITES = {"quick": (["tests", "-m", "not slow"], [*HUB, "-m", "slow"]), "hub": (HUB,)}
 TOLD = ("torch", "torchvision", "transformers", "huggingface_hub", "numpy")
 # The suite's own way (see the Makefile): no network, one core for each of the two workers.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -98,8 +101,8 @@ class Arguments:
     environments: list[str] = field(
         default_factory=lambda: ["oldest", "hub1", "newest"], metadata={"help": "which to run: oldest, hub1, newest"}
     )
-    suite: Literal["selection", "quick"] = field(
-        default="selection", metadata={"help": "the selection of a few minutes, or the whole quick suite"}
+    suite: Literal["quick", "hub"] = field(
+        default="quick", metadata={"help": "the quick suite with the slow tests of the Hub, or the Hub's modules alone"}
     )
     folder: str = field(default=str(ROOT / ".compat"), metadata={"help": "where the environments are kept"})
     workers: int = field(default=2, metadata={"help": "processes that run tests"})
@@ -183,19 +186,25 @@ def run_suite(python: Path, suite: str, workers: int) -> dict[str, Any]:
         SpcxrError: pytest did not come to its end.
     """
     begun = time.perf_counter()
-    with tempfile.TemporaryDirectory() as place:
-        report = Path(place) / "report.xml"
-        words = ["-q", "-n", str(workers), "--dist", "loadfile", "--junitxml", str(report), *SUITES[suite]]
-        done = subprocess.run([str(python), "-m", "pytest", *words], cwd=ROOT, env={**os.environ, **OFFLINE})
-        if done.returncode not in (0, 1):
-            raise SpcxrError(f"pytest ended with status {done.returncode} on {python.parent.parent.name}")
-        counts = read_report(report)
+    runs = [run_pytest(python, words, workers) for words in SUITES[suite]]
     return {
         "suite": suite,
         "versions": read_versions(python),
-        **counts,
+        **{kind: sum(run[kind] for run in runs) for kind in ("passed", "failed", "skipped")},
+        "failures": sorted(name for run in runs for name in run["failures"]),
         "seconds": round(time.perf_counter() - begun),
     }
+
+
+def run_pytest(python: Path, selected: Sequence[str], workers: int) -> dict[str, Any]:
+    """Counts and failures of one run of pytest."""
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place) / "report.xml"
+        words = ["-q", "-n", str(workers), "--dist", "loadfile", "--junitxml", str(report), *selected]
+        done = subprocess.run([str(python), "-m", "pytest", *words], cwd=ROOT, env={**os.environ, **OFFLINE})
+        if done.returncode not in (0, 1):
+            raise SpcxrError(f"pytest ended with status {done.returncode} on {python.parent.parent.name}")
+        return read_report(report)
 
 
 def read_versions(python: Path) -> dict[str, str]:
@@ -235,7 +244,7 @@ def table_of(results: Mapping[str, Any]) -> str:
 def in_words(entry: Mapping[str, Any]) -> str:
     """How the tests went, in a few words."""
     counts = [f"{entry[kind]} {kind}" for kind in ("passed", "failed", "skipped") if entry[kind] or kind == "passed"]
-    return ", ".join(counts) + (" (quick suite)" if entry["suite"] == "quick" else "")
+    return ", ".join(counts) + (" (of the Hub)" if entry["suite"] == "hub" else "")
 
 
 if __name__ == "__main__":
