@@ -28,6 +28,7 @@ from .inference import Batch, Loaded, Prepared, Source, load_model, read_with_co
 from .lungs import LungAreas, measure_lungs
 from .neighbours import Neighbour, NeighbourIndex
 from .pictures import overlay
+from .radiograph import read_radiograph
 from .tasks import Predictor, segment_lungs
 
 LONGEST_SIDE = 768  # pixels of the pictures that are shown
@@ -35,6 +36,7 @@ MOST_FILES = 8  # in one go
 MOST_BYTES = 64 * 2**20  # of one file
 MOST_PIXELS = 120_000_000  # of all pages that a session holds: 240 MB
 MOST_MAPS = 3
+THUMBNAIL = 320  # pixels of a neighbour's longer side
 NEIGHBOURS = 5
 TASKS = {  # a checkpoint's own class -> the task that it is offered for
     "SpcxrModel": "embedding",
@@ -205,7 +207,8 @@ class Answer:
         embedding: (D) float32.
         lungs: The picture with the lungs tinted, and their areas as shares of the image.
         maps: Relevance, for the most probable label first, then for the targets with an operating point.
-        neighbours: The nearest images of the index; None without an index.
+        neighbours: The nearest images of the index, each with its picture where its id is a file that can be read;
+            None without an index.
     """
 
     page: Page
@@ -215,7 +218,7 @@ class Answer:
     embedding: torch.Tensor | None = None
     lungs: tuple[Image.Image, LungAreas] | None = None
     maps: list[Map] = field(default_factory=list)
-    neighbours: list[Neighbour] | None = None
+    neighbours: list[tuple[Neighbour, Image.Image | None]] | None = None
 
 
 class Desk:
@@ -314,10 +317,21 @@ class Desk:
         pixel_values = self._batch(page, loaded).pixel_values(loaded.device)
         return loaded.model(pixel_values).pooler_output[0].float().cpu()
 
-    def _neighbours(self, embedding: torch.Tensor | None) -> list[Neighbour] | None:
+    def _neighbours(self, embedding: torch.Tensor | None) -> list[tuple[Neighbour, Image.Image | None]] | None:
         if self.index is None or embedding is None:
             return None
-        return self.index.search(embedding.unsqueeze(0), NEIGHBOURS)[0]
+        return [(one, thumbnail(one.id)) for one in self.index.search(embedding.unsqueeze(0), NEIGHBOURS)[0]]
+
+
+def thumbnail(name: str) -> Image.Image | None:
+    """The picture behind an id of the index; None where it is no file, or none that can be read."""
+    try:
+        image = read_radiograph(name, strict=None) if Path(name).is_file() else None
+    except (SpcxrError, OSError, ValueError):
+        return None
+    if image is not None:
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
 
 
 def _within(page: Page, pages: Sequence[Page]) -> Page:

@@ -48,13 +48,9 @@ STYLE = """
 .spcxr pre { overflow-x: auto; padding: .6rem; border: 1px solid #8886; border-radius: 4px; font-size: .85rem; }
 """
 
-MAKE_AN_INDEX = """from spcxr_hf.data import read_table
-from spcxr_hf.encoders import load_encoder
-from spcxr_hf.neighbours import build_index
-
-encoder = load_encoder("spcxr/base")  # after `spcxr install`, or a folder
-index = build_index(encoder, read_table("radiographs/"), "spcxr/base")
-index.save("index/radiographs.safetensors")"""
+MAKE_AN_INDEX = """mkdir index
+spcxr embed radiographs/ --output index/radiographs.safetensors
+spcxr demo --serve --index index/"""
 
 
 def heading() -> str:
@@ -209,12 +205,19 @@ def _neighbours(answer: Answer) -> str:
     if answer.neighbours is None:
         return (
             "<h3>Nearest neighbours</h3><p>No index is loaded, and no radiographs come with the demo. Make one of your "
-            "own, then start with <code>spcxr demo --serve --index index/</code>:</p>"
-            f'<pre tabindex="0" aria-label="Python"><code>{escape(MAKE_AN_INDEX)}</code></pre>'
+            "own and start with it:</p>"
+            f'<pre tabindex="0" aria-label="Commands"><code>{escape(MAKE_AN_INDEX)}</code></pre>'
         )
-    rows = [[str(rank), escape(one.id), f"{one.similarity:.3f}"] for rank, one in enumerate(answer.neighbours, start=1)]
+    ranked = list(enumerate(answer.neighbours, start=1))
+    rows = [[str(rank), escape(one.id), f"{one.similarity:.3f}"] for rank, (one, _) in ranked]
     table = _table("Cosine similarity of the embeddings, at most 1.", ["Rank", "Image", "Similarity"], rows)
-    return f"<h3>Nearest neighbours</h3>{table}"
+    figures = [
+        _figure(picture, f"{rank}: {one.id}, similarity {one.similarity:.3f}", f"Neighbour {rank}: {one.id}")
+        for rank, (one, picture) in ranked
+        if picture is not None
+    ]
+    pictures = f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
+    return f"<h3>Nearest neighbours</h3>{table}{pictures}"
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------------

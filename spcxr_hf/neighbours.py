@@ -27,6 +27,7 @@ from .encoders import Encoder
 from .errors import SpcxrError
 
 FORMAT = "spcxr-neighbours-1"
+EMBEDDED = {"path", "model", "note"}  # the keys that `spcxr embed` writes into a header
 QUERIES = 256  # at once: their similarities to a million images take 1 GB
 
 
@@ -128,7 +129,7 @@ class NeighbourIndex:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> NeighbourIndex:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or `spcxr embed --output FILE.safetensors`, whose ids are the paths of its images.
 
         Raises:
             SpcxrError: the file is missing, damaged, or no such index.
@@ -136,9 +137,14 @@ class NeighbourIndex:
         try:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
+                if header.keys() >= EMBEDDED:
+                    ids, models = (json.loads(header[name]) for name in ("path", "model"))
+                    return cls.from_features(file.get_tensor("embeddings"), ids, str(models[0]))
                 if header.get("format") != FORMAT:
                     raise SpcxrError(f"{path}: no index of neighbours ({FORMAT})")
                 features, ids = file.get_tensor("features"), json.loads(header["ids"])
+        except SpcxrError as error:
+            raise SpcxrError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise SpcxrError(f"{path}: the index cannot be read ({error})") from error
         try:

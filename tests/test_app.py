@@ -29,9 +29,10 @@ from spcxr_hf.app_answers import Choice, Desk, Page, list_choices, load_index, m
 from spcxr_hf.data import read_table
 from spcxr_hf.encoders import load_encoder
 from spcxr_hf.inference import Batch, Source, load_model, prepare
+from spcxr_hf.jobs import Job
 from spcxr_hf.neighbours import build_index
 from spcxr_hf.plausibility import concerns
-from spcxr_hf.tasks import Predictor
+from spcxr_hf.tasks import Predictor, embed
 from tests.made_up import picture
 from tests.test_inference import save_model
 
@@ -188,9 +189,30 @@ def test_the_nearest_neighbour_of_an_indexed_image_is_itself(tmp_path, cards):
     index = build_index(load_encoder(str(cards / "base")), read_table(tmp_path / "images"), "tiny")
     index.save(tmp_path / "index" / "radiographs.safetensors")
     desk = Desk(list_choices(cards), load_index(tmp_path / "index"), "cpu")
-    first = desk.answer(made_radiograph(), "embedding").neighbours[0]
+    first, shown = desk.answer(made_radiograph(), "embedding").neighbours[0]
     assert first.id.endswith("made.png")
     assert first.similarity > 0.98
+    assert shown is None  # the index calls it by its name inside the folder, which is no place of a file
+
+
+def test_what_the_command_line_embeds_is_an_index(tmp_path, cards):
+    paths = [tmp_path / f"{name}.png" for name in ("<b>made", "gone")]
+    for path in paths:
+        made_radiograph().image.save(path)
+    loaded = load_model("embedding", str(cards / "base"), "cpu")
+    output = tmp_path / "index" / "radiographs.safetensors"
+    output.parent.mkdir()
+    Job([Source(path, path.name) for path in paths], output).run(loaded, embed)
+    paths[1].unlink()
+    desk = Desk(list_choices(cards), load_index(output.parent), "cpu")
+    answer = desk.answer(made_radiograph(), "embedding")
+    assert {one.id: picture is not None for one, picture in answer.neighbours} == {
+        str(paths[0]): True,
+        str(paths[1]): False,
+    }
+    assert all(one.similarity == pytest.approx(1, abs=1e-5) for one, _ in answer.neighbours)
+    html = app_html.section(answer)
+    assert html.count('alt="Neighbour') == 1 and "<b>made" not in html
 
 
 @pytest.mark.parametrize("count", [0, 2])
