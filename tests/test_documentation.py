@@ -29,7 +29,7 @@ from spcxr_hf.recipe import parse_arguments, read_recipe
 from tests.common import TINY
 from tests.made_up import picture
 from tests.phantom import draw_chest
-from training_scripts import benchmark, benchmark_onnx, checkpoint_table, compat, evidence
+from training_scripts import benchmark, benchmark_cli, benchmark_onnx, checkpoint_table, compat, evidence, explain_check
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
@@ -207,7 +207,8 @@ def test_tables_are_what_their_results_say(tmp_path):
     compat.main(["--render", str(page)])
     assert page.read_text(encoding="utf-8") == README.read_text(encoding="utf-8")
     shutil.copyfile(GUIDES, page)
-    benchmark_onnx.main(["--render", str(page)])
+    for script in (benchmark_onnx, benchmark_cli, explain_check):
+        script.main(["--render", str(page)])
     assert page.read_text(encoding="utf-8") == GUIDES.read_text(encoding="utf-8")
 
 

@@ -270,6 +270,8 @@ def weights_sum(arguments: Arguments) -> str | None:
 
 def tables_of(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: how much better the maps are than the controls, and where they lie."""
+    if not results:
+        return "Not measured."
     lines = [
         "| checkpoint | map | against | deletion, better by | insertion, better by | found |",
         "|---|---|---|---|---|---|",
