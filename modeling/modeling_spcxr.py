@@ -23,9 +23,11 @@ evaluation.
 Shapes: B images, C channels, H x W pixels, N = (H / patch_size) * (W / patch_size) patches, D = hidden_size.
 """
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -238,6 +240,31 @@ class SpcxrEncoder(nn.Module):
         return tuple(all_hidden_states), tuple(all_attentions)
 
 
+def refuse_weights_elsewhere(folder: Path) -> None:
+    """Refuse a folder whose weights lie outside it: by a symbolic link, or by the index of divided weights.
+
+    Links of the Hub's cache are none of these: they lead from a snapshot to the blobs of the same repository.
+
+    Raises:
+        ValueError: they do, or the index cannot be read; the message names the file.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.is_symlink():
+            # One step alone: what the blobs of a cache are linked to is the cache's affair.
+            here = Path(os.path.normpath(folder.absolute()))
+            target = Path(os.path.normpath(here / file.readlink()))
+            if here not in target.parents and target.parent != here.parent.parent / "blobs":
+                raise ValueError(f"{file}: a symbolic link out of the folder; weights lie in their own folder")
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index}: no index of weights ({type(error).__name__})") from error
+        outside = sorted(str(name) for name in names if Path(str(name)).name != name)
+        if outside:
+            raise ValueError(f"{index}: names {outside[0]!r}; weights lie in their own folder")
+
+
 class SpcxrPreTrainedModel(PreTrainedModel):
     """What all classes of the family share: configuration, initialisation, capabilities."""
 
@@ -270,6 +297,19 @@ class SpcxrPreTrainedModel(PreTrainedModel):
             # No residual and no norm carries the signal through these layers: at initializer_range each would shrink it
             # five times, and the head would learn nothing but the mean of a patch for a long time (arXiv 1502.01852).
             init.normal_(module.weight, std=(2 / module.in_features) ** 0.5)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs):
+        """Load a checkpoint, from safetensors alone: a pickle can run code.
+
+        Raises:
+            ValueError: `use_safetensors=False`, or an index of weights names a file outside the folder.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(f"{pretrained_model_name_or_path}: only safetensors are loaded; a pickle can run code")
+        if pretrained_model_name_or_path is not None:
+            refuse_weights_elsewhere(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save weights, configuration and code, so that the folder loads by itself."""

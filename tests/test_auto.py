@@ -1,9 +1,14 @@
 """After `import spcxr_hf` the Auto classes and the pipelines know the family; no remote code is asked for."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
 from spcxr_hf import (
@@ -139,3 +144,84 @@ def test_image_feature_extraction_pipeline(tmp_path):
     assert_same(extract(radiograph(), return_tensors=True), expected.last_hidden_state.detach(), rtol=0, atol=1e-5)
     pooled = np.asarray(extract(radiograph(), pool=True))
     np.testing.assert_allclose(pooled, expected.pooler_output.detach().numpy(), rtol=0, atol=1e-5)
+
+
+# ---- what is not loaded --------------------------------------------------------------------------------------------
+
+
+def as_a_pickle(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+
+
+def as_a_pickle_by_another_name(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    torch.save(weights, folder / "model.safetensors")
+
+
+def through_a_link(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+def through_an_index(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "../elsewhere.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def with_a_broken_index(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+def with_an_oversized_header(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + content[8:])
+
+
+def with_a_malformed_header(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:8] + b"not JSON" + content[16:])
+
+
+REFUSED = {
+    as_a_pickle: (OSError, "no file named model.safetensors"),
+    as_a_pickle_by_another_name: (SafetensorError, "header"),
+    through_a_link: (ValueError, r"model\.safetensors: a symbolic link out of the folder"),
+    through_an_index: (
+        ValueError,
+        r"index\.json: names '\.\./elsewhere\.safetensors'; weights lie in their own folder",
+    ),
+    with_a_broken_index: (ValueError, r"index\.json: no index of weights \(TypeError\)"),
+    with_an_oversized_header: (SafetensorError, "header too large"),
+    with_a_malformed_header: (SafetensorError, "invalid JSON in header"),
+}
+
+
+@pytest.mark.parametrize("spoil", REFUSED, ids=lambda spoil: spoil.__name__.replace("_", " "))
+def test_unsafe_weights_are_refused(tmp_path, spoil):
+    folder = tmp_path / "model"
+    saved(SpcxrModel, folder)
+    spoil(folder, build(SpcxrModel, labelled_config()).state_dict())
+    error, words = REFUSED[spoil]
+    for auto in (SpcxrModel, AutoModel):
+        with pytest.raises(error, match=words):
+            auto.from_pretrained(str(folder))
+
+
+def test_a_pickle_is_not_loaded_on_request(tmp_path):
+    saved(SpcxrModel, tmp_path)
+    as_a_pickle(tmp_path, build(SpcxrModel, labelled_config()).state_dict())
+    with pytest.raises(ValueError, match="only safetensors are loaded; a pickle can run code"):
+        AutoModel.from_pretrained(tmp_path, use_safetensors=False)
+
+
+def test_divided_weights_and_links_of_a_cache_are_loaded(tmp_path):
+    model = build(SpcxrModel)
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
+    model.save_pretrained(blobs, max_shard_size="50KB")
+    assert (blobs / "model.safetensors.index.json").is_file()
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    for folder in (blobs, snapshot):
+        assert_same_weights(AutoModel.from_pretrained(folder).state_dict(), model.state_dict())
