@@ -83,6 +83,8 @@ def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
         raise SpcxrError(f"{output}: a folder, and a file is needed")
     if not output.absolute().parent.is_dir():
         raise SpcxrError(f"{output}: no such folder to write it to")
+    if not os.access(output if output.exists() else output.absolute().parent, os.W_OK):
+        raise SpcxrError(f"{output}: may not be written")
     if output.exists() and not (resume or overwrite):
         raise SpcxrError(f"{output}: is there already; --resume goes on with it, --overwrite begins anew")
 

@@ -203,6 +203,12 @@ def test_nothing_is_destroyed_by_chance(tmp_path):
     check_output(tmp_path / "out.csv", False, True)
 
 
+def test_what_may_not_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # whoever runs this may be root, who may all
+    with pytest.raises(SpcxrError, match=r"out\.parquet: may not be written"):
+        check_output(tmp_path / "out.parquet", False, False)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_record_is_told(tmp_path, kind):
     output = tmp_path / f"out.{kind}"
