@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 MASK_COLOUR = (0.15, 0.65, 1.0)
+MARGIN = 6  # pixels around words
 
 
 def to_grey(pixel_values: torch.Tensor, mean: float, std: float) -> torch.Tensor:
@@ -22,6 +24,37 @@ def overlay(grey: torch.Tensor, mask: torch.Tensor, opacity: float = 0.35) -> to
     colour = grey.unsqueeze(-1).repeat(1, 1, 3)
     tinted = (1 - opacity) * colour + opacity * torch.tensor(MASK_COLOUR)
     return torch.where(mask.unsqueeze(-1), tinted, colour)
+
+
+def with_words(picture: Image.Image, words: Sequence[str]) -> Image.Image:
+    """The picture, and below it each text in lines of its own, dark on white, of a size that suits the width."""
+    font = font_for(picture.width)
+    pen = ImageDraw.Draw(picture)
+    lines = [line for text in words for line in _wrap(pen, text, font, picture.width - 2 * MARGIN)]
+    height = round(1.35 * font.size)
+    canvas = Image.new(picture.mode, (picture.width, picture.height + height * len(lines) + 2 * MARGIN), "white")
+    canvas.paste(picture)
+    pen = ImageDraw.Draw(canvas)
+    for number, line in enumerate(lines):
+        pen.text((MARGIN, picture.height + MARGIN + number * height), line, fill="black", font=font)
+    return canvas
+
+
+def font_for(width: int) -> Any:
+    """Pillow's own font at a size that suits a picture of that width."""
+    return ImageFont.load_default(size=max(12, min(24, width // 40)))
+
+
+def _wrap(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> list[str]:
+    """Whole words, as many in a line as it holds."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and pen.textlength(longer, font=font) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def save_grid(rows: Sequence[Sequence[torch.Tensor]], path: Path, gap: int = 4) -> None:

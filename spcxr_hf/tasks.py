@@ -22,14 +22,17 @@ from .errors import SpcxrError
 from .explain import draw_explanation, explain, share_inside, target_matrix
 from .inference import Batch, Failed, Loaded, Prepared, Source, prepare
 from .lungs import measure_lungs
-from .pictures import to_grey
+from .pictures import font_for, to_grey, with_words
 from .radiograph import read_radiograph
 from .writers import NOTE, write_png
 
 Record = dict[str, Any]
-PANELS = ("clean", "corrupted", "reconstructed", "error")
+ERROR_TIMES = 4  # errors are small: white is a quarter of the range of grey values
+PANELS = ("clean", "corrupted", "reconstructed", f"error (x {ERROR_TIMES})")
 LONGEST_SIDE = 1024  # pixels of a picture over a radiograph
-GAP, TITLE = 4, 14  # pixels between tiles, and above them for a line of text
+SMALLEST_SIDE = 448  # a smaller radiograph is enlarged
+GAP = 6  # pixels between tiles
+TILE = 224  # about as many pixels has a side of a tile
 
 
 def _record(loaded: Loaded, image: Prepared, **found: Any) -> Record:
@@ -243,7 +246,7 @@ class Reconstructor:
         for row, fill in enumerate(self.fills):
             pixels = mask[row, 0]
             found[fill] = {"masked": pixels.float().mean().item(), "error": error[row][pixels].mean().item()}
-            rows[fill] = [grey[0], corrupted_grey[row], composed_grey[row], error[row]]
+            rows[fill] = [grey[0], corrupted_grey[row], composed_grey[row], ERROR_TIMES * error[row]]
         picture = self.save(draw_rows(rows, PANELS), image)
         return _record(loaded, image, picture=str(picture), seed=self.seed, fills=found)
 
@@ -266,19 +269,24 @@ def read_second(loaded: Loaded, path: Path) -> torch.Tensor:
 
 
 def draw_rows(rows: Mapping[str, Sequence[torch.Tensor]], titles: Sequence[str]) -> Image.Image:
-    """A grid of grey tiles (H, W) in 0 .. 1, all of one size: a row for each name, a column for each title."""
+    """A grid of grey tiles (H, W) in 0 .. 1, all of one size: a row for each name, a column for each title.
+
+    Small tiles are enlarged, pixel by pixel, so that what the model saw stays what is seen.
+    """
     height, width = next(iter(rows.values()))[0].shape
-    size = (len(titles) * (width + GAP) - GAP, len(rows) * (height + TITLE + GAP) + TITLE)
-    canvas = Image.new("L", size, 255)
+    times = max(1, round(TILE / max(height, width)))
+    height, width = height * times, width * times
+    font = font_for(len(titles) * width)
+    title = round(1.6 * font.size)
+    canvas = Image.new("L", (len(titles) * (width + GAP) - GAP, len(rows) * (height + title + GAP)), 255)
     pen = ImageDraw.Draw(canvas)
     for y, (name, tiles) in enumerate(rows.items()):
-        top = y * (height + TITLE + GAP)
-        for x, (title, tile) in enumerate(zip(titles, tiles, strict=True)):
-            pen.text((x * (width + GAP), top), f"{name}: {title}" if x == 1 else title, fill=0)
+        top = y * (height + title + GAP)
+        for x, (words, tile) in enumerate(zip(titles, tiles, strict=True)):
+            pen.text((x * (width + GAP), top), f"{words}: {name}" if x == 1 else words, fill=0, font=font)
             grey = Image.fromarray((tile.clamp(0, 1).numpy() * 255).round().astype(np.uint8))
-            canvas.paste(grey, (x * (width + GAP), top + TITLE))
-    pen.text((0, size[1] - TITLE), NOTE, fill=0)
-    return canvas
+            canvas.paste(grey.resize((width, height), Image.Resampling.NEAREST), (x * (width + GAP), top + title))
+    return with_words(canvas, [f"{NOTE.capitalize()}."])
 
 
 # ---- explain -----------------------------------------------------------------------------------------------------
@@ -330,16 +338,17 @@ class Explainer:
 
     def _draw(self, loaded: Loaded, image: Prepared, target: str | None, relevance: torch.Tensor) -> Record:
         radiograph = read_radiograph(image.source.path, strict=None)
-        radiograph.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        radiograph = _of_good_size(radiograph)
         mask = self._lungs_of(image)
         grey = torch.from_numpy(np.asarray(radiograph, dtype=np.float32) / 255)
         colour = draw_explanation(grey, relevance, mask)
         picture = Image.fromarray((colour.clamp(0, 1).numpy() * 255).round().astype(np.uint8))
-        found: Record = {"picture": str(self.save(picture, image)), "target": target, "method": self.method}
+        found: Record = {"target": target, "method": self.method}
         if mask is not None:
             share = share_inside(relevance, mask)
             found |= {"relevance_in_lungs": share if share == share else None, "lung_area": mask.float().mean().item()}
-        return _record(loaded, image, **found)
+        path = self.save(with_words(picture, _below_map(found)), image)
+        return _record(loaded, image, picture=str(path), **found)
 
     def _lungs_of(self, image: Prepared) -> torch.Tensor | None:
         if self.lungs is None:
@@ -348,3 +357,21 @@ class Explainer:
         if isinstance(seen, Failed):
             raise SpcxrError(seen.cause)
         return torch.from_numpy(segment_lungs(self.lungs, Batch([seen], []))[0])
+
+
+def _of_good_size(radiograph: Image.Image) -> Image.Image:
+    """No side longer than `LONGEST_SIDE`, the longer one not below `SMALLEST_SIDE`, so that words fit under it."""
+    longer = max(radiograph.size)
+    scale = min(1.0, LONGEST_SIDE / longer) if longer >= SMALLEST_SIDE else SMALLEST_SIDE / longer
+    size = [max(1, round(side * scale)) for side in radiograph.size]
+    return radiograph.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+
+
+def _below_map(found: Record) -> list[str]:
+    """The words under a map."""
+    target = "the embedding" if found["target"] is None else found["target"]
+    said = f"{found['method'].capitalize()} for {target}"
+    if found.get("relevance_in_lungs") is not None:
+        area = f"lungs: {found['lung_area']:.0%} of the image"
+        said += f"; {found['relevance_in_lungs']:.0%} of it inside the lungs ({area})"
+    return [f"{said}.", "What the model used, not where a disease is.", f"{NOTE.capitalize()}."]

@@ -240,11 +240,16 @@ def test_explanations_say_what_they_are_of(tmp_path, classifier, segmenter):
     sizes = []
 
     def save(picture, image):
-        sizes.append((picture.mode, picture.size))
+        sizes.append((picture.mode, picture.width, picture.height > picture.width))
         return image.source.path
 
     found = records(loaded, paths, tasks.Explainer(loaded, save, "bacterial + viral", lungs=lungs))
-    assert sizes == [("RGB", (40, 40)), ("RGB", (41, 41))]
+    assert sizes == [("RGB", 448, True)] * 2  # enlarged, and words below
+    assert tasks._below_map(found[0])[0] == (
+        f"Relevance for bacterial + viral; {found[0]['relevance_in_lungs']:.0%} of it inside the lungs "
+        f"(lungs: {found[0]['lung_area']:.0%} of the image)."
+    )
+    assert tasks._below_map(found[0])[-1] == "Research use only, not for clinical use."
     assert [record["target"] for record in found] == ["bacterial + viral"] * 2
     assert all(0 <= record["lung_area"] <= 1 for record in found)
     probable = records(loaded, paths, tasks.Explainer(loaded, save))
