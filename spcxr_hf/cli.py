@@ -366,6 +366,7 @@ def install(
     for checkpoint in install_checkpoints(checkpoints, force=force):
         state = "installed" if checkpoint.is_new else "already there"
         typer.echo(f"{checkpoint.repo_id}  revision {checkpoint.revision}  {state}")
+    print("From Python: export HF_HUB_OFFLINE=1 first, or transformers asks the Hub for them.", file=sys.stderr)
 
 
 @app.command(
@@ -415,9 +416,7 @@ def export(
     """Write a checkpoint for other software: ONNX Runtime and Transformers.js, or any user of a plain ViT."""
     if to not in ("onnx", "vit") or (quantize and to == "vit"):
         raise SpcxrError(f"--to is onnx or vit, and --quantize is for onnx; got {to!r}")
-    from .auto import register
-
-    register()
+    _register_quietly()
     if to == "vit":
         from .export_vit import export_vit
 
@@ -445,12 +444,21 @@ def publish(
     tag: Annotated[str | None, typer.Option(help="The name of this version; by default the package's.")] = None,
 ) -> None:
     """Send checkpoints to the Hub, a repository each. The token is that of `hf auth login` or HF_TOKEN."""
-    from .auto import register
     from .publishing import publish as send
 
-    register()
+    _register_quietly()
     for publication in send(checkpoints, namespace, private, dry_run, tag=tag, only=only or None):
         typer.echo(publication.describe())
+
+
+def _register_quietly() -> None:
+    """Without a bar for the weights of every checkpoint: they are there in an instant."""
+    from transformers.utils import logging
+
+    from .auto import register
+
+    register()
+    logging.disable_progress_bar()
 
 
 def _note(what: str) -> None:

@@ -16,9 +16,12 @@ import pytest
 from PIL import Image
 
 from spcxr_hf import SpcxrForImageClassification, SpcxrForPreTraining, SpcxrForSemanticSegmentation, app
-from spcxr_hf.app_answers import Desk, example_page, list_choices, made_radiograph
+from spcxr_hf.app_answers import Desk, example_page, list_choices, load_index, made_radiograph
 from spcxr_hf.demo import example_radiograph
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.inference import Source, load_model
+from spcxr_hf.jobs import Job
+from spcxr_hf.tasks import embed
 from tests.test_inference import save_model
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -43,7 +46,7 @@ def server(tmp_path_factory) -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tempfile.tempdir", str(uploads))
         with app.running(Desk(list_choices(cards), device="cpu")) as address:
-            yield SimpleNamespace(address=address, uploads=uploads)
+            yield SimpleNamespace(address=address, uploads=uploads, cards=cards)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +189,7 @@ def test_fifty_megapixels(page, tmp_path, rows, outcome):
     page.choose("lungs")
     answer = page.ask()
     assert ("Lung mask: " in answer) == (rows == 6250)
+    page.keep(f"fifty_megapixels_{rows}")
     assert time.monotonic() - started < 30  # some seconds; the rest is for a busy machine
 
 
@@ -219,6 +223,7 @@ def test_two_people_at_once(server, browser, tmp_path):
             person.wait(lambda who=person: len(who.find("#spcxr-answers section")) == 2)
             names = [section.get_attribute("aria-label") for section in person.find("#spcxr-answers section")]
             assert names == [file.name, "both.png"]
+            person.keep(f"two_people_{file.stem}")
     finally:
         browser.switch_to.window(second.tab)
         browser.close()
@@ -269,13 +274,41 @@ def test_no_serious_finding_of_axe(page, axe, scheme, tmp_path):
         page.choose("pneumonia")
         page.ask()
         page.keep(f"axe_{scheme}")
-        page.browser.execute_script(axe)
-        run = "const done = arguments[0]; axe.run(document).then((found) => done(found.violations))"
-        found = page.browser.execute_async_script(run)
+        assert serious_findings(page, axe) == []
     finally:
         page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def serious_findings(page: Person, axe: str) -> list[tuple]:
+    page.browser.execute_script(axe)
+    run = "const done = arguments[0]; axe.run(document).then((found) => done(found.violations))"
+    found = page.browser.execute_async_script(run)
     bad = [one for one in found if one["impact"] in ("serious", "critical")]
-    assert [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in bad] == []
+    return [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in bad]
+
+
+def test_the_nearest_neighbours_are_shown(server, browser, axe, tmp_path):
+    """Of an index that `spcxr embed` wrote: those whose files are there, as pictures."""
+    grey = np.asarray(made_radiograph().image)
+    paths = [tmp_path / f"{name}.png" for name in ("same", "darker", "gone")]
+    for path, times in zip(paths, (1, 0.8, 0.6), strict=True):
+        Image.fromarray((grey * times).astype(grey.dtype)).save(path)
+    loaded = load_model("embedding", str(server.cards / "base"), "cpu")
+    Job([Source(path, path.name) for path in paths], tmp_path / "index.safetensors").run(loaded, embed)
+    paths[2].unlink()
+    desk = Desk(list_choices(server.cards), load_index(tmp_path / "index.safetensors"), "cpu")
+    with app.running(desk) as address:
+        page = Person(browser, address)
+        page.find("#spcxr-made")[0].click()
+        page.wait(lambda: "made-radiograph.png" in page.text("#spcxr-pages"))
+        page.choose("embedding")
+        answer = page.ask()
+        page.keep("neighbours")
+        assert f"1: {paths[0]}, similarity 1.000" in answer
+        shown = page.find("#spcxr-answers img[alt^=Neighbour]")
+        assert [int(one.get_property("naturalWidth")) > 0 for one in shown] == [True, True]
+        assert str(paths[2]) in answer
+        assert serious_findings(page, axe) == []
 
 
 def test_no_other_host_is_asked(page):

@@ -80,7 +80,9 @@ def test_install_says_what_is_where(tmp_path, cache, monkeypatch, capsys):
     for state in ("installed", "already there"):
         assert run_main(monkeypatch, "install", "--checkpoints", tmp_path / "model_cards") == 0
         revision = (cache / "models--spcxr--base" / "refs" / "main").read_text()
-        assert capsys.readouterr().out == f"spcxr/base  revision {revision}  {state}\n"
+        printed = capsys.readouterr()
+        assert printed.out == f"spcxr/base  revision {revision}  {state}\n"
+        assert "HF_HUB_OFFLINE=1" in printed.err
 
 
 def test_install_forces_only_when_told(tmp_path, cache, monkeypatch, capsys):

@@ -44,7 +44,7 @@ IDS = {f"spcxr/{name}" for name in checkpoint_table.ROWS}
 # Kinds of blocks that are neither run nor parsed as commands, and why.
 NOT_RUN = {"text": "a picture of folders", "csv": "a file of the reader's: its rows are counted"}
 # First words of commands that are not ours, and why they are not run.
-NOT_OURS = {"hf": "the Hub's own command; it needs a login", "export": "for the shell"}
+NOT_OURS = {"hf": "the Hub's own command; it needs a login", "export": "for the shell", "unset": "for the shell"}
 # A few steps of a small input: that a command works, not that it learns.
 BRIEF = "--steps 2 --warmup_steps 1 --save_every 2 --batch_size 4 --micro_batch_size 2 --image_size 32 --stored_size 48"
 BRIEF += " --mixed_precision no --allow_leaks all"
