@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from .data import OnError, RadiographTable, open_image
 from .errors import SpcxrError
 from .leaks import THUMBNAIL, Pair, find_duplicates, find_patient_leaks, known_patients, thumbnail, worker_count
+from .writers import NOTE
 
 TILE = 96  # pixels of a picture on a contact sheet
 TILES = 12  # of each class and split
@@ -329,6 +330,7 @@ def _page(
         "<h2>Grey values</h2>",
         _histogram_figure({_side(name, numbers["split_column"]): values for name, values in numbers["grey"].items()}),
         *_contact_sheets(survey, sides, columns),
+        f"<footer>{NOTE.capitalize()}.</footer>",
     ]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     body = "\n".join(parts)

@@ -27,13 +27,14 @@ from .inference import Loaded, load_model
 from .lungs import LungAreas, measure_lungs
 from .pictures import overlay, to_grey
 from .radiograph import file_kind, read_radiograph
+from .writers import NOTE
 
 BASE, LUNGS = "spcxr/base", "spcxr/lung-segmentation"
 EXAMPLE = "RG1_UNCR.dcm"  # a chest radiograph, postero-anterior, in the package pydicom-data
 GET_DEMO = 'pip install "spcxr-hf[demo]"'
 
 SEED = 0
-PANEL_INCHES, TITLE_INCHES, DOTS_PER_INCH = 3.2, 0.45, 110
+PANEL_INCHES, WORDS_INCHES, DOTS_PER_INCH = 3.2, 0.7, 110
 
 
 class Encoded(NamedTuple):
@@ -238,7 +239,7 @@ def draw(panels: dict[str, np.ndarray], size: tuple[int, int], output: Path) -> 
     width, height = size
     panel_height = min(max(PANEL_INCHES * height / width, 1.5), 3 * PANEL_INCHES)
     figure = Figure(
-        figsize=(PANEL_INCHES * len(panels), panel_height + TITLE_INCHES), dpi=DOTS_PER_INCH, layout="constrained"
+        figsize=(PANEL_INCHES * len(panels), panel_height + WORDS_INCHES), dpi=DOTS_PER_INCH, layout="constrained"
     )
     for axes, (title, panel) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         # The model sees a square; the extent gives its pictures the radiograph's proportions back.
@@ -246,6 +247,7 @@ def draw(panels: dict[str, np.ndarray], size: tuple[int, int], output: Path) -> 
         axes.set_title(title, fontsize=10)
         axes.set_axis_off()
         axes.set_anchor("S")  # what is left over goes above, to the titles
+    figure.supxlabel(f"{NOTE.capitalize()}.", fontsize=9)
     try:
         figure.savefig(output)
     except OSError as error:
@@ -270,7 +272,7 @@ def report(findings: Findings) -> str:
     rows.append(("reconstruction", f"{masked:.1%} of the pixels masked, mean absolute error {error:.3f} (grey 0..1)"))
     rows.append(("picture", f"{findings.output}"))
     rows.append(("time", f"{findings.seconds:.1f} s"))
-    return "\n".join([*(f"{name:<16}{value}" for name, value in rows), "", "Research software: not for clinical use."])
+    return "\n".join([*(f"{name:<16}{value}" for name, value in rows), "", f"{NOTE.capitalize()}."])
 
 
 def _lung_rows(lungs: LungAreas) -> list[tuple[str, str]]:

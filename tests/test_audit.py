@@ -171,6 +171,7 @@ def test_no_value_becomes_mark_up(page, folder):
     assert "script" not in page.tags and "b" not in page.tags
     assert "<script" not in text and "&lt;script&gt;" in text
     assert "http://" not in text and "https://" not in text
+    assert "<footer>Research use only, not for clinical use.</footer>" in text
 
 
 def test_without_matplotlib(table, tmp_path, monkeypatch):

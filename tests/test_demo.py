@@ -51,7 +51,7 @@ def check_picture(findings: demo.Findings, size: tuple[int, int]) -> None:
     assert image.format == "PNG"
     panel_height = demo.PANEL_INCHES * height / width
     assert image.width == pytest.approx(5 * demo.PANEL_INCHES * demo.DOTS_PER_INCH, abs=2)
-    assert image.height == pytest.approx((panel_height + demo.TITLE_INCHES) * demo.DOTS_PER_INCH, abs=2)
+    assert image.height == pytest.approx((panel_height + demo.WORDS_INCHES) * demo.DOTS_PER_INCH, abs=2)
     assert len(findings.panels) == 5
     for title, panel in findings.panels.items():
         assert 0 <= panel.min() < panel.max() <= 1, title
@@ -78,7 +78,7 @@ def test_a_picture_of_ones_own(checkpoints, no_network, tmp_path, capsys):
         r"reconstruction +\d\d\.\d% of the pixels masked, mean absolute error 0\.\d{3} .+",
         r"picture +.+out\.png",
         r"time +.+ s",
-        r"Research software: not for clinical use\.",
+        r"Research use only, not for clinical use\.",
     ):
         assert re.search(f"^{line}$", printed.out, re.MULTILINE), line
 
