@@ -57,7 +57,7 @@ JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 FIRST_OF_META = slice(128, 144)  # PS3.10 section 7.1: "DICM", then (0002,0000) UL, four bytes long, the group's length
 INSTALL = 'pip install "spcxr-hf[dicom]"'
 
-DECODERS = ("pylibjpeg", "pillow", "pyjpegls", "pydicom")  # pydicom's names for them, the preferred first
+DECODERS = ("pylibjpeg", "pillow", "pydicom")  # that run in this process: pydicom's names, the preferred first
 JP2_SIGNATURE = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
 MAX_TILES = 4096  # of a JPEG 2000 codestream
 
@@ -261,7 +261,7 @@ def _decode(dataset: "Dataset") -> tuple[np.ndarray, np.dtype]:
 
 
 def _decode_encapsulated(dataset: "Dataset") -> np.ndarray:
-    """By the preferred decoder; where only GDCM is left, in a process of its own."""
+    """By the preferred decoder; where only GDCM or pyjpegls is left, in a process of its own."""
     decoder = _decoder(dataset.file_meta.TransferSyntaxUID)
     _check_codestream(dataset)
     if decoder:
@@ -273,7 +273,7 @@ def _decode_encapsulated(dataset: "Dataset") -> np.ndarray:
 
 
 def _decoder(syntax: str) -> str:
-    """The decoder to use; '' where there is none but GDCM, if that: it ends the process on some damaged data."""
+    """The decoder to use; '' where there are none but those that `decoding` keeps apart, if any."""
     from pydicom.pixels import get_decoder
 
     available = get_decoder(syntax).available_plugins

@@ -507,6 +507,16 @@ def test_gdcm_decodes_in_a_process_of_its_own(lossless_jpeg):
     assert decoding._child() is not child
 
 
+@pytest.mark.parametrize("uid", ["1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80"])
+def test_decoders_that_die_or_take_seconds_are_kept_apart(uid, monkeypatch):
+    """GDCM, and pyjpegls, which took 9 s over 64 x 64 damaged pixels, whatever else is installed."""
+    from types import SimpleNamespace
+
+    everything = SimpleNamespace(available_plugins=("gdcm", "pyjpegls"))
+    monkeypatch.setattr("pydicom.pixels.get_decoder", lambda syntax: everything)
+    assert dicom._decoder(uid) == ""
+
+
 def test_a_decoder_that_dies_or_hangs_is_an_error(lossless_jpeg, tmp_path, monkeypatch):
     data = lossless_jpeg.read_bytes()
     with pytest.raises(decoding.DecoderError, match="gave up"):

@@ -315,9 +315,8 @@ def child(pipe: Connection) -> None:
     tempfile.tempdir = tempfile.mkdtemp(prefix="fuzz-")  # of this child alone
     for kind, data in corpus(0).items():  # every decoder is imported before memory and time are counted
         read(kind, data, processor)
-    with open("/proc/self/statm") as file:
-        taken = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + BYTES, taken + BYTES))
+    limit = memory_taken(0) + BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     while (mutated := pipe.recv()) is not None:
         started = time.perf_counter()
         kind, data = mutated
@@ -325,6 +324,11 @@ def child(pipe: Connection) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         pipe.send((outcome, time.perf_counter() - started, peak))
     shutil.rmtree(tempfile.tempdir)
+
+
+def memory_taken(field: int = 1) -> int:
+    """Bytes that this process takes: in its address space (0) or resident (1)."""
+    return int(Path("/proc/self/statm").read_text().split()[field]) * resource.getpagesize()
 
 
 class Reader:
@@ -388,11 +392,13 @@ def fuzz(count: int, seed: int, keep: Path | None = None) -> dict[str, Any]:
     }
 
 
-def own_functions(module: Any) -> list[str]:
+def own_functions(owner: Any) -> list[str]:
+    """Names of the functions that a module or a class defines itself."""
+    name = owner.__name__ if inspect.ismodule(owner) else owner.__module__
     return [
-        name
-        for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not hasattr(value, "__wrapped__")
+        key
+        for key, value in vars(owner).items()
+        if inspect.isfunction(value) and value.__module__ == name and not hasattr(value, "__wrapped__")
     ]
 
 
@@ -402,15 +408,9 @@ def guided(runs: int, seed: int) -> None:
         import atheris
     except ImportError as error:
         raise SpcxrError("the coverage-guided fuzzer is atheris: pip install atheris") from error
-    import spcxr_hf.dicom
-    import spcxr_hf.plausibility
-    import spcxr_hf.radiograph
-
+    instrument(atheris)
     warnings.simplefilter("ignore")
     processor = SpcxrImageProcessor()
-    for module in (spcxr_hf.dicom, spcxr_hf.plausibility, spcxr_hf.radiograph):
-        for name in own_functions(module):
-            setattr(module, name, atheris.instrument_func(getattr(module, name)))
 
     def one(data: bytes) -> None:
         if (outcome := read("", data, processor)) not in EXPECTED:
@@ -420,20 +420,27 @@ def guided(runs: int, seed: int) -> None:
     folder.mkdir(exist_ok=True)
     for name, data in corpus(seed).items():
         if not name.startswith("parquet"):
+            read(name, data, processor)  # every decoder is imported before memory is counted
             (folder / name).write_bytes(data)
-    atheris.Setup(
-        [
-            "fuzz",
-            f"-runs={runs}",
-            f"-seed={seed + 1}",
-            "-timeout=5",
-            "-rss_limit_mb=3000",
-            "-max_len=20000",
-            str(folder),
-        ],
-        one,
-    )
+    limits = [f"-timeout={SECONDS:.0f}", f"-rss_limit_mb={(memory_taken() + BYTES) >> 20}", "-max_len=20000"]
+    atheris.Setup(["fuzz", f"-runs={runs}", f"-seed={seed + 1}", *limits, str(folder)], one)
     atheris.Fuzz()
+
+
+def instrument(atheris: Any) -> None:
+    """Count the coverage of the Python code that a file goes through: pydicom's, the reader's, the processor's."""
+    with atheris.instrument_imports(include=["pydicom"]):
+        import pydicom.filereader
+        import pydicom.pixels  # noqa: F401
+    import spcxr_hf.dicom
+    import spcxr_hf.plausibility
+    import spcxr_hf.radiograph
+    from spcxr_hf.modeling import image_processing_spcxr as processing
+
+    owners = [spcxr_hf.dicom, spcxr_hf.plausibility, spcxr_hf.radiograph, processing, *SpcxrImageProcessor.__mro__]
+    for owner in (one for one in owners if inspect.ismodule(one) or one.__module__ == processing.__name__):
+        for name in own_functions(owner):
+            setattr(owner, name, atheris.instrument_func(getattr(owner, name)))
 
 
 if __name__ == "__main__":
