@@ -34,6 +34,12 @@ from .report import software
 
 NOTICE = "For research use only, not for clinical use."
 WORST = 12
+WORDS = {
+    "auroc": "AUROC",
+    "brier": "Brier score",
+    "ece": "expected calibration error",
+    "sensitivity_at_specificity": "sensitivity at specificity 0.90",
+}
 
 
 @dataclass(frozen=True)
@@ -147,8 +153,8 @@ def write_evaluation_report(
         curves = label_efficiency(options.efficiency, options.metric)
         page.results["label_efficiency"] = {name: found._asdict() for name, found in curves.items()}
         page.add_figure(
-            "label_efficiency", "Label efficiency", draw_label_efficiency(curves, options.metric),
-            f"{options.metric.replace('_', ' ')} by share of the training labels: mean of the seeds, and their range."
+            "label_efficiency", "Label efficiency", draw_label_efficiency(curves, in_words(options.metric)),
+            f"{in_words(options.metric)} by share of the training labels: mean of the seeds, and their range."
         )  # fmt: skip
     if images is not None:
         _add_worst(page, names, splits, options, images)
@@ -190,8 +196,14 @@ def _add_figures_table(page: _Page, names: Sequence[str], splits: Sequence[Evalu
     rows += [["patients", *(report.get("patients") or "not known" for report in reports.values())]]
     for figure in figures:
         cells = [_with_interval(report[figure], report[f"{figure}_ci95"]) for report in reports.values()]
-        rows.append([figure.replace("_", " "), *cells])
+        rows.append([in_words(figure), *cells])
     page.add_table("Figures, with 95 % intervals", ("figure", *reports), rows)
+
+
+def in_words(figure: str) -> str:
+    """What a reader calls a figure of `spcxr_hf.metrics`."""
+    name = figure.removeprefix("macro_").removeprefix("mean_")
+    return WORDS.get(name, name.replace("_", " ")) + (", mean" if name != figure else "")
 
 
 def _with_interval(value: float | None, interval: Sequence[float | None]) -> str:

@@ -23,6 +23,7 @@ from .corruption import FILLS, GroupMasking
 from .curves import Curve, Efficiency, Reliability
 from .errors import SpcxrError
 from .pictures import to_grey
+from .writers import NOTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +69,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 def to_png(figure: Figure) -> bytes:
     """A figure as the bytes of a PNG; the same figure gives the same bytes."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    figure.savefig(stream, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None, "Comment": NOTE})
     return stream.getvalue()
 
 
@@ -111,7 +112,15 @@ def _draw_curves(
             low, high = curve.interval
             label = f"{name}: {area} {curve.area:.3f}\n[{low:.3f}, {high:.3f}]"
             axes.fill_between(curve.grid, curve.low, curve.high, color=style.colour, alpha=0.15, linewidth=0)
-            axes.plot(curve.x, curve.y, color=style.colour, linestyle=style.line, linewidth=1.6, label=label)
+            axes.plot(
+                curve.x,
+                curve.y,
+                color=style.colour,
+                linestyle=style.line,
+                linewidth=1.6,
+                label=label,
+                drawstyle="steps-pre" if area == "AP" else "default",
+            )  # precision does not interpolate
             if area == "AP":
                 axes.axhline(curve.base, color=BASE, linestyle=(0, (1, 2)), linewidth=1)
         if area == "AUROC":
@@ -120,7 +129,9 @@ def _draw_curves(
             axes.plot(*point, marker=marker, markersize=9, color="#E69F00", markeredgecolor="black", linestyle="none",
                       label=name)  # fmt: skip
         _unit_square(axes, x_label, y_label)
-        axes.legend(loc=place, fontsize=8, framealpha=0.85, handlelength=2.4)
+        # Low curves of precision lie where the words of high ones stand.
+        low_down = area == "AP" and max(curve.area for curve in curves.values()) < 0.5
+        axes.legend(loc="upper right" if low_down else place, fontsize=8, framealpha=0.85, handlelength=2.4)
     return figure
 
 

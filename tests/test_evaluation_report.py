@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from spcxr_hf import SpcxrError, SpcxrForImageClassification, SpcxrImageProcessor
-from spcxr_hf.evaluation_report import NOTICE, Evaluated, ReportOptions, worst_cases, write_evaluation_report
+from spcxr_hf.evaluation_report import (
+    NOTICE,
+    Evaluated,
+    ReportOptions,
+    in_words,
+    worst_cases,
+    write_evaluation_report,
+)
 from spcxr_hf.metrics import classification_report, multilabel_report
 from tests.common import build, tiny_config
 from tests.made_up import write_set
@@ -101,6 +108,19 @@ def test_without_pictures_none_are_shown(tmp_path):
     path = write_evaluation_report(tmp_path, "x", NAMES, [evaluated()], ReportOptions(resamples=5))
     assert not list(tmp_path.glob("worst*")) and "worst" not in json.loads((tmp_path / "results.json").read_text())
     assert len(Page(path.read_text()).images) == 4
+
+
+@pytest.mark.parametrize(
+    ("figure", "words"),
+    [
+        ("macro_auroc", "AUROC, mean"),
+        ("mean_sensitivity_at_specificity", "sensitivity at specificity 0.90, mean"),
+        ("balanced_accuracy", "balanced accuracy"),
+        ("ece", "expected calibration error"),
+    ],
+)
+def test_figures_have_a_reader_s_names(figure, words):
+    assert in_words(figure) == words
 
 
 def test_worst_cases():
