@@ -32,7 +32,8 @@ STYLE = """
 .spcxr .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 1rem; }
 .spcxr figure { margin: 0; max-width: 420px; }
 .spcxr figure img { width: 100%; max-height: 480px; object-fit: contain; background: #000; border-radius: 4px; }
-.spcxr figcaption { font-size: .875rem; padding-top: .25rem; }
+.spcxr figcaption { font-size: .875rem; padding-top: .25rem; overflow-wrap: anywhere; }
+.spcxr .path { overflow-wrap: anywhere; }
 .spcxr .pages { display: flex; flex-wrap: wrap; gap: .5rem; list-style: none; padding: 0; margin: .5rem 0; }
 .spcxr .pages img { height: 90px; width: auto; max-width: 120px; display: block; border-radius: 4px; background: #000; }
 .spcxr .pages li { font-size: .8rem; max-width: 120px; overflow-wrap: anywhere; }
@@ -209,7 +210,9 @@ def _neighbours(answer: Answer) -> str:
             f'<pre tabindex="0" aria-label="Commands"><code>{escape(MAKE_AN_INDEX)}</code></pre>'
         )
     ranked = list(enumerate(answer.neighbours, start=1))
-    rows = [[str(rank), escape(one.id), f"{one.similarity:.3f}"] for rank, (one, _) in ranked]
+    rows = [
+        [str(rank), f'<span class="path">{escape(one.id)}</span>', f"{one.similarity:.3f}"] for rank, (one, _) in ranked
+    ]
     table = _table("Cosine similarity of the embeddings, at most 1.", ["Rank", "Image", "Similarity"], rows)
     figures = [
         _figure(picture, f"{rank}: {one.id}, similarity {one.similarity:.3f}", f"Neighbour {rank}: {one.id}")

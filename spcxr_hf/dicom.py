@@ -233,7 +233,7 @@ def check_pixel_count(width: int, height: int) -> None:
     """
     limit = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
     if width * height > limit:
-        raise SpcxrError(f"the image is too large: {width} x {height} pixels, the limit is {limit}")
+        raise SpcxrError(f"the image is too large: {width} x {height} pixels; at most {limit:,} in all")
     if width <= 0 or height <= 0:
         raise SpcxrError(f"the image has {height} rows and {width} columns")
 
