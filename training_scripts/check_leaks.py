@@ -43,6 +43,7 @@ from spcxr_hf import SpcxrError
 from spcxr_hf.data import RadiographTable, open_image
 from spcxr_hf.leaks import (
     SAME_IMAGE,
+    LeakError,
     Pair,
     check_leaks,
     copies_to_leave_out,
@@ -86,7 +87,8 @@ class Arguments:
                   "the sides of this column"},
     )  # fmt: skip
     known_pairs: str | None = field(
-        default=None, metadata={"help": "with copies_of: a file that --pairs wrote, in place of comparing the images"}
+        default=None,
+        metadata={"help": "with copies_of or verify: a file that --pairs wrote, in place of comparing the images"},
     )
     sheet: str | None = field(default=None, metadata={"help": "PNG of found pairs to look at; never into the tree"})
 
@@ -152,8 +154,13 @@ def verify(arguments: Arguments, column: str) -> None:
     if column == "pretrain":
         column = "pretrain or held out"
         table = RadiographTable(table.rows.append_column(column, pa.array(pretraining_sides(table))), table.name)
-    report = refuse_leaks(table, column)
-    told = {"rows": report.rows, "patients": len(report.patients), "image_pairs": len(report.images or [])}
+    report = refuse_leaks(table, column, images=arguments.known_pairs is None)
+    if arguments.known_pairs is not None:
+        side_of = dict(zip(table.ids, table.column(column), strict=True))
+        pairs = [pair for pair in read_pairs(Path(arguments.known_pairs)) if is_leak(*map(side_of.get, pair))]
+        if pairs:
+            raise LeakError(f"{table.name}: {column} leaks: {len(pairs)} nearly equal pair(s), as {pairs[0]}", report)
+    told = {"rows": report.rows, "patients": len(report.patients), "image_pairs": 0}
     print(json.dumps(told | {"unknown_patients": report.unknown_patients, "unreadable": len(report.broken)}))
 
 
