@@ -381,6 +381,14 @@ def audit(
     label: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Labels to count; again for more.")] = None,
     patient: Annotated[str, typer.Option(metavar="COLUMN", help="Whose values are the patients.")] = "patient",
     flips: Annotated[bool, typer.Option("--flips", help="Look for mirrored copies, too.")] = False,
+    on_error: Annotated[
+        str,
+        typer.Option(
+            "--on-error",
+            help="A broken file: skip lists it, stop ends all.",
+            autocompletion=_from("skip", "stop"),
+        ),
+    ] = "skip",
     workers: WorkersOption = None,
 ) -> None:
     """Look through a set: sizes, depths, broken files, copies, leaks between splits; one page and its numbers."""
@@ -396,6 +404,7 @@ def audit(
         patient_column=patient,
         flips=flips,
         workers=workers,
+        on_error=on_error,  # type: ignore[arg-type]  # checked there
     )
     typer.echo(str(output / "audit.html"))
     _note("1 image" if len(table) == 1 else f"{len(table)} images")

@@ -287,6 +287,11 @@ def test_audit_takes_single_files(tmp_path, monkeypatch, capsys):
     assert run_main(monkeypatch, "audit", *paths, "--output", tmp_path / "audit") == 3
     assert capsys.readouterr().out == f"{tmp_path / 'audit' / 'audit.html'}\n"
     assert json.loads((tmp_path / "audit" / "audit.json").read_text())["broken"]
+    stop = ["--output", tmp_path / "stopped", "--on-error", "stop"]
+    assert run_main(monkeypatch, "audit", *paths, *stop) == 1
+    assert not (tmp_path / "stopped" / "audit.json").exists()
+    assert run_main(monkeypatch, "audit", *paths, *stop[:-1], "never") == 1
+    assert "on_error must be stop or skip; got 'never'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--to", "--format"])
