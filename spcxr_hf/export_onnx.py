@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .centring import centre_hidden_units
 from .checkpoints import written_aside
 from .errors import SpcxrError
 from .export import (
@@ -254,7 +255,8 @@ def quantize_int8(
     """Write an 8-bit version of an exported file: a quarter of the size, faster, slightly less exact.
 
     Dynamic quantisation: the weights of linear layers are stored in 8 bits, one scale per output channel, and their
-    inputs quantised as they come, one scale per tensor. Attention, norms, convolutions and the classifier stay in
+    inputs quantised as they come, one scale per tensor; those of each MLP's second layer are centred first, which takes
+    off up to a third of the logits' error (see `centring`). Attention, norms, convolutions and the classifier stay in
     float32; the latter is a hundredth of a percent of the weights, and in 8 bits it cost most of the accuracy. Static
     quantisation was tried and lost more and was no faster, since it fixes the inputs' ranges beforehand.
 
@@ -277,14 +279,15 @@ def quantize_int8(
     source = Path(path)
     target = source.with_name("model_quantized.onnx") if output is None else Path(output)
     read_metadata(source)  # refuses what is no ONNX file
+    proto = _import_onnx().load(str(source), load_external_data=False)
     # Of the classifier's Gemm, the only one in the graph, the quantiser makes a MatMul of this name.
-    graph = _import_onnx().load(str(source), load_external_data=False).graph
-    classifier = [f"{node.name}_MatMul" for node in graph.node if node.op_type == "Gemm"]
+    classifier = [f"{node.name}_MatMul" for node in proto.graph.node if node.op_type == "Gemm"]
     partial = target.with_name(f".{target.name}.partial")
     try:
+        centre_hidden_units(proto)
         with _quiet(""):  # the root logger: advice to preprocess first, which torch's exporter has done already
             quantize_dynamic(
-                source,
+                proto,
                 partial,
                 op_types_to_quantize=["MatMul"],
                 nodes_to_exclude=classifier,

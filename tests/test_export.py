@@ -183,10 +183,16 @@ with torch.no_grad():
     def test_bundled_checkpoints(self, tmp_path, name):
         vit = AutoModel.from_pretrained(export_vit(TREE / "model_cards" / name, tmp_path / "vit"))
         model = SpcxrModel.from_pretrained(TREE / "model_cards" / name)
-        values = pixels(height=112, width=112)
+        values = pixels(height=model.config.image_size, width=model.config.image_size)
         with torch.no_grad():
             found = vit(values.expand(-1, 3, -1, -1)).last_hidden_state
             torch.testing.assert_close(found, model(values).last_hidden_state, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["pneumonia", "screening", "covid"])
+    def test_bundled_classifiers_say_why_not(self, tmp_path, name):
+        assert json.loads((TREE / "model_cards" / name / "config.json").read_text())["pooling"] == "mean"
+        with pytest.raises(SpcxrError, match=r"reads CLS alone.*export ONNX"):
+            export_vit(TREE / "model_cards" / name, tmp_path / "vit")
 
 
 # ---- ONNX --------------------------------------------------------------------------------------------------------
@@ -261,6 +267,29 @@ class TestOnnx:
         decoded = len(model.config.segmentation_layers) if task == "segmentation" else 0
         assert sum(node.op_type == "MatMulInteger" for node in rounded) == 4 * LAYERS + decoded
 
+    def test_hidden_units_are_centred_and_nothing_changes(self, exported, tmp_path):
+        import onnx
+
+        from spcxr_hf.centring import centre_hidden_units
+
+        _, num_channels, model, file = exported
+        proto = onnx.load(file)
+        assert centre_hidden_units(proto) == LAYERS
+        onnx.checker.check_model(proto)
+        onnx.save(proto, tmp_path / "centred.onnx")
+        values = pixels(2, num_channels, 24, 48)
+        expected, found = run_onnx(file, values), run_onnx(tmp_path / "centred.onnx", values)
+        for name in expected:
+            assert np.abs(found[name] - expected[name]).max() < 1e-5, name
+        # What was taken off is the mean of what the layer reads, where the norm gives normally distributed values.
+        layer = model.base_model.encoder.layers[0]
+        with torch.no_grad():
+            given = torch.randn(20_000, layer.norm2.weight.numel()) * layer.norm2.weight + layer.norm2.bias
+            hidden = layer.mlp.activation(layer.mlp.fc1(given)).mean(dim=0).numpy()
+        centre = next(one for one in proto.graph.initializer if one.name.endswith("_centre"))
+        apart = np.abs(onnx.numpy_helper.to_array(centre) - hidden)
+        assert apart.max() < 0.02 < np.abs(hidden).max()
+
     def test_metadata(self, exported):
         from spcxr_hf.export_onnx import read_metadata
 
@@ -315,7 +344,7 @@ def test_onnx_refusals(tmp_path, monkeypatch):
 @pytest.mark.data
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="the development radiographs are not beside the checkout")
-@pytest.mark.parametrize("name", ["base", "lung-segmentation", "pneumonia", "screening"])
+@pytest.mark.parametrize("name", ["base", "lung-segmentation", "pneumonia", "screening", "covid"])
 def test_onnx_on_real_radiographs(tmp_path, name):
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     from spcxr_hf.export_onnx import export_onnx, quantize_int8

@@ -37,6 +37,7 @@ FLOORS = {
     | {"writers", "lungs", "dicom_seg"}
     | {
         "calibration",
+        "centring",
         "shortcuts",
         "corruption",
         "augment",
