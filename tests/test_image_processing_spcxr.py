@@ -80,8 +80,10 @@ def kinds_of(grey: np.ndarray) -> dict[str, object]:
         "mirrored twice": grey[:, ::-1].copy()[:, ::-1],
         "torch uint8": torch.from_numpy(grey),
         "torch uint8 3HW": torch.from_numpy(np.moveaxis(rgb, -1, 0).copy()),
+        "torch uint8 HW3": torch.from_numpy(rgb),
         "torch uint16": torch.from_numpy(deep),
         "torch float32 1HW": torch.from_numpy(grey[None] / 255).float(),
+        "torch float16": torch.from_numpy(grey / 255).half(),
         "torch bfloat16": torch.from_numpy(grey / 255).bfloat16(),
     }
 
