@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSemanticSegmentation,
 )
+from transformers.models.auto import modeling_auto
 
 from .modeling.configuration_spcxr import SpcxrConfig
 from .modeling.image_processing_spcxr import SpcxrImageProcessor, SpcxrImageProcessorPil
@@ -31,6 +32,12 @@ MODEL_CLASSES = {
     AutoModelForSemanticSegmentation: SpcxrForSemanticSegmentation,
     AutoBackbone: SpcxrBackbone,
 }
+# The pipelines ask these tables, which `register` of the Auto classes leaves alone; of a class that is not in them they
+# say "is not supported", with a list of all that are, and work all the same.
+PIPELINE_TABLES = {
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": SpcxrForImageClassification,
+    "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES": SpcxrForSemanticSegmentation,
+}
 
 
 def register() -> None:
@@ -40,6 +47,8 @@ def register() -> None:
     for auto_class, model_class in MODEL_CLASSES.items():
         auto_class.register(SpcxrConfig, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_class.__name__)
+    for table, model_class in PIPELINE_TABLES.items():
+        getattr(modeling_auto, table, {})[SpcxrConfig.model_type] = model_class.__name__
     AutoImageProcessor.register(
         SpcxrConfig,
         image_processor_classes={"torchvision": SpcxrImageProcessor, "pil": SpcxrImageProcessorPil},

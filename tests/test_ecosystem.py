@@ -13,9 +13,17 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     UperNetConfig,
     UperNetForSemanticSegmentation,
+    pipeline,
 )
 
-from spcxr_hf import SpcxrBackbone, SpcxrForImageClassification, SpcxrForPreTraining, SpcxrImageProcessor, SpcxrModel
+from spcxr_hf import (
+    SpcxrBackbone,
+    SpcxrForImageClassification,
+    SpcxrForPreTraining,
+    SpcxrForSemanticSegmentation,
+    SpcxrImageProcessor,
+    SpcxrModel,
+)
 from tests.common import SIDE, TORCH, build, pixels, tiny_config
 from tests.made_up import picture
 
@@ -33,6 +41,21 @@ def train(model: nn.Module, labels: torch.Tensor, steps: int = 6, **inputs: Any)
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+@pytest.mark.parametrize(
+    ("task", "model_class"),
+    [("image-classification", SpcxrForImageClassification), ("image-segmentation", SpcxrForSemanticSegmentation)],
+)
+def test_pipelines_know_the_models(task: str, model_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They work, and do not say beforehand that the model "is not supported"."""
+    build(model_class, tiny_config(num_labels=2, **LABELS)).save_pretrained(tmp_path)
+    SpcxrImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path)
+    complaints: list[str] = []
+    monkeypatch.setattr("transformers.pipelines.base.logger.error", lambda *said, **_: complaints.append(str(said)))
+    answer = pipeline(task, model=str(tmp_path))(Image.fromarray(picture(0)[0]))
+    assert {one["label"] for one in answer} <= set(LABELS["label2id"]) and answer
+    assert complaints == []
 
 
 def test_lora(tmp_path: Path):

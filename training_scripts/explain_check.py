@@ -77,9 +77,9 @@ class Arguments:
         metadata={"help": "a label, or labels joined by ' + '; 'probable' is each image's most probable label"},
     )
     lungs: str | None = field(default=None, metadata={"help": "a segmentation model, for the share inside the lungs"})
-    images: int = field(default=100, metadata={"help": "how many, drawn at random"})
-    random_maps: int = field(default=3, metadata={"help": "random maps for each image; their areas are averaged"})
-    steps: int = field(default=14, metadata={"help": "steps of the curves"})
+    images: int = field(default=50, metadata={"help": "how many, drawn at random"})
+    random_maps: int = field(default=2, metadata={"help": "random maps for each image; their areas are averaged"})
+    steps: int = field(default=7, metadata={"help": "steps of the curves"})
     batch_size: int = field(default=16, metadata={"help": "images at a time"})
     output: str | None = field(default=None, metadata={"help": "JSON file; entries of other models in it are kept"})
     pictures: str | None = field(default=None, metadata={"help": "folder for curves.png and maps.png"})
