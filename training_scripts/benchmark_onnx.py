@@ -5,11 +5,14 @@
     python training_scripts/benchmark_onnx.py --render training_scripts/GUIDES.md
 
 Encoder, classifier and segmentation alike; without `--data` speed alone. Each model is an entry of its own in the
-results file. Which column holds the labels and the split, and which labels are which class, comes from the recipe in
-the checkpoint's folder unless a flag says it. Each speed is the median of runs taken in turn, so that a busy machine is
-busy for all; the CPU seconds of one thread are told too, since these hardly depend on who else is there. Accuracy is of
-PyTorch, of the float export and of its 8-bit version, on the same rows. `--render` measures nothing and writes the
-tables of the results, with the CPU time, between `<!-- onnx -->` and `<!-- /onnx -->`.
+results file, in which `--parts accuracy` or `--parts speed` renew the one and leave the other: accuracy takes minutes
+and any machine will do, speed takes one and wants a machine with nothing else on it. Which column holds the labels and
+the split, and which labels are which class, comes from the recipe in the checkpoint's folder unless a flag says it.
+
+Each speed is the median of runs taken in turn, by the wall clock. Before each, all rest until the threads of the others
+have stopped waiting for work on the cores, and it runs once untimed. Accuracy is of PyTorch, of the float export and of
+its 8-bit version, on the same rows. `--render` measures nothing and writes the tables of the results between
+`<!-- onnx -->` and `<!-- /onnx -->`.
 """
 
 from __future__ import annotations
@@ -47,10 +50,12 @@ from spcxr_hf.predicting import class_names, is_multi_label, match_classes, sele
 from spcxr_hf.recipe import parse_arguments, read_recipe
 
 RESULTS = Path(__file__).resolve().parent / "results" / "onnx.json"
-HEAD = """| checkpoint | figure on `val` | PyTorch | float32 | int8 | int8 loses, points |
-|---|---|---|---|---|---|"""
-SPEED_HEAD = """| checkpoint | PyTorch, CPU ms per image | float32 as fast | int8 as fast | MB of float32, int8 |
+HEAD = """| checkpoint | figure on `val` | PyTorch | float32 | int8 | int8 loses, points | float32 off by at most |
+|---|---|---|---|---|---|---|"""
+SPEED_HEAD = """| checkpoint | PyTorch, ms per image | float32 as fast | int8 as fast | MB of float32, int8 |
 |---|---|---|---|---|"""
+PARTS = ("accuracy", "speed")
+REST = 0.05  # seconds: the threads of torch and of ONNX Runtime spin for some milliseconds before they sleep
 Run = Callable[[torch.Tensor], np.ndarray]  # pixel values (B, C, H, W) -> logits, or the pooled embedding
 
 
@@ -61,7 +66,8 @@ class Arguments:
     model: str | None = field(default=None, metadata={"help": "folder or Hub id of a checkpoint of this family"})
     data: str | None = field(default=None, metadata={"help": "Parquet shards with labels or lung masks"})
     split_column: str | None = field(
-        default=None, metadata={"help": "column of the splits; by default that of the checkpoint's recipe, or split"}
+        default=None,
+        metadata={"help": "column of the splits; by default the recipe's, or split; of other tasks lung_split"},
     )
     split: str = field(default="val", metadata={"help": "its value to measure on"})
     label_column: str | None = field(
@@ -73,6 +79,7 @@ class Arguments:
     )
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "images per run"})
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": "accuracy, speed"})
     threads: int = field(default=2, metadata={"help": "threads of each"})
     repeats: int = field(default=30, metadata={"help": "runs of each, taken in turn"})
     most_rows: int | None = field(default=None, metadata={"help": "measure accuracy on so many rows, evenly spread"})
@@ -88,19 +95,24 @@ def main(argv: Sequence[str] | None = None) -> dict:
         raise SpcxrError("give --model to measure, or --render PAGE")
     if min([arguments.threads, arguments.repeats, *arguments.batch_sizes]) < 1:
         raise SpcxrError("threads, repeats and batch_sizes must be at least 1")
-    fill_from_recipe(arguments, Path(arguments.model) / "recipe.yaml")
-    result = measure_model(arguments, load_source(arguments.model))
+    if unknown := set(arguments.parts) - set(PARTS):
+        raise SpcxrError(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    source = load_source(arguments.model)
+    fill_from_recipe(arguments, source.task, Path(arguments.model) / "recipe.yaml")
+    result = measure_model(arguments, source)
     if arguments.output:
         path = Path(arguments.output)
-        write_results(path, {**read_results(path), Path(arguments.model).name: result})
+        name, known = Path(arguments.model).name, read_results(path)
+        write_results(path, {**known, name: {**known.get(name, {}), **result}})
     print(result)
     return result
 
 
-def fill_from_recipe(arguments: Arguments, recipe: Path) -> None:
+def fill_from_recipe(arguments: Arguments, task: str, recipe: Path) -> None:
     """What the flags leave open is as in the training whose recipe lies beside the weights."""
     known = read_recipe(recipe) if recipe.is_file() else {}
-    arguments.split_column = arguments.split_column or known.get("split_column") or "split"
+    splits = "split" if task == "classification" else "lung_split"
+    arguments.split_column = arguments.split_column or known.get("split_column") or splits
     arguments.label_column = arguments.label_column or known.get("label_column") or "label"
     arguments.classes = arguments.classes or known.get("classes") or []
 
@@ -112,19 +124,11 @@ def measure_model(arguments: Arguments, source: Source) -> dict[str, Any]:
         files = {"float": file, "int8": quantize_int8(file)}
         result: dict[str, Any] = {"task": source.task, "size": list(source.size)}
         result["megabytes"] = {name: round(path.stat().st_size / 1e6, 1) for name, path in files.items()}
-        if arguments.data is not None:
+        if arguments.data is not None and "accuracy" in arguments.parts:
             result["accuracy"] = measure_accuracy(arguments, source, files)
-        result["speed"] = {
-            f"{kind}, {threads} threads" if threads > 1 else f"{kind}, 1 thread": measure_speed(
-                arguments, source, files, threads, clock
-            )
-            for kind, threads, clock in (
-                ("wall clock", arguments.threads, time.perf_counter),
-                ("CPU time", 1, time.process_time),
-            )
-        }
-    torch.set_num_threads(arguments.threads)
-    return result | describe_machine("cpu")
+        if "speed" in arguments.parts:
+            result["speed"] = measure_speed(arguments, source, files) | describe_machine("cpu")
+    return result
 
 
 # ---- what is run -------------------------------------------------------------------------------------------------
@@ -153,15 +157,13 @@ def runners(source: Source, files: dict[str, Path], threads: int) -> dict[str, R
 # ---- speed -------------------------------------------------------------------------------------------------------
 
 
-def measure_speed(
-    arguments: Arguments, source: Source, files: dict[str, Path], threads: int, clock: Callable[[], float]
-) -> dict[str, Any]:
+def measure_speed(arguments: Arguments, source: Source, files: dict[str, Path]) -> dict[str, Any]:
     """Milliseconds of each and how many times as fast as PyTorch it is, per batch size."""
-    runs = runners(source, files, threads)
+    runs = runners(source, files, arguments.threads)
     found = {}
     for batch in arguments.batch_sizes:
         values = torch.randn(batch, source.model.config.num_channels, *source.size)
-        seconds = dict(zip(runs, time_in_turn(list(runs.values()), values, arguments.repeats, clock), strict=True))
+        seconds = dict(zip(runs, time_in_turn(list(runs.values()), values, arguments.repeats), strict=True))
         found[f"batch {batch}"] = {
             "ms": {name: median_ms(taken) for name, taken in seconds.items()},
             "times_as_fast": {name: paired_ratio(seconds["torch"], seconds[name]) for name in files},
@@ -169,17 +171,16 @@ def measure_speed(
     return found
 
 
-def time_in_turn(
-    runs: list[Run], values: torch.Tensor, repeats: int, clock: Callable[[], float]
-) -> Sequence[Sequence[float]]:
-    """Seconds of each run by this clock, the runs taken in turn after one to warm up."""
+def time_in_turn(runs: list[Run], values: torch.Tensor, repeats: int) -> Sequence[Sequence[float]]:
+    """Seconds of each run, the runs taken in turn, each rested and warm."""
     seconds: list[list[float]] = [[] for _ in runs]
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for run, taken in zip(runs, seconds, strict=True):
-            begun = clock()
+            time.sleep(REST)
             run(values)
-            if repeat:
-                taken.append(clock() - begun)
+            begun = time.perf_counter()
+            run(values)
+            taken.append(time.perf_counter() - begun)
     return seconds
 
 
@@ -316,23 +317,32 @@ def judge_embeddings(
 
 def table_of(results: dict[str, Any]) -> str:
     """In Markdown: a row for each figure of each model, and a row for the speed of each."""
-    figures, speeds = [HEAD], [SPEED_HEAD]
-    for name, result in results.items():
-        for figure, each in result.get("accuracy", {}).get("figures", {}).items():
-            lost = result["accuracy"]["points_lost"][figure]["int8"]
-            cells = [*(f"{each[run]:.4f}" for run in ("torch", "float", "int8")), f"{lost:.2f}"]
-            figures.append(f"| `{name}` | {figure} ({result['accuracy']['rows']} images) | {' | '.join(cells)} |")
-        batches = result["speed"]["CPU time, 1 thread"]
-        ratios = [
+    figures = [row for name, result in results.items() for row in figure_rows(name, result.get("accuracy", {}))]
+    speeds = [speed_row(name, result) for name, result in results.items() if "speed" in result]
+    return "\n".join([HEAD, *figures, "", SPEED_HEAD, *speeds])
+
+
+def figure_rows(name: str, accuracy: dict[str, Any]) -> Iterator[str]:
+    """What each figure is by PyTorch and by both files, and how far float32's outputs are off at most."""
+    for figure, each in accuracy.get("figures", {}).items():
+        lost = accuracy["points_lost"][figure]["int8"]
+        cells = [*(f"{each[run]:.4f}" for run in ("torch", "float", "int8")), f"{lost:.2f}"]
+        cells.append(f"{accuracy['largest_difference_of_outputs']['float']:.1e}")
+        yield f"| `{name}` | {figure} ({accuracy['rows']} images) | {' | '.join(cells)} |"
+
+
+def speed_row(name: str, result: dict[str, Any]) -> str:
+    """Milliseconds per image, and how many times as fast both files are, by batch size."""
+    batches = {batch: each for batch, each in result["speed"].items() if batch.startswith("batch")}
+    cells = [
+        ", ".join(f"{each['ms']['torch'] / int(batch[6:]):.1f} ({batch})" for batch, each in batches.items()),
+        *(
             ", ".join(f"{each['times_as_fast'][kind]:.2f} ({batch})" for batch, each in batches.items())
             for kind in ("float", "int8")
-        ]
-        sizes = ", ".join(f"{result['megabytes'][kind]:.0f}" for kind in ("float", "int8"))
-        per_image = ", ".join(
-            f"{each['ms']['torch'] / int(batch.split()[1]):.0f} ({batch})" for batch, each in batches.items()
-        )
-        speeds.append(f"| `{name}` | {per_image} | {' | '.join(ratios)} | {sizes} |")
-    return "\n".join([*figures, "", *speeds])
+        ),
+        ", ".join(f"{result['megabytes'][kind]:.0f}" for kind in ("float", "int8")),
+    ]
+    return f"| `{name}` | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
