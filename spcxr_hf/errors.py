@@ -13,6 +13,8 @@ class SpcxrError(ValueError):
 def one_line(error: Exception | str) -> str:
     """What another library says, as part of a one-line message: at most 240 characters, or its type."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if text.startswith("Repo id must "):  # huggingface_hub on a path of a folder that is not there
+        return "there is no such folder, and no Hub id is like that"
     return text if len(text) <= 240 else f"{text[:240]} ..."
 
 

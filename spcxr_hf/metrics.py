@@ -229,6 +229,15 @@ def expected_calibration_error(probabilities: Values, targets: Values, bins: int
     return _calibration(probabilities, targets, bins).figures()[1]
 
 
+def check_packages() -> None:
+    """Refuse, before work that may take hours, what `auroc` and `average_precision` would refuse after it.
+
+    Raises:
+        SpcxrError: scikit-learn is missing.
+    """
+    _sklearn()
+
+
 def _sklearn() -> Any:
     try:
         from sklearn import metrics

@@ -18,6 +18,7 @@ from .data import RadiographTable, open_image
 from .encoders import LOADING_ERRORS
 from .errors import SpcxrError, one_line
 from .labels import targets_of
+from .metrics import check_packages
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -96,8 +97,10 @@ def load_judged(source: str, device: torch.device | str = "cpu") -> tuple[PreTra
     """A classifier of any family, in evaluation mode on its device, and its image processor.
 
     Raises:
-        SpcxrError: it is no classifier, has no weights for a part of it, or has no image processor.
+        SpcxrError: it is no classifier, has no weights for a part of it, or has no image processor; or what it is to be
+            judged with, scikit-learn, is missing.
     """
+    check_packages()
     try:
         model, loading = AutoModelForImageClassification.from_pretrained(
             source, use_safetensors=True, output_loading_info=True

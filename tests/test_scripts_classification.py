@@ -33,6 +33,7 @@ from spcxr_hf.classification import class_weights, classification_loss
 from spcxr_hf.classifiers import Pixels, add_adapters, build_classifier, classifier_groups
 from spcxr_hf.data import StepPlan, open_image, read_table
 from spcxr_hf.mixing import mix
+from spcxr_hf.predicting import load_judged
 from spcxr_hf.sampling import BalancedSet, draw_rows, strata
 from tests.made_up import CLASSES, STRUCT, write_set
 from tests.processes import finish, start_group
@@ -757,6 +758,17 @@ def test_what_is_no_model_to_start_from(shard, peers, tmp_path, flag, folder, me
     with pytest.raises(SpcxrError, match=message) as refusal:
         run(shard, tmp_path, flag, str(peers / folder))
     assert "\n" not in str(refusal.value)
+
+
+def test_a_package_that_is_missing_is_told_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(SpcxrError, match="scikit-learn is missing: pip install"):
+        run("no-set-is-read", tmp_path, "--from_scratch", "true")
+
+
+def test_a_model_folder_that_is_missing_is_called_so(tmp_path):
+    with pytest.raises(SpcxrError, match="there is no such folder, and no Hub id is like that"):
+        load_judged(str(tmp_path / "runs" / "final"))
 
 
 def test_adapters_need_their_package(monkeypatch):

@@ -43,7 +43,7 @@ from spcxr_hf.classifiers import (
 )
 from spcxr_hf.data import MicroBatch, RadiographSet, RadiographTable, decode_set
 from spcxr_hf.labels import names_in, parse_classes, targets_of
-from spcxr_hf.metrics import write_results
+from spcxr_hf.metrics import check_packages, write_results
 from spcxr_hf.mixing import mix
 from spcxr_hf.probing import choose_linear_head, head_input, put_head
 from spcxr_hf.recipe import parse_arguments, save_recipe
@@ -139,6 +139,7 @@ def check(arguments: Arguments) -> None:
         raise SpcxrError("give --init_from CHECKPOINT, or --model FOLDER, or --from_scratch true")
     if arguments.cache == "none":
         raise SpcxrError("labels are kept with their images: cache must be memory or device")
+    check_packages()
     check_choices(arguments)
     check_ranges(arguments)
     for one, other in (("init_from", "model"), ("freeze_encoder", "lora_rank")):
