@@ -55,7 +55,8 @@ def _layer_before_gelu(node: Any, producers: dict[str, Any], weights: dict[str, 
     """Scale and shift of the LayerNorm, weight and bias of the linear layer, whose GELU this MatMul reads; or None."""
     if node.op_type != "MatMul" or node.input[1] not in weights:
         return None
-    seen, left = set(), [node.input[0]]
+    seen: set[str] = set()
+    left = [node.input[0]]
     while left:
         behind = producers.get(left.pop())
         if behind is None:  # a weight or a constant
