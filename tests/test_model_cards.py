@@ -64,8 +64,15 @@ class TestCheckpoint:
         assert card.data.pipeline_tag and card.data.library_name == "transformers" and card.data.license
         # The Hub has no widget for features.
         assert card.data.pipeline_tag == "image-feature-extraction" or card.data.widget
-        for said in ("Not for clinical use", "## Data and licence", "## Limits", "## Citation"):
-            assert said in card.text
+        assert card.data.base_model or folder.name == "base"
+        assert card.data.datasets and card.data.metrics and card.data.eval_results
+        for said in (
+            "esearch use only, not for clinical use", "## Intended use", "must not be used", "## Figures",
+            "## Data and licence", "## Limits and groups under-represented", "## How it was made", "## Citation",
+        ):  # fmt: skip
+            assert said in card.text, said
+        pictures = re.findall(r"\]\((pictures/[^)]+)\)", card.text)
+        assert pictures and all((folder / picture).is_file() for picture in pictures)
 
     def test_recipe_names_no_place_of_a_machine(self, folder):
         recipe = prepare_checkpoint.read_recipe(folder / "recipe.yaml")
@@ -117,6 +124,16 @@ def test_prepare(tmp_path, monkeypatch):
 
 
 # ---- the cards of classifiers ----------------------------------------------------------------------------------
+
+
+def test_what_the_runs_took_is_counted(tmp_path):
+    table = "| seconds | 90 |\n| optimiser steps | 3 |\n| images per step | 4 |\n| device | cpu |\n| processes | 1 |\n"
+    (tmp_path / "report.md").write_text(table)
+    prepare_checkpoint.count_cost([str(tmp_path), str(tmp_path)], tmp_path / "results")
+    cost = json.loads((tmp_path / "results" / "training_cost.json").read_text())
+    assert (cost["minutes"], cost["images"], cost["device"]) == (3.0, 24, "cpu")
+    with pytest.raises(SpcxrError, match="nowhere: one of these runs has not ended"):
+        prepare_checkpoint.count_cost([str(tmp_path / "nowhere")], tmp_path / "results")
 
 
 def entries(name: str) -> list[str]:
