@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 def measure_model(arguments: Arguments) -> dict:
     """Maps and curves of one model."""
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
-    model, processor = load_judged(arguments.model, device)
+    model, processor = load_judged(str(arguments.model), device)
     segmenter = load_segmenter(arguments.lungs, device) if arguments.lungs else None
     rows = select(arguments, model)
     pixels, masks = prepare(rows, processor, segmenter)
@@ -139,11 +139,11 @@ def check(arguments: Arguments) -> None:
 
 def select(arguments: Arguments, model: Any) -> LabelledRows:
     """The images to look at."""
-    classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
+    classes = match_classes(str(arguments.model), class_names(model), parse_classes(arguments.classes))
     rows = select_rows(
-        read_set(arguments.data),
-        arguments.label_column,
-        arguments.split_column,
+        read_set(str(arguments.data)),
+        str(arguments.label_column),
+        str(arguments.split_column),
         arguments.split,
         classes,
         is_multi_label(model),

@@ -118,11 +118,11 @@ def check(arguments: Arguments) -> None:
 
 def select(arguments: Arguments, model: Any) -> dict[str, LabelledRows]:
     """The labelled rows of each split."""
-    table = read_set(arguments.data)
+    table, columns = read_set(arguments.data), (str(arguments.label_column), str(arguments.split_column))
     classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
     found = {}
     for split in dict.fromkeys(arguments.splits):
-        rows = select_rows(table, arguments.label_column, arguments.split_column, split, classes, is_multi_label(model))
+        rows = select_rows(table, *columns, split, classes, is_multi_label(model))
         found[split] = rows.where(draw(len(rows), arguments.limit, arguments.seed))
     return found
 
