@@ -200,8 +200,9 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
     assert found.keys() - masks == wanted.keys()
     assert masks
     for name in found.keys() - masks:
+        # A logit of 5 is known to 5e-7 in float32, and threads share sums out in their own ways: hence also relative.
         torch.testing.assert_close(
-            found[name], wanted[name], rtol=0, atol=1e-6, msg=lambda words, n=name: f"{n}: {words}"
+            found[name], wanted[name], rtol=1e-6, atol=1e-6, msg=lambda words, n=name: f"{n}: {words}"
         )
 
 
