@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedMo
 
 from .errors import SpcxrError, one_line
 from .modeling.image_processing_spcxr import SpcxrImageProcessor
+from .precision import bf16_autocast
 
 POOLINGS = ("model", "mean", "cls")
 
@@ -137,7 +138,7 @@ class Encoder:
             # The library keeps the patches with the smallest noise, in its order: rising noise leaves them in theirs.
             patches = _count_patches(self.model.config, pixel_values.shape[-2:])
             options["noise"] = torch.arange(patches, dtype=torch.float32, device=device).repeat(len(pixel_values), 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+        with bf16_autocast(device, self.bf16):
             return self.model(pixel_values.to(device), output_hidden_states=output_hidden_states, **options)
 
     def _pooler_output(self, outputs: Any) -> torch.Tensor:

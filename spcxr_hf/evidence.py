@@ -27,6 +27,7 @@ from .data import RadiographTable
 from .encoders import LOADING_ERRORS
 from .errors import SpcxrError
 from .metrics import patient_groups
+from .precision import bf16_autocast
 
 METHOD = (
     "95 % intervals: percentile bootstrap of patients (the same draws for all trainings) and, where there are several "
@@ -142,7 +143,7 @@ def predict(model: Any, processor: Any, images: torch.Tensor, bf16: bool = False
     found = []
     for part in images.split(batch_size):
         grey = resize(part.to(device).float() / 255, processor.size["height"]).expand(-1, channels, -1, -1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with bf16_autocast(device, bf16):
             logits = model((grey - mean.to(device)) / std.to(device)).logits
         found.append(logits.double().softmax(dim=1).cpu())
     return torch.cat(found).numpy()

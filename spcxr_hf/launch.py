@@ -55,7 +55,9 @@ class RunArguments:
     ema_decay: float = field(
         default=0.0, metadata={"help": "decay of the weights' moving average, which becomes the final model; 0: none"}
     )
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
+    mixed_precision: str = field(
+        default="no", metadata={"help": "no, bf16 (on a CPU that has no fast one: float32) or fp16"}
+    )
     shard: bool = field(
         default=False,
         metadata={"help": "divide weights, gradients and optimiser state among the processes (FSDP)"},

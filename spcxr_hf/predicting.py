@@ -19,6 +19,7 @@ from .encoders import LOADING_ERRORS
 from .errors import SpcxrError, one_line
 from .labels import targets_of
 from .metrics import check_packages
+from .precision import bf16_autocast
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -182,7 +183,7 @@ def forward(
     inputs = processor(images, return_tensors="pt", **options).to(model.device)
     interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     asked = {"interpolate_pos_encoding": True} if interpolates else {}
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+    with bf16_autocast(model.device, bf16):
         return model(pixel_values=inputs["pixel_values"], **asked).logits.float().cpu()
 
 

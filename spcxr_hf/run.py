@@ -35,6 +35,7 @@ from .checkpoints import resume, save_checkpoint, written_aside
 from .data import MicroBatch, StepPlan
 from .errors import SpcxrError
 from .launch import RunArguments, check_launch, check_run, learning_rate_schedule, prepare_folder
+from .precision import bf16_autocast, has_fast_bf16
 from .pushing import BackgroundPusher
 from .report import write_report
 from .sharding import Shards, own_share, whole_tensor
@@ -210,7 +211,7 @@ class Run:
         """The run's precision."""
         if self._is_fp16:
             return torch.autocast(self.accelerator.device.type, torch.float16)
-        return self.accelerator.autocast()
+        return bf16_autocast(self.accelerator.device, self.arguments.mixed_precision == "bf16")
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of the micro-batch that has just gone forward."""
@@ -374,6 +375,8 @@ class Run:
             "processes": f"{self.plan.processes}{', sharded' if self._shards is not None else ''}",
             "device": self._device_name(),
         }
+        if self.arguments.mixed_precision == "bf16" and not has_fast_bf16(self.accelerator.device.type):
+            figures["precision"] = "float32: this CPU has no fast bf16"
         if self._is_fp16:
             figures["steps skipped, loss scale too high"] = self.state.get("overflows", 0)
         if "best" in self.state:
@@ -433,8 +436,7 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
     """
     trackers = list(arguments.trackers)
     accelerator = Accelerator(
-        # fp16 is the run's own: see `Run.scaler`.
-        mixed_precision="no" if arguments.mixed_precision == "fp16" else arguments.mixed_precision,
+        mixed_precision="no",  # precision is the run's own: see `Run.autocast`
         log_with=trackers or None,
         project_dir=arguments.output,
     )

@@ -21,6 +21,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, P
 from .data import Decoded, fingerprint, write_aside
 from .encoders import LOADING_ERRORS
 from .errors import SpcxrError, one_line
+from .precision import bf16_autocast
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Segmenter:
         found = []
         for part in tqdm(images.split(batch_size), desc="lungs", unit="batch"):
             inputs = self.processor([Image.fromarray(image[0].numpy()) for image in part.cpu()], return_tensors="pt")
-            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=bf16):
+            with bf16_autocast(self.model.device, bf16):
                 outputs = self.model(**inputs.to(self.model.device))
             sizes = [tuple(part.shape[-2:])] * len(part)
             labels = self.processor.post_process_semantic_segmentation(outputs, sizes)

@@ -50,6 +50,7 @@ FLOORS = {
         "pictures",
         "report",
         "encoders",
+        "precision",
     },
     3: {"inference", "tasks", "jobs"}
     | {

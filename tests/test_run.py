@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spcxr_hf import SpcxrError, checkpoints
+from spcxr_hf import SpcxrError, checkpoints, precision, run
 from spcxr_hf.checkpoints import list_checkpoints
 from spcxr_hf.run import RunArguments, check_run
 from tests.made_up import write_set
@@ -272,6 +272,20 @@ def test_fp16_computes_in_fp16(shard, tmp_path):
     assert half != full
     assert training_state(tmp_path / "half")["scaler"]["_growth_tracker"] == 3
     assert "| steps skipped, loss scale too high | 0 |" in (tmp_path / "half" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_is_float32_where_the_cpu_has_no_fast_bf16(shard, tmp_path, monkeypatch, fast):
+    for module in (run, precision):
+        monkeypatch.setattr(module, "has_fast_bf16", lambda kind: fast)
+    for name in ("bf16", "no"):
+        pretrain.main(words(shard, tmp_path / name, *BRIEF, "--steps", "3", "--mixed_precision", name))
+    half, full = ([float(row["loss"]) for row in log_rows(tmp_path / name)] for name in ("bf16", "no"))
+    assert half == pytest.approx(full, abs=5e-2)
+    assert (half == full) is not fast
+    said = "| precision | float32: this CPU has no fast bf16 |"
+    assert (said in (tmp_path / "bf16" / "report.md").read_text()) is not fast
+    assert said not in (tmp_path / "no" / "report.md").read_text()
 
 
 @pytest.mark.slow

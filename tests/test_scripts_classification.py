@@ -1,5 +1,6 @@
 """Fine-tuning and evaluation of classifiers on a few made-up radiographs, and the arithmetic inside both scripts."""
 
+import csv
 import json
 import math
 import runpy
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForImageClassification, SpcxrForPreTraining
+from spcxr_hf import precision as precision_module
 from spcxr_hf import run as run_module
 from spcxr_hf.classification import class_weights, classification_loss
 from spcxr_hf.classifiers import Pixels, add_adapters, build_classifier, classifier_groups
@@ -155,6 +157,19 @@ def test_what_a_run_leaves_behind(finished):
     logged = {line[0]: line for line in lines}[str(result["step"])]
     for name, text in zip(lines[0][3:], logged[3:], strict=True):
         assert float(text) == pytest.approx(result["val"][name.removeprefix("val_")], abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions_end_near_float32(shard, finished, pretrained, tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(precision_module, "has_fast_bf16", lambda kind: True)
+    output = run(shard, tmp_path, "--init_from", pretrained, "--mixed_precision", precision)
+    losses = [
+        [float(row["loss"]) for row in csv.DictReader((folder / "log.csv").open())] for folder in (output, finished)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-2)
+    assert losses[0] != losses[1]
+    weights = load_file(output / "final" / "model.safetensors")
+    assert all(value.dtype == torch.float32 for value in weights.values())
 
 
 def test_the_final_model_loads_and_classifies(finished):

@@ -24,6 +24,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, P
 from spcxr_hf import SpcxrError
 from spcxr_hf.data import RadiographTable, decode_masks, decode_set, open_image, open_mask
 from spcxr_hf.metrics import patient_groups, segmentation_report, write_results
+from spcxr_hf.precision import bf16_autocast
 from spcxr_hf.recipe import parse_arguments
 from spcxr_hf.sets import SetArguments, read_rows, report_skipped
 
@@ -100,7 +101,7 @@ def predict(arguments: Arguments, model: PreTrainedModel, processor, table: Radi
         part = cells[start : start + arguments.batch_size]
         images = [open_image(cell, f"{table.name}, row {start + row}") for row, cell in enumerate(part)]
         inputs = processor(images, return_tensors="pt").to(arguments.device)
-        with torch.autocast(torch.device(arguments.device).type, torch.bfloat16, enabled=arguments.bf16):
+        with bf16_autocast(arguments.device, arguments.bf16):
             outputs = model(**inputs)
         sizes = [(image.height, image.width) for image in images]
         for labels in processor.post_process_semantic_segmentation(outputs, sizes):
