@@ -312,7 +312,7 @@ def small_plan() -> dict:
         1.0: {**budget, "seeds": [0], "steps": 2, "save_every": 2},
     }
     fine_tuning["tasks"] = {"pneumonia": fine_tuning["tasks"]["pneumonia"]}
-    plan["probing"]["groups"] = {"pneumonia": ["pediatric_pneumonia", "pneumonia_three_way"]}
+    plan["probing"]["groups"] = {"pneumonia": plan["probing"]["groups"]["pneumonia"]}
     plan["probing"]["models"].pop("random")
     plan["probing"]["settings"] |= {"image_size": 32, "bf16": False, "label_fraction": [1.0], "resamples": 5}
     plan["ablations"]["pretraining"] |= {"image_size": 32, "stored_size": 40, "mixed_precision": "no", "steps": 1,

@@ -267,12 +267,12 @@ def fine_tuning_cells(arguments: Arguments, plan: Mapping[str, Any]) -> Iterator
 def probing_cells(arguments: Arguments, plan: Mapping[str, Any]) -> Iterator[Cell]:
     """Linear probe and k-NN on frozen features, for each group of tasks that share their columns."""
     section = plan["probing"]
-    for place, (group, tasks) in enumerate(section["groups"].items()):
+    for place, (group, own) in enumerate(section["groups"].items()):
         for turn, method in enumerate(section["methods"]):
             for number, (model, flags) in enumerate(section["models"].items()):
                 name = f"probing/{group}/{method}/{model}"
                 file = Path(arguments.output) / name / "probe.json"
-                settings = {**section.get("settings", {}), **flags, "task": tasks, "method": method}
+                settings = {**section.get("settings", {}), **own, **flags, "method": method}
                 places = {"data": arguments.data, "output": str(file), "cache": arguments.cache_folder}
                 yield make_cell(
                     plan,
