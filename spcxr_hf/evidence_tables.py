@@ -193,9 +193,14 @@ def ablation_table(results: Results) -> str:
 
 
 def cost_table(results: Results) -> str:
-    """What the trainings took, where their runs' folders are there to tell."""
+    """What the checkpoints' trainings took, where their runs' folders are there to tell, and what the cells did."""
+    tables = [_training_costs(results), _cell_costs(results)]
+    return "\n\n".join(table for table in tables if table) or "Not measured."
+
+
+def _training_costs(results: Results) -> str:
     if not any(results["cost"]["trainings"].values()):
-        return "Not measured."
+        return ""
     rows = []
     for name, cost in results["cost"]["trainings"].items():
         if cost is None:
@@ -204,6 +209,16 @@ def cost_table(results: Results) -> str:
         energy = f"{cost['energy_wh']:.0f} Wh" if cost.get("energy_wh") else "not read"
         rows.append([name, cost["device"], f"{cost['minutes']:.1f}", f"{cost['images_per_second']:.1f}", energy])
     return _table(["training", "device", "minutes", "images/s", "energy"], rows, 1)
+
+
+def _cell_costs(results: Results) -> str:
+    """Of the cells whose results are kept: their minutes, added up, as they ran beside each other."""
+    rows = [
+        [section.replace("_", "-"), str(taken["cells"]), f"{taken['minutes']:.0f}", f"{taken['training_minutes']:.0f}"]
+        for section, taken in results["cost"].get("cells", {}).items()
+        if taken["cells"]
+    ]
+    return _table(["cells of", "number", "minutes", "of them training"], rows, 1) if rows else ""
 
 
 def goal_table(results: Results) -> str:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import yaml
 from accelerate import Accelerator, DistributedType
 
+from .checkpoints import list_checkpoints
 from .errors import SpcxrError
 from .recipe import save_recipe
 from .training import CosineSchedule
 
+logger = logging.getLogger(__name__)
+
 # Every process holds the whole model, or the run itself divides it (`--shard true`).
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# What may be another at the next start of a run without making it another run.
+NEUTRAL = {"data", "output", "cache", "cache_folder", "workers", "compile", "save_every", "keep_checkpoints"}
+NEUTRAL |= {"log_every", "max_skipped", "trackers", "push_to_hub"}
 
 
 @dataclass
@@ -100,16 +110,37 @@ def check_run(arguments: RunArguments) -> None:
 
 
 def prepare_folder(output: Path, arguments: RunArguments) -> None:
-    """Make the run's folder, with the resolved recipe in it.
+    """Make the run's folder, with the resolved recipe in it; warn where its checkpoints come from another recipe.
 
     Raises:
         SpcxrError: it cannot be written to.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
+        _warn_of_another_recipe(output, arguments)
         save_recipe(arguments, output / "recipe.yaml")
     except OSError as error:
         raise SpcxrError(f"{output}: cannot be written to ({error})") from error
+
+
+def _warn_of_another_recipe(output: Path, arguments: RunArguments) -> None:
+    """Say what is asked for otherwise than when the run's checkpoints were made: it goes on from them all the same."""
+    checkpoints = list_checkpoints(output)
+    if not checkpoints or not (output / "recipe.yaml").is_file():
+        return
+    try:
+        before: Any = yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError):  # cut while it was written; it is about to be written anew
+        return
+    now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(arguments)))  # as it will be read
+    known = before if isinstance(before, dict) else {}
+    changed = [name for name in now if name in known and name not in NEUTRAL and known[name] != now[name]]
+    if changed:
+        said = ", ".join(f"{name} {known[name]} -> {now[name]}" for name in changed)
+        logger.warning(
+            "%s goes on from %s, which was trained with another recipe (%s); another --output begins anew",
+            output, checkpoints[-1].name, said,
+        )  # fmt: skip
 
 
 def learning_rate_schedule(arguments: RunArguments) -> CosineSchedule:

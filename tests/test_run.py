@@ -274,6 +274,26 @@ def test_fp16_computes_in_fp16(shard, tmp_path):
     assert "| steps skipped, loss scale too high | 0 |" in (tmp_path / "half" / "report.md").read_text()
 
 
+def test_a_run_that_goes_on_by_another_recipe_says_so(shard, tmp_path, caplog):
+    for flags in ([], ["--steps", "3", "--save_every", "3"], ["--steps", "3", "--learning_rate", "0.1"]):
+        caplog.clear()
+        pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "2", *flags))
+        said = [record.message for record in caplog.records if record.name == "spcxr_hf.launch"]
+        if not flags:
+            assert not said
+        elif "--learning_rate" in flags:
+            assert said == [
+                f"{tmp_path} goes on from checkpoint-3, which was trained with another recipe "
+                "(learning_rate 0.0005 -> 0.1); another --output begins anew"
+            ]
+        else:
+            assert len(said) == 1 and "(steps 2 -> 3)" in said[0]
+    (tmp_path / "recipe.yaml").write_text("steps: [")
+    caplog.clear()
+    pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "3"))
+    assert not [record for record in caplog.records if record.name == "spcxr_hf.launch"]
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_bf16_is_float32_where_the_cpu_has_no_fast_bf16(shard, tmp_path, monkeypatch, fast):
     for module in (run, precision):

@@ -439,6 +439,7 @@ def test_rendering_from_the_results_alone(tmp_path):
         assert f"<!-- {name} -->\n{evidence_tables.blocks(results)[name]}\n<!-- /{name} -->" in text
     assert "old" not in text and "**Goals**" in text and "| fill noise | 0.710 |" in text and "Not run: mae." in text
     assert "| three_way | linear probe | 100 % | balanced accuracy | 0.800 |" in text
+    assert "| fine-tuning | 3 | 12 | 10 |" in text and "| ablations | 0 |" not in text
     evidence.main(words)
     assert page.read_text() == text
     assert (tmp_path / "figures" / "evidence_pneumonia.png").stat().st_size > 5000
@@ -456,7 +457,9 @@ def whole_results() -> dict:
     variants = {"fill noise": {"three_way": 0.71}, "fill zeros": None}
     results["ablations"] = {"setting": "Short.", "tasks": ["three_way"], "variants": variants}
     cost = {"device": "cpu", "minutes": 3.0, "images_per_second": 0.67}
-    results["cost"] = {"trainings": {"spcxr": cost, "mae": None}}
+    cells = {"fine_tuning": {"cells": 3, "minutes": 12.4, "training_minutes": 9.6},
+             "ablations": {"cells": 0, "minutes": 0.0, "training_minutes": 0.0}}  # fmt: skip
+    results["cost"] = {"trainings": {"spcxr": cost, "mae": None}, "cells": cells}
     return results | {"goals": evidence_tables.goals(results)}
 
 
