@@ -484,6 +484,8 @@ def test_the_grid_lists_its_cells(place, shard, checkpoint, capsys):
         f"fine_tuning/pneumonia/0.5/seed-{seed}/{init}" for seed, init in FIRST
     ]
     assert lines[2].endswith("waits for nowhere") and lines[0].endswith("not run")
+    evidence.main([*words, "--models", f"spcxr={checkpoint}", "mae=nowhere", "--only", "*/0.5/seed-1"])
+    assert [line.split("/")[3] for line in capsys.readouterr().out.splitlines()] == ["seed-1"] * 3
 
 
 @pytest.mark.parametrize(

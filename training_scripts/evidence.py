@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = Path(arguments.kept) if arguments.kept else None
     grid = Grid(Path(arguments.output), judge.read, prepare, plan.get("jobs", 1), arguments.keep_models, kept)
     if arguments.list_only:
-        list_cells(grid, cells)
+        list_cells(grid, choose(cells, arguments.only))
         return
     run(arguments, plan, grid, cells)
     if arguments.render or arguments.figures:
@@ -110,9 +110,7 @@ def check(arguments: Arguments) -> None:
 
 def run(arguments: Arguments, plan: dict[str, Any], grid: Grid, cells: list[Cell]) -> None:
     """Run what is left, and keep the results file up to date."""
-    chosen = [cell for cell in cells if is_chosen(cell.name, arguments.only)]
-    if not chosen:
-        raise SpcxrError(f"--only {' '.join(arguments.only)}: no cell is called so; --list_only true names them")
+    chosen = choose(cells, arguments.only)
     if "jobs" in plan:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan["jobs"]))
     deadline = None if arguments.max_minutes is None else time.monotonic() + 60 * arguments.max_minutes
@@ -212,6 +210,18 @@ def name_values(words: Sequence[str], flag: str) -> dict[str, list[str]]:
             raise SpcxrError(f"--{flag} takes name=FOLDER; got {word!r}")
         found.setdefault(name, []).append(value)
     return found
+
+
+def choose(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """The cells that are asked for.
+
+    Raises:
+        SpcxrError: there is none.
+    """
+    chosen = [cell for cell in cells if is_chosen(cell.name, patterns)]
+    if not chosen:
+        raise SpcxrError(f"--only {' '.join(patterns)}: no cell is called so; --list_only true alone names them all")
+    return chosen
 
 
 def is_chosen(name: str, patterns: Sequence[str]) -> bool:
