@@ -12,7 +12,9 @@ from PIL import Image
 from published_layouts import MAKERS, make_kermany, make_nih, make_siim, write
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.archives import ARCHIVES, PADCHEST_TERMS, PADCHEST_UNREAD, Rows, read_archive, read_set
+from spcxr_hf.archive_rows import Rows
+from spcxr_hf.archives import ARCHIVES, read_archive, read_set
+from spcxr_hf.archives_findings import PADCHEST_TERMS, PADCHEST_UNREAD
 from spcxr_hf.data import RadiographTable, open_image
 from spcxr_hf.labels import CHEXPERT14, NIH14, canonical_name, label_matrix, label_names
 from spcxr_hf.xrv import READERS, as_torchxrayvision
