@@ -178,23 +178,6 @@ def bf16_peak(card: str) -> float | None:
 # ---- results ---------------------------------------------------------------------------------------------------
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """A results file; empty where there is none.
-
-    Raises:
-        SpcxrError: it is no JSON object; the message names it.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpcxrError(f"{path}: not a results file ({error})") from error
-    if not isinstance(results, dict):
-        raise SpcxrError(f"{path}: not a results file (found {type(results).__name__})")
-    return results
-
-
 def merge_results(earlier: Mapping[str, Any], new: Mapping[str, Any], deep: Sequence[str] = ()) -> dict[str, Any]:
     """New parts over earlier ones; of those in `deep`, entry by entry. What was not measured again stays."""
     merged = {**earlier, **new}
@@ -202,12 +185,6 @@ def merge_results(earlier: Mapping[str, Any], new: Mapping[str, Any], deep: Sequ
         if name in earlier and name in new:
             merged[name] = {**earlier[name], **new[name]}
     return merged
-
-
-def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write a results file, with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def replace_block(page: Path, name: str, content: str) -> None:

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .bootstrap import bootstrap_draws, patient_groups
 from .calibration import reliability_bins
 from .errors import SpcxrError
-from .metrics import bootstrap_draws, expected_calibration_error, patient_groups
+from .metrics import expected_calibration_error
 
 GRID = np.linspace(0, 1, 101)  # where bands are drawn
 WILSON = 1.959964  # the normal deviate of a two-sided 95 %

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from . import metrics
+from .bootstrap import bootstrap, patient_groups
 from .errors import SpcxrError
 
 try:
@@ -89,12 +90,12 @@ class _Metric(Metric):
         seed: int = 0,
         **options: Any,
     ) -> dict:
-        groups = metrics.patient_groups(patients, len(predictions))
+        groups = patient_groups(patients, len(predictions))
         figure, result = self._judge(predictions, references, **options)
         value = figure(np.arange(len(predictions)))
         result = {self.key: _or_none(value)} | result
         if resamples:
-            ends = metrics.bootstrap(figure, len(predictions), groups, resamples=resamples, seed=seed)
+            ends = bootstrap(figure, len(predictions), groups, resamples=resamples, seed=seed)
             undefined = math.isnan(value) or math.isnan(ends[0])
             result[f"{self.key}_ci95"] = None if undefined else list(ends)
         return result

@@ -29,8 +29,9 @@ from .figures import (
     draw_roc,
     save_figure,
 )
-from .metrics import classification_report, multilabel_report, write_results
+from .metrics import classification_report, multilabel_report
 from .report import software
+from .results import write_results
 
 NOTICE = "For research use only, not for clinical use."
 WORST = 12

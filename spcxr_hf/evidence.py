@@ -23,10 +23,10 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .augment import resize
+from .bootstrap import patient_groups
 from .data import RadiographTable
 from .encoders import LOADING_ERRORS
 from .errors import SpcxrError
-from .metrics import patient_groups
 from .precision import bf16_autocast
 
 METHOD = (

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import SpcxrError
-from .metrics import write_results
+from .results import write_results
 
 RESULT, SETTINGS, LOG, LOCK = "result.json", "settings.json", "log.txt", "lock"
 PREDICTIONS = "predictions.parquet"

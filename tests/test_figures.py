@@ -13,6 +13,7 @@ from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_s
 from sklearn.metrics import roc_curve as reference_roc
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining, SpcxrModel
+from spcxr_hf.bootstrap import bootstrap
 from spcxr_hf.corruption import FILLS
 from spcxr_hf.curves import (
     GRID,
@@ -40,7 +41,7 @@ from spcxr_hf.figures import (
     save_reconstructions,
     to_png,
 )
-from spcxr_hf.metrics import auroc, average_precision, bootstrap
+from spcxr_hf.metrics import auroc, average_precision
 from tests.common import build, pixels
 
 

@@ -31,7 +31,7 @@ PACKAGES = {OURS, f"{OURS}.modeling"}
 
 # A new module gets its floor here.
 FLOORS = {
-    1: {"decoding", "labels", "metrics", "evaluate_metrics", "errors"},
+    1: {"decoding", "labels", "bootstrap", "metrics", "evaluate_metrics", "results", "errors"},
     2: {"radiograph", "dicom", "plausibility"}
     | {"curves", "explain", "figures"}
     | {"writers", "lungs", "dicom_seg"}

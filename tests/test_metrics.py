@@ -10,14 +10,12 @@ import torch
 from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
+from spcxr_hf.bootstrap import bootstrap, bootstrap_draws, bootstrap_interval, patient_groups
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.metrics import (
     _Ranking,
     auroc,
     average_precision,
-    bootstrap,
-    bootstrap_draws,
-    bootstrap_interval,
     brier_score,
     classification_report,
     dice,
@@ -25,11 +23,10 @@ from spcxr_hf.metrics import (
     hausdorff95,
     iou,
     multilabel_report,
-    patient_groups,
     segmentation_report,
     sensitivity_at_specificity,
-    write_results,
 )
+from spcxr_hf.results import write_results
 
 
 def mask(*rows: str) -> torch.Tensor:

@@ -42,9 +42,7 @@ from spcxr_hf.benchmarking import (
     per_second,
     performance_table,
     product_share,
-    read_results,
     replace_block,
-    write_results,
 )
 from spcxr_hf.corruption import GroupMasking
 from spcxr_hf.peers import (
@@ -59,6 +57,7 @@ from spcxr_hf.peers import (
     training_pass,
 )
 from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.results import read_results, write_results
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # A smoke run: everything once, on next to nothing.

@@ -29,10 +29,11 @@ import torch
 from PIL import Image
 
 from spcxr_hf import SpcxrConfig, SpcxrImageProcessor, SpcxrModel
-from spcxr_hf.benchmarking import clock, describe_machine, peak_memory, read_results, replace_block, write_results
+from spcxr_hf.benchmarking import clock, describe_machine, peak_memory, replace_block
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.inference import Loaded, Source, answers, choose_device
 from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.results import read_results, write_results
 from spcxr_hf.tasks import embed
 from spcxr_hf.writers import open_writer
 

@@ -31,14 +31,7 @@ from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError, SpcxrImageProcessor
 from spcxr_hf.archives import read_set
-from spcxr_hf.benchmarking import (
-    describe_machine,
-    median_ms,
-    paired_ratio,
-    read_results,
-    replace_block,
-    write_results,
-)
+from spcxr_hf.benchmarking import describe_machine, median_ms, paired_ratio, replace_block
 from spcxr_hf.calibration import to_probabilities
 from spcxr_hf.classification import measure
 from spcxr_hf.data import RadiographTable, open_image, open_mask
@@ -48,6 +41,7 @@ from spcxr_hf.labels import parse_classes
 from spcxr_hf.metrics import dice
 from spcxr_hf.predicting import class_names, is_multi_label, match_classes, select_rows
 from spcxr_hf.recipe import parse_arguments, read_recipe
+from spcxr_hf.results import read_results, write_results
 
 RESULTS = Path(__file__).resolve().parent / "results" / "onnx.json"
 HEAD = """| checkpoint | figure on `val` | PyTorch | float32 | int8 | int8 loses, points | float32 off by at most |

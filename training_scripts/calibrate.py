@@ -28,6 +28,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
+from spcxr_hf.bootstrap import bootstrap_draws, patient_groups
 from spcxr_hf.calibration import (
     JOIN,
     POINTS,
@@ -43,7 +44,7 @@ from spcxr_hf.calibration import (
 )
 from spcxr_hf.checkpoints import written_aside
 from spcxr_hf.labels import parse_classes
-from spcxr_hf.metrics import bootstrap_draws, classification_report, multilabel_report, patient_groups, write_results
+from spcxr_hf.metrics import classification_report, multilabel_report
 from spcxr_hf.pictures import save_curves
 from spcxr_hf.predicting import (
     LabelledRows,
@@ -56,6 +57,7 @@ from spcxr_hf.predicting import (
     select_rows,
 )
 from spcxr_hf.recipe import parse_arguments, read_recipe
+from spcxr_hf.results import write_results
 from spcxr_hf.sets import read_rows
 
 RECIPE = "recipe.yaml"

@@ -34,8 +34,9 @@ from typing import Any, Literal
 from xml.etree import ElementTree
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.benchmarking import read_results, replace_block, write_results
+from spcxr_hf.benchmarking import replace_block
 from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.results import read_results, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "training_scripts" / "results" / "compat.json"

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.data import RadiographTable
-from spcxr_hf.metrics import write_results
 from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.results import write_results
 from spcxr_hf.sets import read_rows
 
 OPTIONAL = ("view", "licence_class")

@@ -30,12 +30,12 @@ from typing import Any
 import torch
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining
-from spcxr_hf.benchmarking import describe_machine, read_results, replace_block
+from spcxr_hf.benchmarking import describe_machine, replace_block
 from spcxr_hf.evidence_results import Judge, collect, read_cost
 from spcxr_hf.evidence_tables import blocks, draw_curves
 from spcxr_hf.grid import Cell, EnergyMeter, Grid, fingerprint
-from spcxr_hf.metrics import write_results
 from spcxr_hf.recipe import parse_arguments, read_recipe
+from spcxr_hf.results import read_results, write_results
 from spcxr_hf.training import new_config
 
 SCRIPTS = Path(__file__).resolve().parent

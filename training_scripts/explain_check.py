@@ -31,11 +31,11 @@ from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.archives import read_set
-from spcxr_hf.benchmarking import read_results, replace_block
+from spcxr_hf.benchmarking import replace_block
+from spcxr_hf.bootstrap import bootstrap_interval, patient_groups
 from spcxr_hf.explain import METHODS, PerturbationCurves, deletion_insertion, draw_explanation, explain, share_inside
 from spcxr_hf.figures import draw_contact_sheet, draw_perturbation, save_figure
 from spcxr_hf.labels import parse_classes
-from spcxr_hf.metrics import bootstrap_interval, patient_groups, write_results
 from spcxr_hf.pictures import to_grey
 from spcxr_hf.predicting import (
     LabelledRows,
@@ -48,6 +48,7 @@ from spcxr_hf.predicting import (
 )
 from spcxr_hf.recipe import fill_from_recipe, parse_arguments
 from spcxr_hf.report import software
+from spcxr_hf.results import read_results, write_results
 from spcxr_hf.segmenter import Segmenter, load_segmenter
 
 RESULTS = Path(__file__).resolve().parent / "results" / "explain.json"

@@ -43,10 +43,11 @@ from spcxr_hf.classifiers import (
 )
 from spcxr_hf.data import MicroBatch, RadiographSet, RadiographTable, decode_set
 from spcxr_hf.labels import names_in, parse_classes, targets_of
-from spcxr_hf.metrics import check_packages, write_results
+from spcxr_hf.metrics import check_packages
 from spcxr_hf.mixing import mix
 from spcxr_hf.probing import choose_linear_head, head_input, put_head
 from spcxr_hf.recipe import parse_arguments, save_recipe
+from spcxr_hf.results import write_results
 from spcxr_hf.run import Run, learning_rate_schedule
 from spcxr_hf.sampling import balanced, draw_rows, select
 from spcxr_hf.segmenter import Segmenter, find_lungs, load_segmenter

@@ -28,9 +28,9 @@ import torch
 from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError
+from spcxr_hf.bootstrap import bootstrap_draws
 from spcxr_hf.data import RadiographTable, decode_set
 from spcxr_hf.encoders import Encoder, check_pooling, load_encoder
-from spcxr_hf.metrics import bootstrap_draws
 from spcxr_hf.recipe import parse_arguments
 from spcxr_hf.sets import SplitArguments, check_split, read_rows, report_skipped
 

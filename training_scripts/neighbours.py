@@ -24,10 +24,10 @@ from spcxr_hf.archives import read_set
 from spcxr_hf.data import RadiographTable, open_image
 from spcxr_hf.encoders import load_encoder
 from spcxr_hf.figures import draw_contact_sheet, grey_picture, save_figure
-from spcxr_hf.metrics import write_results
 from spcxr_hf.neighbours import NeighbourIndex, build_index
 from spcxr_hf.recipe import parse_arguments
 from spcxr_hf.report import software
+from spcxr_hf.results import write_results
 
 NOTICE = "For research use only, not for clinical use."
 WIDTH = 26  # letters of a line under a picture

@@ -30,8 +30,8 @@ from spcxr_hf import SpcxrError, SpcxrImageProcessor
 from spcxr_hf.augment import Views, normalise
 from spcxr_hf.checkpoints import written_aside
 from spcxr_hf.data import MicroBatch, RadiographSet, decode_images
-from spcxr_hf.metrics import write_results
 from spcxr_hf.recipe import parse_arguments, save_recipe
+from spcxr_hf.results import write_results
 from spcxr_hf.run import Run, RunArguments, learning_rate_schedule
 from spcxr_hf.sets import read_rows
 from spcxr_hf.training import CosineSchedule, new_config, parameter_groups

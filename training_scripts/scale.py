@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining
-from spcxr_hf.benchmarking import NOT_MEASURED, read_results, write_results
+from spcxr_hf.benchmarking import NOT_MEASURED
 from spcxr_hf.data import open_image, read_table
 from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.results import read_results, write_results
 from spcxr_hf.training import new_config
 
 FOLDER = Path(__file__).resolve().parent

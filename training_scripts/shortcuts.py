@@ -34,10 +34,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
+from spcxr_hf.bootstrap import bootstrap_draws, patient_groups
 from spcxr_hf.calibration import JOIN, target_columns, target_values, to_probabilities
 from spcxr_hf.data import decode_images
 from spcxr_hf.labels import parse_classes
-from spcxr_hf.metrics import bootstrap_draws, classification_report, patient_groups, write_results
+from spcxr_hf.metrics import classification_report
 from spcxr_hf.predicting import (
     LabelledRows,
     class_names,
@@ -48,6 +49,7 @@ from spcxr_hf.predicting import (
     select_rows,
 )
 from spcxr_hf.recipe import parse_arguments, read_recipe
+from spcxr_hf.results import write_results
 from spcxr_hf.segmenter import load_segmenter
 from spcxr_hf.sets import read_rows
 from spcxr_hf.shortcuts import FEATURES, SMALLEST_LUNGS, Features, aurocs, boxes, choose_probe, filled
