@@ -557,6 +557,13 @@ def results_with(differences: dict[str, float | None], peer: float | None = 0.5)
             "fine_tuning": {"pneumonia": task}}  # fmt: skip
 
 
+def test_a_goal_with_seeds_still_to_run_says_so():
+    results = results_with({"0.01": 0.26, "0.1": 0.06, "1": 0.0})
+    results["fine_tuning"]["pneumonia"]["fractions"]["1"]["inits"]["scratch"]["missing"] = [1, 2]
+    states = [entry["state"] for entry in evidence_tables.goals(results)[:3]]
+    assert states == ["reached", "reached", "reached, by the seeds that were run"]
+
+
 @pytest.mark.parametrize(
     ("differences", "states"),
     [

@@ -121,16 +121,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = setups()
     if unknown := set(arguments.environments) - known.keys():
         raise SpcxrError(f"no environment {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    failed = False
-    for name in arguments.environments:
-        python = make_environment(Path(arguments.folder) / name, known[name])
-        entry = run_suite(python, arguments.suite, arguments.workers)
-        results = {**read_results(path), name: entry}
+    entries: dict[str, Any] = {}
+    try:
+        for name in arguments.environments:
+            python = make_environment(Path(arguments.folder) / name, known[name])
+            entries[name] = entry = run_suite(python, arguments.suite, arguments.workers)
+            print("\n".join([f"{name}: {json.dumps(entry['versions'])}", f"  {in_words(entry)}", *entry["failures"]]))
+    finally:  # and no sooner: a test of the suites compares the README's table with this file
+        results = {**read_results(path), **entries}
         write_results(path, {each: results[each] for each in known if each in results})
-        print("\n".join([f"{name}: {json.dumps(entry['versions'])}", f"  {in_words(entry)}", *entry["failures"]]))
-        failed |= bool(entry["failed"])
-    print(table_of(read_results(path)))
-    return int(failed)
+    print(table_of(results))
+    return int(any(entry["failed"] for entry in entries.values()))
 
 
 # ---- the environment ---------------------------------------------------------------------------------------------
