@@ -80,8 +80,10 @@ def serve(
     """
     desk = Desk(list_choices(checkpoints, models), None if index is None else load_index(index), device)
     with running(desk, host, port) as address:
+        ended = _asked_to_end()  # before anybody knows the address
         print(f"The demo is at {address} (Ctrl-C ends it). Research use only.", file=sys.stderr, flush=True)
-        _wait()
+        while not ended.wait(1.0):
+            pass
 
 
 @contextmanager
@@ -214,11 +216,10 @@ def _environment(folder: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _wait() -> None:
-    """Until Ctrl-C or SIGTERM, so that what follows still runs."""
+def _asked_to_end() -> threading.Event:
+    """Set by Ctrl-C or SIGTERM, in place of what they do, so that what follows still runs."""
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         with suppress(ValueError):  # in another thread than the first there are no signals
             signal.signal(number, lambda *_: ended.set())
-    while not ended.wait(1.0):
-        pass
+    return ended

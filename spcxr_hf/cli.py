@@ -420,11 +420,16 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write.")],
     to: Annotated[str, typer.Option("--to", "--format", help="onnx, or vit: a plain ViT of transformers.")] = "onnx",
     quantize: Annotated[bool, typer.Option("--quantize", help="An 8-bit version beside the ONNX file, too.")] = False,
+    reduce_range: Annotated[
+        bool, typer.Option("--reduce-range", help="With --quantize: 7 bits, for x86 processors without VNNI.")
+    ] = False,
     num_channels: Annotated[int, typer.Option("--channels", help="3 takes RGB pictures, 1 grey ones.")] = 3,
 ) -> None:
     """Write a checkpoint for other software: ONNX Runtime and Transformers.js, or any user of a plain ViT."""
     if to not in ("onnx", "vit") or (quantize and to == "vit"):
         raise SpcxrError(f"--to is onnx or vit, and --quantize is for onnx; got {to!r}")
+    if reduce_range and not quantize:
+        raise SpcxrError("--reduce-range belongs to --quantize")
     _register_quietly()
     if to == "vit":
         from .export_vit import export_vit
@@ -436,7 +441,7 @@ def export(
         file = export_onnx(model, output, num_channels=num_channels)
         typer.echo(str(file))
         if quantize:
-            typer.echo(str(quantize_int8(file)))
+            typer.echo(str(quantize_int8(file, reduce_range=reduce_range)))
     _note("exported")
 
 

@@ -13,6 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, benchmarking, peers
+from spcxr_hf.precision import has_fast_bf16
 from tests.made_up import write_set
 from training_scripts import benchmark, scale
 
@@ -145,7 +146,10 @@ def test_beside_a_release(tmp_path, monkeypatch, precision, dtype):
     arguments = benchmark.Arguments(**benchmark.QUICK, gmml_release=str(tmp_path), precision=[precision])
     measured = benchmark.measure_step(dataclasses.replace(arguments, attention="eager"))[precision]
     assert set(released[-1]) == {(4, dtype)}
-    assert measured["ratio"] > 0 and measured["end_to_end"]["ratio"] > 0
+    if precision == "fp32" or has_fast_bf16(
+        "cpu"
+    ):  # or else theirs, which does next to nothing, is ahead without bounds
+        assert measured["ratio"] > 0 and measured["end_to_end"]["ratio"] > 0
     assert measured["release"]["step_ms"] == pytest.approx(
         measured["release"]["corruption_ms"] + measured["release"]["training_ms"], abs=0.1
     )

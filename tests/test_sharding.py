@@ -24,6 +24,9 @@ pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason=f"torch {torch.__version__} shards on GPUs only"
 )
 
+# Sums in another order differ in the last digit. Where a pixel is hit that exactly, the L1 loss's gradient changes its
+# sign by it, and from there on the runs are apart by this much: less than a hundredth of what random weights are apart.
+KINK = 1e-3
 BRIEF = ["--size", "tiny", "--image_size", "32", "--stored_size", "40", "--batch_size", "8", "--warmup_steps", "2"]
 BRIEF += ["--micro_batch_size", "2", "--save_every", "4", "--log_every", "1", "--ema_decay", "0.9"]
 # Any step may be the last: the schedules do not look at it.
@@ -60,6 +63,13 @@ def assert_close(one: Path, other: Path, atol: float = 0.0) -> None:
     assert different == []
 
 
+def assert_same_losses(one: Path, other: Path) -> None:
+    here, there = column(one, "loss"), column(other, "loss")
+    assert len(here) == 20
+    assert here[:10] == pytest.approx(there[:10], abs=1e-5)
+    assert here == pytest.approx(there, abs=KINK)
+
+
 @pytest.fixture(scope="module")
 def one(shard, tmp_path_factory):
     """A run of 20 steps in one process."""
@@ -84,8 +94,7 @@ def console(output: Path) -> str:
 
 @pytest.mark.slow
 def test_the_losses_of_one_process(one, sharded):
-    assert len(column(one, "loss")) == 20
-    assert column(one, "loss") == pytest.approx(column(sharded, "loss"), abs=1e-5)
+    assert_same_losses(one, sharded)
     assert "| processes | 2, sharded |" in (sharded / "report.md").read_text()
 
 
@@ -94,7 +103,7 @@ def test_the_checkpoints_of_one_process(one, sharded):
     """The same files, tensors and values: weights, moments, average and the final model."""
     names = [sorted(file.name for file in list_checkpoints(output)[-1].iterdir()) for output in (one, sharded)]
     assert names[0] == names[1]
-    assert_close(one, sharded, atol=1e-5)
+    assert_close(one, sharded, atol=KINK)
     configs = [json.loads((output / "final" / "config.json").read_text()) for output in (one, sharded)]
     assert configs[0] == configs[1]
     assert SpcxrForPreTraining.from_pretrained(sharded / "final").config.images_seen == 160
@@ -122,8 +131,8 @@ def test_a_run_goes_on_with_another_number_of_processes(shard, one, tmp_path, be
         command = words(shard, tmp_path, *OPEN, "--steps", steps, *(SHARD if is_sharded else []))
         processes = start_group(pretrain.main, command, tmp_path / "console", 2 if is_sharded else 1)
         assert set(finish(processes)) == {0}, console(tmp_path)
-    assert column(tmp_path, "loss") == pytest.approx(column(one, "loss"), abs=1e-5)
-    assert_close(tmp_path, one, atol=1e-5)
+    assert_same_losses(tmp_path, one)
+    assert_close(tmp_path, one, atol=KINK)
 
 
 @pytest.mark.slow

@@ -128,8 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             entries[name] = entry = run_suite(python, arguments.suite, arguments.workers)
             print("\n".join([f"{name}: {json.dumps(entry['versions'])}", f"  {in_words(entry)}", *entry["failures"]]))
     finally:  # and no sooner: a test of the suites compares the README's table with this file
-        results = {**read_results(path), **entries}
-        write_results(path, {each: results[each] for each in known if each in results})
+        found = {**read_results(path), **entries}
+        results = {each: found[each] for each in known if each in found}
+        write_results(path, results)
     print(table_of(results))
     return int(any(entry["failed"] for entry in entries.values()))
 
