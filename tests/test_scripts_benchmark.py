@@ -146,9 +146,8 @@ def test_beside_a_release(tmp_path, monkeypatch, precision, dtype):
     arguments = benchmark.Arguments(**benchmark.QUICK, gmml_release=str(tmp_path), precision=[precision])
     measured = benchmark.measure_step(dataclasses.replace(arguments, attention="eager"))[precision]
     assert set(released[-1]) == {(4, dtype)}
-    if precision == "fp32" or has_fast_bf16(
-        "cpu"
-    ):  # or else theirs, which does next to nothing, is ahead without bounds
+    is_fair = precision == "fp32" or has_fast_bf16("cpu")  # or else theirs, which does next to nothing, is far ahead
+    if is_fair:
         assert measured["ratio"] > 0 and measured["end_to_end"]["ratio"] > 0
     assert measured["release"]["step_ms"] == pytest.approx(
         measured["release"]["corruption_ms"] + measured["release"]["training_ms"], abs=0.1
