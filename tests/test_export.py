@@ -372,7 +372,8 @@ def test_onnx_on_real_radiographs(tmp_path, name):
             assert np.abs(array - expected[output].numpy()).max() < 1e-4, output
     if name == "base":
         return
-    rounded = run_onnx(quantize_int8(file), values.expand(-1, 3, -1, -1))["logits"]
+    quantised = quantize_int8(file, reduce_range=not sums_of_products_fit())
+    rounded = run_onnx(quantised, values.expand(-1, 3, -1, -1))["logits"]
     if name == "lung-segmentation":
         assert (rounded.argmax(axis=1) == expected.logits.argmax(dim=1).numpy()).mean() > 0.995
     else:
