@@ -436,12 +436,14 @@ def export(
 
         typer.echo(str(export_vit(model, output, num_channels=num_channels)))
     else:
-        from .export_onnx import export_onnx, quantize_int8
+        from .export_onnx import export_onnx, lacks_vnni, quantize_int8
 
         file = export_onnx(model, output, num_channels=num_channels)
         typer.echo(str(file))
         if quantize:
             typer.echo(str(quantize_int8(file, reduce_range=reduce_range)))
+            if lacks_vnni() and not reduce_range:
+                _note("this processor has no VNNI: here 8 bits are less exact than --reduce-range")
     _note("exported")
 
 

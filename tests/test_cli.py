@@ -304,6 +304,21 @@ def test_export_hands_everything_on(tmp_path, monkeypatch, flag):
     assert run_main(monkeypatch, "export", "spcxr/base", "--output", tmp_path, "--reduce-range") == 1
 
 
+@pytest.mark.parametrize("without", [True, False])
+def test_export_in_eight_bits(tmp_path, monkeypatch, capsys, without):
+    """Where 8 bits can overflow, 7 are named."""
+    calls = []
+    monkeypatch.setattr("spcxr_hf.export_onnx.export_onnx", lambda model, folder, **named: folder / "model.onnx")
+    monkeypatch.setattr("spcxr_hf.export_onnx.quantize_int8", lambda *given, **named: calls.append((given, named)))
+    monkeypatch.setattr("spcxr_hf.export_onnx.lacks_vnni", lambda: without)
+    words = ("export", "spcxr/base", "--output", tmp_path, "--quantize")
+    assert run_main(monkeypatch, *words) == 0
+    assert ("no VNNI" in capsys.readouterr().err) == without
+    assert run_main(monkeypatch, *words, "--reduce-range") == 0
+    assert "no VNNI" not in capsys.readouterr().err
+    assert calls == [((tmp_path / "model.onnx",), {"reduce_range": reduced}) for reduced in (False, True)]
+
+
 def test_export_says_what_a_plain_vit_cannot_be(classifier, tmp_path, monkeypatch, capsys):
     words = ("export", classifier, "--format", "vit", "--output", tmp_path / "vit")
     assert run_main(monkeypatch, *words) == 1

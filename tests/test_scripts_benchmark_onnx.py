@@ -37,6 +37,13 @@ def test_each_part_by_itself(tmp_path, kind):
     assert accuracy["largest_difference_of_outputs"]["float"] < 1e-4 < accuracy["largest_difference_of_outputs"]["int8"]
     assert set(accuracy["figures"]) == ({"dice"} if kind == "lungs" else {"auroc", "accuracy", "decisions kept"})
 
+    assert "accuracy in 7 bits" not in json.loads(output.read_text())[kind]
+    script.main([*words, "--data", str(data), "--parts", "accuracy", "--reduce_range", "true"])
+    found = json.loads(output.read_text())[kind]
+    in_7_bits = found["accuracy in 7 bits"]
+    assert found["accuracy"] == accuracy
+    assert in_7_bits["largest_difference_of_outputs"]["int8"] != accuracy["largest_difference_of_outputs"]["int8"]
+
     weights = load_file(folder / "model.safetensors")
     script.main([*words, "--batch_sizes", "1", "2", "--parts", "speed"])
     found = json.loads(output.read_text())[kind]
@@ -47,6 +54,9 @@ def test_each_part_by_itself(tmp_path, kind):
     script.main(["--output", str(output), "--render", str(page)])
     assert f"| `{kind}` | {'dice' if kind == 'lungs' else 'auroc'} (5 images) |" in page.read_text()
     assert "(batch 1), " in page.read_text()
+    figure, each = next(iter(in_7_bits["points_lost"].items()))
+    lost = accuracy["points_lost"][figure]["int8"]
+    assert f"| {lost:.2f} | {each['int8']:.2f} |" in page.read_text()
 
     if kind == "classifier":  # other weights, other figures: nothing is taken from the file
         save_file(
@@ -63,5 +73,7 @@ def test_what_cannot_be_measured_is_told(tmp_path: Path):
         script.main([])
     with pytest.raises(SpcxrError, match="no part size; there are accuracy, speed"):
         script.main(["--model", str(tmp_path), "--parts", "size"])
+    with pytest.raises(SpcxrError, match="--reduce_range goes with --parts accuracy"):
+        script.main(["--model", str(tmp_path), "--reduce_range", "true"])
     with pytest.raises(SpcxrError, match="must be at least 1"):
         script.main(["--model", str(tmp_path), "--threads", "0"])
