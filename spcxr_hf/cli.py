@@ -443,7 +443,7 @@ def export(
         if quantize:
             typer.echo(str(quantize_int8(file, reduce_range=reduce_range)))
             if lacks_vnni() and not reduce_range:
-                _note("this processor has no VNNI: here 8 bits are less exact than --reduce-range")
+                typer.echo("this processor has no VNNI: sums of 8 bits can overflow; --reduce-range, 7 bits", err=True)
     _note("exported")
 
 

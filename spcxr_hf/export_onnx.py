@@ -265,7 +265,7 @@ def quantize_int8(
         path: `model.onnx`, as `export_onnx` wrote it.
         output: The file to write; by default `model_quantized.onnx` beside it, which Transformers.js calls "q8".
         reduce_range: Use 7 bits for the weights. For x86 processors without VNNI (`lacks_vnni`), on which the sum of
-            two products of 8 bits can overflow 16; a little less exact than 8 bits on another, no slower.
+            two products of 8 bits can overflow 16; a little less exact than 8 bits on others, no slower.
 
     Returns:
         The new file.
@@ -311,7 +311,7 @@ def lacks_vnni() -> bool:
     ONNX Runtime's own account of it: "When and why do I need to try U8U8?" in its documentation of quantisation.
     """
     cpus = Path("/proc/cpuinfo")
-    return platform.machine() in ("x86_64", "AMD64") and cpus.is_file() and "vnni" not in cpus.read_text()
+    return platform.machine() == "x86_64" and cpus.is_file() and "vnni" not in cpus.read_text()
 
 
 __all__ = ["INT8_FILE", "MODEL_FILE", "export_onnx", "lacks_vnni", "quantize_int8", "read_metadata"]
