@@ -155,6 +155,17 @@ def read_cost(folders: Sequence[str]) -> dict[str, Any] | None:
     return {"device": figures["device"], "processes": int(figures["processes"]), **counts}
 
 
+def training_costs(runs: Mapping[str, Sequence[str]], earlier: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """What each checkpoint's training took, by the folders of its runs.
+
+    Args:
+        runs: Name of a checkpoint -> folders.
+        earlier: What the results file held before. A checkpoint of which no folder lies here keeps its cost from there.
+    """
+    known = earlier.get("cost", {}).get("trainings", {})
+    return {name: read_cost(folders) or known.get(name) for name, folders in runs.items()}
+
+
 # ---- all cells -----------------------------------------------------------------------------------------------------
 
 _drawn: dict[tuple[str, str, int], Draws] = {}  # of cells that were read before: their files do not change

@@ -206,16 +206,19 @@ def cost_table(results: Results) -> str:
 
 
 def _training_costs(results: Results) -> str:
-    if not any(results["cost"]["trainings"].values()):
-        return ""
+    """Of the checkpoints that are compared. One whose run's folder was never at hand is named below the table."""
+    trainings = results["cost"]["trainings"]
     rows = []
-    for name, cost in results["cost"]["trainings"].items():
-        if cost is None:
-            rows.append([name, *[NOT_RUN] * 4])
-            continue
-        energy = f"{cost['energy_wh']:.0f} Wh" if cost.get("energy_wh") else "not read"
-        rows.append([name, cost["device"], f"{cost['minutes']:.1f}", f"{cost['images_per_second']:.1f}", energy])
-    return _table(["training", "device", "minutes", "images/s", "energy"], rows, 1)
+    for name, cost in trainings.items():
+        if cost is not None:
+            energy = f"{cost['energy_wh']:.0f} Wh" if cost.get("energy_wh") else "not read"
+            views, rate = f"{cost['images']:,}", f"{cost['images_per_second']:.1f}"
+            rows.append([name, cost["device"], f"{cost['minutes']:.1f}", views, rate, energy])
+    if not rows:
+        return ""
+    table = _table(["training", "device", "minutes", "views", "images/s", "energy"], rows, 1)
+    unknown = [name for name, cost in trainings.items() if cost is None]
+    return table + (f"\n\nNot kept: {'; '.join(unknown)}." if unknown else "")
 
 
 def _cell_costs(results: Results) -> str:

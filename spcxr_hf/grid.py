@@ -28,6 +28,8 @@ from .results import write_results
 RESULT, SETTINGS, LOG, LOCK = "result.json", "settings.json", "log.txt", "lock"
 PREDICTIONS = "predictions.parquet"
 KEPT = (SETTINGS, PREDICTIONS, RESULT)  # of a finished cell; the last makes it one
+# What a config says besides the network: how its weights came about, and what trainings set anew.
+NO_NETWORK = {"images_seen", "transformers_version", "dtype", "architectures", "auto_map", "drop_path_rate"}
 RAPL = Path("/sys/class/powercap")
 POWER_EVERY = 5.0  # seconds between readings of a card's power
 
@@ -250,6 +252,15 @@ def fingerprint(folder: Path) -> str:
         return "not there"
     status = weights.stat()
     return _digest(weights, status.st_size, status.st_mtime_ns)
+
+
+def network_fingerprint(folder: Path) -> str:
+    """Eight digits that name the network of a checkpoint, all that random weights take of it; or that there is none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return "not there"
+    network = {name: value for name, value in _read_json(file).items() if name not in NO_NETWORK}
+    return hashlib.sha256(json.dumps(network, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @functools.lru_cache

@@ -277,6 +277,14 @@ class TestSpcxrForPreTraining(ModelContract):
         assert moved[8:16, 8:16].all()
         assert moved.sum() == 64
 
+    def test_the_projection_is_given_contiguous_memory(self):
+        """A compiled step on a GPU ends with an error otherwise: cuDNN's gradient has other strides than expected."""
+        head = build(SpcxrForPreTraining).reconstruction_head
+        given = []
+        head.projection.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].is_contiguous()))
+        head(torch.randn(2, 6, WIDTH), (2, 3))
+        assert given == [True]
+
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [

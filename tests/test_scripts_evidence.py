@@ -21,7 +21,7 @@ from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, evidence_tabl
 from spcxr_hf import evidence as evidence_flow
 from spcxr_hf.data import read_table
 from spcxr_hf.evidence import Predictions, Report
-from spcxr_hf.evidence_results import read_cost
+from spcxr_hf.evidence_results import read_cost, training_costs
 from spcxr_hf.grid import Cell, EnergyMeter, Grid
 from spcxr_hf.run import Run
 from tests.made_up import write_set
@@ -271,6 +271,19 @@ def test_costs_of_runs_add_up(tmp_path):
     assert read_cost([str(tmp_path / "a"), str(tmp_path / "none")]) is None is read_cost([])
 
 
+def test_costs_outlive_the_folders_of_their_runs(tmp_path):
+    known = {"device": "cpu", "minutes": 1.0}
+    earlier = {"cost": {"trainings": {"spcxr": known}}}
+    gone = {"spcxr": [str(tmp_path / "gone")], "mae": []}
+    assert training_costs(gone, earlier) == {"spcxr": known, "mae": None}
+    assert training_costs(gone, {}) == {"spcxr": None, "mae": None}
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = {"optimiser steps": 10, "images per step": 6, "seconds": 60, "processes": 2, "device": "cuda"}
+    (run / "report.md").write_text("".join(f"| {name} | {value} |\n" for name, value in rows.items()))
+    assert training_costs({"spcxr": [str(run)]}, earlier)["spcxr"]["device"] == "cuda"  # what lies here comes first
+
+
 # ---- the whole thing on made-up radiographs ------------------------------------------------------------------------
 
 
@@ -437,8 +450,9 @@ def test_rendering_from_the_results_alone(tmp_path):
     text = page.read_text()
     for name in ("evidence", "evidence pneumonia"):
         assert f"<!-- {name} -->\n{evidence_tables.blocks(results)[name]}\n<!-- /{name} -->" in text
-    assert "old" not in text and "**Goals**" in text and "| fill noise | 0.710 |" in text and "Not run: mae." in text
+    assert "old" not in text and "**Goals**" in text and "| fill noise | 0.710 |" in text
     assert "| three_way | linear probe | 100 % | balanced accuracy | 0.800 |" in text
+    assert "| spcxr | cpu | 3.0 | 1,200 | 6.7 | not read |\n\nNot kept: mae." in text
     assert "| fine-tuning | 3 | 12 | 10 |" in text and "| ablations | 0 |" not in text
     evidence.main(words)
     assert page.read_text() == text
@@ -456,7 +470,7 @@ def whole_results() -> dict:
                           "tasks": {"three_way": "balanced accuracy"}, "results": probed}  # fmt: skip
     variants = {"fill noise": {"three_way": 0.71}, "fill zeros": None}
     results["ablations"] = {"setting": "Short.", "tasks": ["three_way"], "variants": variants}
-    cost = {"device": "cpu", "minutes": 3.0, "images_per_second": 0.67}
+    cost = {"device": "cpu", "minutes": 3.0, "images": 1200, "images_per_second": 6.67}
     cells = {"fine_tuning": {"cells": 3, "minutes": 12.4, "training_minutes": 9.6},
              "ablations": {"cells": 0, "minutes": 0.0, "training_minutes": 0.0}}  # fmt: skip
     results["cost"] = {"trainings": {"spcxr": cost, "mae": None}, "cells": cells}
@@ -535,6 +549,24 @@ def test_the_scripts_take_every_cell_of_the_grids(path, tmp_path, monkeypatch):
             for setting in ("steps", "batch_size", "save_every", "label_fraction", "seed", "crop_scale", "sampling"):
                 assert getattr(found, setting) == getattr(peer, setting)
             assert found.metric == "balanced_accuracy" and found.steps % found.save_every == 0
+
+
+def test_other_weights_leave_what_is_from_scratch_as_it_was(tmp_path):
+    """Random weights take the network alone from a checkpoint; more training of it is no reason to run them again."""
+    names = []
+    for seen, dropped, layers in ((0, 0.0, 1), (64, 0.1, 1), (64, 0.1, 2)):
+        folder = tmp_path / f"{seen}-{layers}"
+        torch.manual_seed(seen)
+        config = SpcxrConfig(hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=64,
+                             reconstruction_layers=[1], segmentation_layers=[1], drop_path_rate=dropped)  # fmt: skip
+        config.images_seen = seen
+        SpcxrForPreTraining(config).save_pretrained(folder)
+        kinds: list[dict] = [{}, {"from_scratch": True}, {"random_init": True}]
+        names.append([evidence.name_model("spcxr", folder, flags) for flags in kinds])
+    first, trained, deeper = names
+    assert first[0] != trained[0] != deeper[0]
+    assert first[1:] == trained[1:] and trained[1] == trained[2] != deeper[1]
+    assert evidence.name_model("spcxr", tmp_path / "gone", {"from_scratch": True}) == "network of spcxr not there"
 
 
 # ---- goals and tables ------------------------------------------------------------------------------------------------

@@ -31,9 +31,9 @@ import torch
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining
 from spcxr_hf.benchmarking import describe_machine, replace_block
-from spcxr_hf.evidence_results import Judge, collect, read_cost
+from spcxr_hf.evidence_results import Judge, collect, training_costs
 from spcxr_hf.evidence_tables import blocks, draw_curves
-from spcxr_hf.grid import Cell, EnergyMeter, Grid, fingerprint
+from spcxr_hf.grid import Cell, EnergyMeter, Grid, fingerprint, network_fingerprint
 from spcxr_hf.recipe import parse_arguments, read_recipe
 from spcxr_hf.results import read_results, write_results
 from spcxr_hf.training import new_config
@@ -132,9 +132,10 @@ def publish(arguments: Arguments, plan: dict[str, Any], grid: Grid, cells: list[
     """Write the results file from all finished cells."""
     if arguments.results is None:
         return
-    results = collect(plan, grid, cells, arguments.resamples, read_results(Path(arguments.results)))
-    runs = name_values(arguments.runs, "runs")
-    trainings = {name: read_cost(runs.get(name, plan["trainings"].get(name, []))) for name in plan["trainings"]}
+    earlier = read_results(Path(arguments.results))
+    results = collect(plan, grid, cells, arguments.resamples, earlier)
+    named = name_values(arguments.runs, "runs")
+    trainings = training_costs({name: named.get(name, runs) for name, runs in plan["trainings"].items()}, earlier)
     energy = read_results(Path(arguments.output) / "energy.json")
     results["cost"] = {"machine": describe_machine(arguments.device), "trainings": trainings, **results["cost"]}
     results["cost"]["energy_wh_of_cells"] = energy.get("watt_hours", "not read")
@@ -336,7 +337,7 @@ def make_cell(
             resolved[flag] = model_folder(plan, value[1:]) if is_model else value
             if is_model:
                 needs.append(Path(resolved[flag]))
-                own[flag] = f"{value[1:]} {fingerprint(Path(resolved[flag]))}"
+                own[flag] = name_model(value[1:], Path(resolved[flag]), flags)
             elif flag not in ("data", "output", "cache", "cache_folder", "init_from", "model", *PLACES):
                 own[flag] = value
         launch = plan.get("launch", []) if trains else []
@@ -345,6 +346,13 @@ def make_cell(
     return Cell(
         name, words, settings | ({"config": about["change"]} if about.get("change") else {}), cost, needs, about
     )
+
+
+def name_model(name: str, folder: Path, flags: Mapping[str, Any]) -> str:
+    """What a cell depends on of a checkpoint: its weights, or its network alone where these are drawn anew."""
+    if flags.get("from_scratch") or flags.get("random_init"):
+        return f"network of {name} {network_fingerprint(folder)}"
+    return f"{name} {fingerprint(folder)}"
 
 
 def model_folder(plan: Mapping[str, Any], name: str) -> str:

@@ -296,14 +296,17 @@ def fit_head(
     training: RadiographSet,
     validation: RadiographSet,
 ) -> None:
-    """Give the model the head of a logistic regression on its features of the images, whole and as lungs alone."""
+    """Give the model the head of a logistic regression on its features of the images, whole and as lungs alone.
+
+    It is fitted on the CPU, wherever the images are kept.
+    """
     sets = []
     for images in (training, validation):
         kinds = versions(images).values()
         features = torch.cat([embed(run, model, pixels, kind) for kind in kinds])
         sets.append((features, images.columns["targets"].cpu().repeat(len(kinds), 1)))
     is_balanced = "balanced" in (arguments.class_weights, arguments.sampling)
-    weights = class_weights(training.columns["targets"], is_balanced, arguments.multi_label)
+    weights = class_weights(training.columns["targets"].cpu(), is_balanced, arguments.multi_label)
     put_head(model, choose_linear_head(sets[0], sets[1], arguments.multi_label, weights))
     set_training(model, arguments.freeze_encoder)
 

@@ -386,7 +386,8 @@ class SpcxrReconstructionHead(nn.Module):
     def forward(self, patch_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         for layer in self.layers:
             patch_tokens = self.activation(layer(patch_tokens))
-        return self.projection(patch_tokens.transpose(1, 2).unflatten(2, grid))
+        # Contiguous: for a transposed view torch.compile expects other strides of the gradient than cuDNN gives.
+        return self.projection(patch_tokens.transpose(1, 2).contiguous().unflatten(2, grid))
 
 
 class SpcxrForPreTraining(SpcxrPreTrainedModel):
