@@ -30,7 +30,7 @@ from .evidence import (
     write_predictions,
 )
 from .evidence_tables import goals
-from .grid import PREDICTIONS, Cell, Grid, fingerprint
+from .grid import NOT_THERE, PREDICTIONS, Cell, Grid, fingerprint
 from .sets import read_rows
 
 Plan = Mapping[str, Any]
@@ -155,15 +155,26 @@ def read_cost(folders: Sequence[str]) -> dict[str, Any] | None:
     return {"device": figures["device"], "processes": int(figures["processes"]), **counts}
 
 
-def training_costs(runs: Mapping[str, Sequence[str]], earlier: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
-    """What each checkpoint's training took, by the folders of its runs.
+def training_costs(
+    runs: Mapping[str, Sequence[str]], weights: Mapping[str, str], earlier: Mapping[str, Any]
+) -> dict[str, dict[str, Any] | None]:
+    """What each checkpoint's training took, by the folders of its runs, and its "weights".
 
     Args:
         runs: Name of a checkpoint -> folders.
-        earlier: What the results file held before. A checkpoint of which no folder lies here keeps its cost from there.
+        weights: Name of a checkpoint -> its `fingerprint`.
+        earlier: What the results file held before. A checkpoint whose runs are not here keeps its cost from there,
+            unless it has other weights by now.
     """
     known = earlier.get("cost", {}).get("trainings", {})
-    return {name: read_cost(folders) or known.get(name) for name, folders in runs.items()}
+    found: dict[str, dict[str, Any] | None] = {}
+    for name, folders in runs.items():
+        cost, before = read_cost(folders), known.get(name)
+        if cost is not None:
+            found[name] = {**cost, "weights": weights[name]}
+        else:
+            found[name] = before if before and weights[name] in (before["weights"], NOT_THERE) else None
+    return found
 
 
 # ---- all cells -----------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from .results import write_results
 RESULT, SETTINGS, LOG, LOCK = "result.json", "settings.json", "log.txt", "lock"
 PREDICTIONS = "predictions.parquet"
 KEPT = (SETTINGS, PREDICTIONS, RESULT)  # of a finished cell; the last makes it one
+NOT_THERE = "not there"  # in place of a fingerprint
 # What a config says besides the network: how its weights came about, and what trainings set anew.
 NO_NETWORK = {"images_seen", "transformers_version", "dtype", "architectures", "auto_map", "drop_path_rate"}
 RAPL = Path("/sys/class/powercap")
@@ -249,7 +250,7 @@ def fingerprint(folder: Path) -> str:
     """Eight digits that name the weights of a checkpoint, or that there are none yet."""
     weights = folder / "model.safetensors"
     if not weights.is_file():
-        return "not there"
+        return NOT_THERE
     status = weights.stat()
     return _digest(weights, status.st_size, status.st_mtime_ns)
 
@@ -258,7 +259,7 @@ def network_fingerprint(folder: Path) -> str:
     """Eight digits that name the network of a checkpoint, all that random weights take of it; or that there is none."""
     file = folder / "config.json"
     if not file.is_file():
-        return "not there"
+        return NOT_THERE
     network = {name: value for name, value in _read_json(file).items() if name not in NO_NETWORK}
     return hashlib.sha256(json.dumps(network, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -272,16 +272,20 @@ def test_costs_of_runs_add_up(tmp_path):
 
 
 def test_costs_outlive_the_folders_of_their_runs(tmp_path):
-    known = {"device": "cpu", "minutes": 1.0}
+    known = {"device": "cpu", "minutes": 1.0, "weights": "12345678"}
     earlier = {"cost": {"trainings": {"spcxr": known}}}
     gone = {"spcxr": [str(tmp_path / "gone")], "mae": []}
-    assert training_costs(gone, earlier) == {"spcxr": known, "mae": None}
-    assert training_costs(gone, {}) == {"spcxr": None, "mae": None}
+    weights = {"spcxr": "12345678", "mae": "not there"}
+    assert training_costs(gone, weights, earlier) == {"spcxr": known, "mae": None}
+    assert training_costs(gone, weights | {"spcxr": "not there"}, earlier)["spcxr"] == known
+    assert training_costs(gone, weights | {"spcxr": "87654321"}, earlier)["spcxr"] is None  # trained anew meanwhile
+    assert training_costs(gone, weights, {}) == {"spcxr": None, "mae": None}
     run = tmp_path / "run"
     run.mkdir()
     rows = {"optimiser steps": 10, "images per step": 6, "seconds": 60, "processes": 2, "device": "cuda"}
     (run / "report.md").write_text("".join(f"| {name} | {value} |\n" for name, value in rows.items()))
-    assert training_costs({"spcxr": [str(run)]}, earlier)["spcxr"]["device"] == "cuda"  # what lies here comes first
+    here = training_costs({"spcxr": [str(run)]}, weights, earlier)["spcxr"]
+    assert here is not None and here["device"] == "cuda" and here["weights"] == "12345678"  # it comes first
 
 
 # ---- the whole thing on made-up radiographs ------------------------------------------------------------------------

@@ -135,7 +135,9 @@ def publish(arguments: Arguments, plan: dict[str, Any], grid: Grid, cells: list[
     earlier = read_results(Path(arguments.results))
     results = collect(plan, grid, cells, arguments.resamples, earlier)
     named = name_values(arguments.runs, "runs")
-    trainings = training_costs({name: named.get(name, runs) for name, runs in plan["trainings"].items()}, earlier)
+    runs = {name: named.get(name, folders) for name, folders in plan["trainings"].items()}
+    weights = {name: fingerprint(Path(model_folder(plan, name))) for name in runs}
+    trainings = training_costs(runs, weights, earlier)
     energy = read_results(Path(arguments.output) / "energy.json")
     results["cost"] = {"machine": describe_machine(arguments.device), "trainings": trainings, **results["cost"]}
     results["cost"]["energy_wh_of_cells"] = energy.get("watt_hours", "not read")
