@@ -4,6 +4,7 @@ VENV    ?= .venv
 IMAGE   ?=
 BENCH   ?=
 COMPAT  ?=
+GRID    ?= evidence_cpu_112
 EVIDENCE ?=
 WORKERS ?= 2
 
@@ -37,10 +38,9 @@ compat: $(VENV)/.has-test  ## Run tests on the oldest and newest versions (COMPA
 bench: $(VENV)/.has-test  ## Measure speed and memory (BENCH="--gmml_release CHECKOUT" for that peer too)
 	$(BIN)/python training_scripts/benchmark.py --output training_scripts/results/benchmark_cpu.json $(BENCH)
 
-evidence: $(VENV)/.has-test  ## Run the grid of comparisons, where it stopped (EVIDENCE="--data DATA --models spcxr=CHECKPOINT")
-	$(BIN)/python training_scripts/evidence.py --grid training_scripts/recipes/evidence_cpu_112.yaml \
-		--output runs/evidence_cpu_112 --kept training_scripts/results/evidence_cpu_112 \
-		--results training_scripts/results/evidence_cpu_112.json $(EVIDENCE)
+evidence: $(VENV)/.has-test  ## Run a grid of comparisons, where it stopped (EVIDENCE="--data DATA"; GRID=evidence_gpu_224)
+	$(BIN)/python training_scripts/evidence.py --grid training_scripts/recipes/$(GRID).yaml --output runs/$(GRID) \
+		--kept training_scripts/results/$(GRID) --results training_scripts/results/$(GRID).json $(EVIDENCE)
 
 clean:  ## Remove the environment, the builds and the caches
 	rm -rf $(VENV) .compat build dist *.egg-info .*_cache

@@ -436,14 +436,16 @@ def export(
 
         typer.echo(str(export_vit(model, output, num_channels=num_channels)))
     else:
-        from .export_onnx import export_onnx, lacks_vnni, quantize_int8
+        from .export_onnx import EXACT_SUMS, export_onnx, lacks_vnni, quantize_int8
 
         file = export_onnx(model, output, num_channels=num_channels)
         typer.echo(str(file))
         if quantize:
             typer.echo(str(quantize_int8(file, reduce_range=reduce_range)))
             if lacks_vnni() and not reduce_range:
-                typer.echo("this processor has no VNNI: sums of 8 bits can overflow; --reduce-range, 7 bits", err=True)
+                option = "=".join(EXACT_SUMS)
+                typer.echo("this processor has no VNNI: sums of 8 bits can overflow", err=True)
+                typer.echo(f"give the session {option}, or export in 7 bits: --reduce-range", err=True)
     _note("exported")
 
 

@@ -109,6 +109,7 @@ def blocks(results: Results) -> dict[str, str]:
     """Markdown by the name of the block that it goes into: `evidence`, `evidence <task>`, `evidence goals`, ..."""
     parts = {
         "evidence comparison": comparison_table(results),
+        "evidence pretext": comparison_table(results, role="peer"),
         "evidence drift": other_reports_table(results),
         "evidence probes": probe_table(results),
         "evidence ablations": ablation_table(results),
@@ -119,7 +120,8 @@ def blocks(results: Results) -> dict[str, str]:
         parts[f"evidence {task}"] = "\n\n".join(
             [comparison_table(results, [task]), other_reports_table(results, [task]), note(results)]
         )
-    titles = ("Against no pretraining", "Elsewhere", "Frozen features", "Ablations", "Cost", "Goals")
+    titles = ("Against no pretraining", "Against another pretext", "Elsewhere", "Frozen features", "Ablations", "Cost",
+              "Goals")  # fmt: skip
     named = zip(titles, list(parts.values())[: len(titles)], strict=True)
     whole = "\n\n".join(f"**{title}**\n\n{text}" for title, text in named)
     return {"evidence": f"{whole}\n\n{note(results)}", **parts}
@@ -130,24 +132,32 @@ def note(results: Results) -> str:
     return f"{results['setting']} {results['method']}"
 
 
-def comparison_table(results: Results, tasks: Sequence[str] | None = None) -> str:
-    """A row for each task and share of the labels: balanced accuracy of every init, the difference, AUROC."""
-    inits, (ours, floor) = results["inits"], (results["compare"][name] for name in ("ours", "floor"))
-    heads = [f"{figure}, {init}" for figure in ("balanced accuracy", "AUROC") for init in inits]
-    head, rows = ["task", "labels", *heads[: len(inits)], f"{ours} - {floor}", *heads[len(inits) :]], []
+def comparison_table(results: Results, tasks: Sequence[str] | None = None, role: str = "floor") -> str:
+    """A row for each task and share of the labels: balanced accuracy of ours and of the other, the difference, AUROC.
+
+    Where one of them was not run there is nothing to compare, and the row counts as not run.
+
+    Args:
+        results: The results file.
+        tasks: Which; by default all.
+        role: Whom ours stands beside: "floor" (no pretraining) or "peer" (another pretext).
+    """
+    ours, other = (results["compare"][name] for name in ("ours", role))
+    heads = [f"{figure}, {init}" for figure in ("balanced accuracy", "AUROC") for init in (ours, other)]
+    head, rows = ["task", "labels", *heads[:2], f"{ours} - {other}", *heads[2:]], []
     for task, entry in _chosen(results, tasks):
         for fraction, setting in entry["fractions"].items():
+            difference = _dig(setting, "differences", f"{ours} - {other}", entry["main"], "balanced_accuracy")
             cells = [
-                [
-                    _with_spread(_dig(setting, "inits", init, "reports", entry["main"], figure), setting, init)
-                    for init in inits
-                ]
+                _with_spread(_dig(setting, "inits", init, "reports", entry["main"], figure), setting, init)
                 for figure in ("balanced_accuracy", "auroc")
+                for init in (ours, other)
             ]
-            difference = _dig(setting, "differences", f"{ours} - {floor}", entry["main"], "balanced_accuracy")
+            if difference is None:
+                cells = [NOT_RUN] * len(cells)
             labels = setting.get("labels")
             share = _percent(float(fraction)) + (f" ({labels})" if labels else "")
-            rows.append([task, share, *cells[0], _points(difference), *cells[1]])
+            rows.append([task, share, *cells[:2], _points(difference), *cells[2:]])
     return _table(head, rows, 2)
 
 

@@ -39,6 +39,8 @@ from .export_vit import check_target
 
 MODEL_FILE = "onnx/model.onnx"  # where Transformers.js looks; the 8-bit one is model_quantized.onnx (its dtype "q8")
 INT8_FILE = "onnx/model_quantized.onnx"
+# For `SessionOptions.add_session_config_entry`: 8-bit products that cannot overflow on an x86 processor without VNNI.
+EXACT_SUMS = ("session.x64quantprecision", "1")
 OUTPUTS = {
     "embedding": ["last_hidden_state", "pooler_output"],
     "classification": ["logits"],
@@ -265,7 +267,8 @@ def quantize_int8(
         path: `model.onnx`, as `export_onnx` wrote it.
         output: The file to write; by default `model_quantized.onnx` beside it, which Transformers.js calls "q8".
         reduce_range: Use 7 bits for the weights. For x86 processors without VNNI (`lacks_vnni`), on which the sum of
-            two products of 8 bits can overflow 16; a little less exact than 8 bits on others, no slower.
+            two products of 8 bits can overflow 16, where a session cannot be told to sum exactly (`EXACT_SUMS`); a
+            little less exact than 8 bits on others, no slower.
 
     Returns:
         The new file.
@@ -308,10 +311,11 @@ def quantize_int8(
 def lacks_vnni() -> bool:
     """Whether this is an x86 processor without VNNI, on which 8-bit products can overflow; False where it doesn't tell.
 
-    ONNX Runtime's own account of it: "When and why do I need to try U8U8?" in its documentation of quantisation.
+    A session with `EXACT_SUMS` does not. ONNX Runtime's own account of it: "When and why do I need to try U8U8?" in its
+    documentation of quantisation.
     """
     cpus = Path("/proc/cpuinfo")
     return platform.machine() == "x86_64" and cpus.is_file() and "vnni" not in cpus.read_text()
 
 
-__all__ = ["INT8_FILE", "MODEL_FILE", "export_onnx", "lacks_vnni", "quantize_int8", "read_metadata"]
+__all__ = ["EXACT_SUMS", "INT8_FILE", "MODEL_FILE", "export_onnx", "lacks_vnni", "quantize_int8", "read_metadata"]

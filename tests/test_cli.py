@@ -306,14 +306,15 @@ def test_export_hands_everything_on(tmp_path, monkeypatch, flag):
 
 @pytest.mark.parametrize("without", [True, False])
 def test_export_in_eight_bits(tmp_path, monkeypatch, capsys, without):
-    """Where 8 bits can overflow, 7 are named."""
+    """Where 8 bits can overflow, a session's option and 7 bits are named."""
     calls = []
     monkeypatch.setattr("spcxr_hf.export_onnx.export_onnx", lambda model, folder, **named: folder / "model.onnx")
     monkeypatch.setattr("spcxr_hf.export_onnx.quantize_int8", lambda *given, **named: calls.append((given, named)))
     monkeypatch.setattr("spcxr_hf.export_onnx.lacks_vnni", lambda: without)
     words = ("export", "spcxr/base", "--output", tmp_path, "--quantize")
     assert run_main(monkeypatch, *words) == 0
-    assert ("no VNNI" in capsys.readouterr().err) == without
+    told = capsys.readouterr().err
+    assert ("no VNNI" in told) == ("session.x64quantprecision=1" in told) == without
     assert run_main(monkeypatch, *words, "--reduce-range") == 0
     assert "no VNNI" not in capsys.readouterr().err
     assert calls == [((tmp_path / "model.onnx",), {"reduce_range": reduced}) for reduced in (False, True)]

@@ -38,6 +38,7 @@ def test_each_part_by_itself(tmp_path, monkeypatch, kind):
     folder, output = tmp_path / kind, tmp_path / "onnx.json"
     monkeypatch.setattr(script, "lacks_vnni", lambda: False)
     script.main([*words, "--parts", "accuracy"])
+    assert "accuracy without VNNI" not in json.loads(output.read_text())[kind]
     accuracy = json.loads(output.read_text())[kind]["accuracy"]
     assert accuracy["rows"] == 5
     assert accuracy["largest_difference_of_outputs"]["float"] < 1e-4 < accuracy["largest_difference_of_outputs"]["int8"]
@@ -67,13 +68,12 @@ def test_each_part_by_itself(tmp_path, monkeypatch, kind):
 @pytest.mark.slow
 def test_what_other_processors_give_is_kept_beside(tmp_path, monkeypatch):
     words = [*prepare(tmp_path, "classifier"), "--parts", "accuracy"]
-    for without in (False, True):
-        monkeypatch.setattr(script, "lacks_vnni", lambda without=without: without)
-        script.main(words)
+    monkeypatch.setattr(script, "lacks_vnni", lambda: True)
+    script.main(words)
     script.main([*words, "--reduce_range", "true"])
     found = json.loads((tmp_path / "onnx.json").read_text())["classifier"]
     eight, without, seven = (found[part] for part in ("accuracy", "accuracy without VNNI", "accuracy in 7 bits"))
-    assert eight == without  # this processor is the same
+    assert eight["figures"]["auroc"]["float"] == without["figures"]["auroc"]["float"]
     assert seven["largest_difference_of_outputs"]["int8"] != eight["largest_difference_of_outputs"]["int8"]
     lost = [part["points_lost"]["auroc"]["int8"] for part in (eight, without, seven)]
     assert " | ".join(["", *(f"{each:.2f}" for each in lost), ""]) in script.table_of({"classifier": found})

@@ -11,9 +11,10 @@ the split, and which labels are which class, comes from the recipe in the checkp
 
 Each speed is the median of runs taken in turn, by the wall clock. Before each, all rest until the threads of the others
 have stopped waiting for work on the cores, and it runs once untimed. Accuracy is of PyTorch, of the float export and of
-its 8-bit version, on the same rows. What 8 bits give on an x86 processor without VNNI is kept by itself, and so is what
-7 bits give (`--reduce_range true`), on any processor. `--render` measures nothing and writes the tables of the results
-between `<!-- onnx -->` and `<!-- /onnx -->`.
+its 8-bit version, on the same rows and with exact sums (`EXACT_SUMS` of `spcxr_hf.export_onnx`). What 8 bits give by
+themselves on an x86 processor without VNNI is measured on one and kept beside; so is what 7 bits give, on any
+(`--reduce_range true`). `--render` measures nothing and writes the tables of the results between `<!-- onnx -->` and
+`<!-- /onnx -->`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from spcxr_hf.calibration import to_probabilities
 from spcxr_hf.classification import measure
 from spcxr_hf.data import RadiographTable, open_image, open_mask
 from spcxr_hf.export import Source, load_source
-from spcxr_hf.export_onnx import export_onnx, lacks_vnni, quantize_int8
+from spcxr_hf.export_onnx import EXACT_SUMS, export_onnx, lacks_vnni, quantize_int8
 from spcxr_hf.labels import parse_classes
 from spcxr_hf.metrics import dice
 from spcxr_hf.predicting import class_names, is_multi_label, match_classes, select_rows
@@ -127,8 +128,10 @@ def measure_model(arguments: Arguments, source: Source) -> dict[str, Any]:
         result: dict[str, Any] = {"task": source.task, "size": list(source.size)}
         result["megabytes"] = {name: round(path.stat().st_size / 1e6, 1) for name, path in files.items()}
         if arguments.data is not None and "accuracy" in arguments.parts:
-            part = WITHOUT_VNNI if lacks_vnni() else "accuracy"
-            result[IN_7_BITS if arguments.reduce_range else part] = measure_accuracy(arguments, source, files)
+            part = IN_7_BITS if arguments.reduce_range else "accuracy"
+            result[part] = measure_accuracy(arguments, source, files, exact=True)
+            if lacks_vnni() and not arguments.reduce_range:
+                result[WITHOUT_VNNI] = measure_accuracy(arguments, source, files, exact=False)
         if "speed" in arguments.parts:
             result["speed"] = measure_speed(arguments, source, files) | describe_machine("cpu")
     return result
@@ -137,12 +140,14 @@ def measure_model(arguments: Arguments, source: Source) -> dict[str, Any]:
 # ---- what is run -------------------------------------------------------------------------------------------------
 
 
-def runners(source: Source, files: dict[str, Path], threads: int) -> dict[str, Run]:
+def runners(source: Source, files: dict[str, Path], threads: int, exact: bool = False) -> dict[str, Run]:
     """PyTorch, as it is used without any export, and the ONNX files, each on so many threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if exact:
+        options.add_session_config_entry(*EXACT_SUMS)
     torch.set_num_threads(threads)
     name = "pooler_output" if source.task == "embedding" else "logits"
 
@@ -192,9 +197,9 @@ def time_in_turn(runs: list[Run], values: torch.Tensor, repeats: int) -> Sequenc
 Figures = dict[str, dict[str, float]]  # figure -> what computed it -> value
 
 
-def measure_accuracy(arguments: Arguments, source: Source, files: dict[str, Path]) -> dict[str, Any]:
+def measure_accuracy(arguments: Arguments, source: Source, files: dict[str, Path], exact: bool) -> dict[str, Any]:
     """The figures of each on the split, the points that the exports lose against PyTorch, and how far they are off."""
-    runs = runners(source, files, 1)
+    runs = runners(source, files, 1, exact)
     off = dict.fromkeys(files, 0.0)
 
     def compute(values: torch.Tensor) -> dict[str, np.ndarray]:

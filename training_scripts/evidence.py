@@ -177,8 +177,8 @@ def list_cells(grid: Grid, cells: Sequence[Cell]) -> None:
     """Print every cell in the order in which they run, and whether it is finished."""
     for cell in sorted(cells, key=lambda cell: cell.cost):
         absent = [str(path) for path in cell.needs if not path.exists()]
-        state = f"waits for {absent[0]}" if absent else "not run" if grid.result(cell) is None else "finished"
-        print(f"{cell.name}: {state}")
+        unfinished = f"waits for {absent[0]}" if absent else "not run"
+        print(f"{cell.name}: {unfinished if grid.result(cell) is None else 'finished'}")
 
 
 # ---- the grid --------------------------------------------------------------------------------------------------
