@@ -639,6 +639,7 @@ def test_cells_of_the_table():
     results = results_with({"0.01": 0.261, "1": None})
     lines = evidence_tables.comparison_table(results).splitlines()
     assert lines[0] == "| task | labels | balanced accuracy, spcxr | spcxr - scratch |"
+    assert len({line.count("|") for line in lines[:3]}) == 1
     absent = "pneumonia 100 % (9); balanced accuracy, scratch; AUROC, spcxr; AUROC, scratch"  # beside nothing: not told
     assert lines[2:] == ["| pneumonia | 1 % (9) | 0.600 | +26.1 [+26.1, +26.1] |", "", f"Not run: {absent}."]
 
