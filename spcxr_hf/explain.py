@@ -53,9 +53,11 @@ def explain(
     part along that simplex counts, its projection: the row's mean is taken off. With the raw gradient, a bias of the
     values would make every patch relevant.
 
-    The paper reads the row of CLS. With `pooling="mean"` the head sees p, the mean of the N patch tokens; p is linear
-    in them with equal weights, so the relevance for p is the mean of their N rows. The identity that R begins with
-    is left out of that mean: it gives every patch the same 1 / N (for CLS it falls on CLS itself).
+    The paper reads the row of CLS. With `pooling="mean"` the head sees p, the mean of the N patch tokens: a last layer
+    of attention whose weights are all 1 / N, and to which the same rule applies. So each row of R counts by how much
+    its token speaks for the target: the gradient of the score by p times the token, less the mean over the tokens,
+    where positive. The identity that R begins with is left out: it would give each token's say to its own patch,
+    wherever the token has it from (for CLS it falls on CLS itself).
 
     Weights of attention are computed eagerly for this call, whatever the model's attention implementation, which stays
     as it is; so do the modes of its modules, its parameters and their gradients, and `pixel_values`. Works inside
@@ -84,11 +86,9 @@ def explain(
         pixels = pixel_values.to(model.device).detach().clone().requires_grad_(method == "relevance")
         if method == "rollout":
             with torch.no_grad():
-                tokens = _rollout(_run(model.base_model, pixels).attentions)
+                patches = _rollout(_run(model.base_model, pixels).attentions, _pools_by_mean(model))
         else:
-            tokens = _relevance(*_score(model, pixels, target))
-    by_mean = model.config.pooling == "mean"
-    patches = tokens[:, 1:, 1:].mean(dim=1) if by_mean else tokens[:, 0, 1:]  # (B, N)
+            patches = _relevance(*_score(model, pixels, target), _pools_by_mean(model))
     total = patches.sum(dim=1, keepdim=True)
     shares = torch.where(total > 0, patches / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
     return shares.unflatten(1, grid_of(model, pixel_values)).detach()
@@ -100,25 +100,38 @@ def grid_of(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[int, in
     return height // model.config.patch_size, width // model.config.patch_size
 
 
-def _relevance(score: torch.Tensor, attentions: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(B, T, T): what the blocks add to the identity."""
-    gradients = torch.autograd.grad(score.sum(), attentions)
-    identity = _identity(attentions)
+def _pools_by_mean(model: PreTrainedModel) -> bool:
+    return model.config.pooling == "mean"
+
+
+def _relevance(score: torch.Tensor, encoded: Any, by_mean: bool) -> torch.Tensor:
+    """(B, N): what the blocks add to the identity, as pooling (or CLS) sees it."""
+    *gradients, direction = torch.autograd.grad(score.sum(), (*encoded.attentions, encoded.pooler_output))
+    identity = _identity(encoded.attentions)
     relevance = identity.expand(len(score), -1, -1)
-    for attention, gradient in zip(attentions, gradients, strict=True):
-        weights, slopes = attention.detach().float(), gradient.float()  # (B, heads, T, T)
-        slopes = slopes - slopes.mean(dim=-1, keepdim=True)
-        relevance = relevance + (weights * slopes).clamp(min=0).mean(dim=1) @ relevance
-    return relevance - identity
+    for attention, gradient in zip(encoded.attentions, gradients, strict=True):
+        relevance = relevance + _along_simplex(attention.detach(), gradient).mean(dim=1) @ relevance
+    if not by_mean:
+        return relevance[:, 0, 1:]
+    tokens = encoded.patch_tokens.detach().float()  # (B, N, D)
+    alike = torch.full(tokens.shape[:2], 1 / tokens.shape[1], device=tokens.device)
+    pooling = _along_simplex(alike, (tokens @ direction.float().unsqueeze(2)).squeeze(2))
+    return (pooling.unsqueeze(1) @ (relevance - identity)[:, 1:, 1:]).squeeze(1)
 
 
-def _rollout(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(B, T, T), rows summing to 1; half of each block's output is its input, by the residual connection."""
+def _along_simplex(weights: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The positive part of weights x gradient (..., T), of the gradient what lies along the simplex of the weights."""
+    slopes = gradient.float()
+    return (weights.float() * (slopes - slopes.mean(dim=-1, keepdim=True))).clamp(min=0)
+
+
+def _rollout(attentions: Sequence[torch.Tensor], by_mean: bool) -> torch.Tensor:
+    """(B, N); half of each block's output is its input, by the residual connection."""
     identity = _identity(attentions)
     rolled = identity
     for attention in attentions:
         rolled = (attention.float().mean(dim=1) + identity) / 2 @ rolled
-    return rolled
+    return rolled[:, 1:, 1:].mean(dim=1) if by_mean else rolled[:, 0, 1:]
 
 
 def _identity(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -128,19 +141,18 @@ def _identity(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
 # ---- what the answer is ------------------------------------------------------------------------------------------
 
 
-def _score(model: PreTrainedModel, pixels: torch.Tensor, target: Target) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """The number (B,) whose gradient is asked for, and the attention weights in its graph."""
+def _score(model: PreTrainedModel, pixels: torch.Tensor, target: Target) -> tuple[torch.Tensor, Any]:
+    """The number (B,) whose gradient is asked for, and what the encoder gave, attention weights too, in its graph."""
+    encoded = _run(model.base_model, pixels)
     if target is None:
-        outputs = _run(model.base_model, pixels)
-        pooled = outputs.pooler_output.float()
-        return (pooled * functional.normalize(pooled.detach(), dim=1)).sum(dim=1), outputs.attentions
+        pooled = encoded.pooler_output.float()
+        return (pooled * functional.normalize(pooled.detach(), dim=1)).sum(dim=1), encoded
     wanted = target_matrix(model, target, len(pixels))
-    outputs = _run(model, pixels)
-    logits = outputs.logits.float()
+    logits = model.classifier(encoded.pooler_output).float()
     inside = logits.masked_fill(~wanted, -torch.inf).logsumexp(dim=1)
     if _is_sigmoid(model):
-        return inside, outputs.attentions
-    return inside - logits.masked_fill(wanted, -torch.inf).logsumexp(dim=1), outputs.attentions
+        return inside, encoded
+    return inside - logits.masked_fill(wanted, -torch.inf).logsumexp(dim=1), encoded
 
 
 def target_matrix(model: PreTrainedModel, target: Target, batch: int) -> torch.Tensor:

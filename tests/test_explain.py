@@ -88,7 +88,13 @@ def test_relevance_by_its_definition(pooling, size):
         for attention, gradient in zip(outputs.attentions, gradients, strict=True):
             along = gradient @ (torch.eye(gradient.shape[-1]) - 1 / gradient.shape[-1])  # projected on the simplex
             relevance = relevance + (along * attention)[0].clamp(min=0).mean(dim=0) @ relevance
-        row = relevance[0, 1:] if pooling == "cls" else (relevance - torch.eye(len(relevance)))[1:, 1:].mean(dim=0)
+        row = relevance[0, 1:]
+        if pooling == "mean":  # one more layer of attention, with the same weight for each patch
+            tokens = model.spcxr(images[number : number + 1]).patch_tokens[0]
+            pooled = tokens.mean(dim=0).detach().requires_grad_()
+            log_probability = model.classifier(pooled).log_softmax(dim=0)[label]
+            slopes = tokens @ torch.autograd.grad(log_probability - torch.log1p(-log_probability.exp()), pooled)[0]
+            row = (slopes - slopes.mean()).clamp(min=0) @ (relevance - torch.eye(len(relevance)))[1:, 1:]
         torch.testing.assert_close(found[number].flatten(), (row / row.sum()).detach(), rtol=1e-4, atol=1e-6)
 
 

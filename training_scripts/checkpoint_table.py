@@ -22,7 +22,10 @@ from spcxr_hf.recipe import parse_arguments
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"
 HEAD = "| id | what it is | figures on test images | beside it | card |\n|---|---|---|---|---|"
 PROBE = "tasks/pneumonia/label_fraction/0.01/test/mean .4f"
-DICE = "Dice {%s/splits/test/model/dice .4f} (children), {%s/splits/shift/model/dice .4f} (adults, other hospitals)"
+DICE = (
+    "Dice {segmentation/splits/test/%s/dice .3f} (children), "
+    "{segmentation/splits/shift/%s/dice .3f} (adults, other hospitals)"
+)
 FLOOR, THUMBNAIL = "16 px thumbnails", "shortcuts/splits/test/variants/thumbnail_16"
 PNEUMONIA = (
     "AUROC {%s/splits/test/classes/normal/auroc .3f} normal against pneumonia, "
@@ -33,18 +36,18 @@ COVID = (
     "AUROC {%s/splits/test/classes/covid-19/auroc .3f} COVID-19, "
     "balanced accuracy {%s/splits/test/balanced_accuracy .3f}; read the card on shortcuts"
 )
-# What a checkpoint is, its figures, and what stands beside them: the network from scratch (lungs), with random weights
-# (base), logistic regression on thumbnails (classifiers).
+# What a checkpoint is, its figures, and what stands beside them: the network with random weights (base), the mean mask
+# of the training images (lungs), logistic regression on thumbnails (classifiers).
 ROWS = {
     "base": (
         "ViT-S/16 encoder and reconstruction head",
         f"linear probe, children's pneumonia with 1 % of the labels: AUROC {{linear_probe/{PROBE}}}",
-        f"AUROC {{linear_probe_random/{PROBE}}}",
+        f"random weights: AUROC {{linear_probe_random/{PROBE}}}",
     ),
     "lung-segmentation": (
         "lung masks of frontal radiographs",
-        DICE.replace("%s", "segmentation"),
-        DICE.replace("%s", "segmentation_scratch"),
+        DICE.replace("%s", "model"),
+        f"mean training mask: {DICE.replace('%s', 'mean_training_mask')}",
     ),
     "pneumonia": (
         "children: normal, bacterial or viral pneumonia",
