@@ -148,7 +148,7 @@ def _score(model: PreTrainedModel, pixels: torch.Tensor, target: Target) -> tupl
         pooled = encoded.pooler_output.float()
         return (pooled * functional.normalize(pooled.detach(), dim=1)).sum(dim=1), encoded
     wanted = target_matrix(model, target, len(pixels))
-    logits = model.classifier(encoded.pooler_output).float()
+    logits = model.get_submodule("classifier")(encoded.pooler_output).float()
     inside = logits.masked_fill(~wanted, -torch.inf).logsumexp(dim=1)
     if _is_sigmoid(model):
         return inside, encoded
