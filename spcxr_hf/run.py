@@ -43,6 +43,8 @@ from .training import StepLog, set_schedule
 
 # Seconds that a run waits at its end for its last push, and when it was asked to end: machines give half a minute.
 WAIT_AT_THE_END, WAIT_WHEN_ASKED = 120.0, 20.0
+# A drawing takes a third of a second, as long as many a step: a run that saves often trains in the meantime.
+SECONDS_BETWEEN_DRAWINGS = 30.0
 
 __all__ = ["Run", "RunArguments", "StepSource", "check_run", "learning_rate_schedule", "start_accelerator"]
 
@@ -155,8 +157,13 @@ class Run:
     def _is_over(self) -> bool:
         return bool(self.state["step"] >= self.arguments.steps or self.state.get("stopped_early"))
 
-    def steps(self, source: StepSource) -> Iterator[tuple[int, list[MicroBatch]]]:
+    def steps(
+        self, source: StepSource, curves: Mapping[str, str] | None = None, y_label: str = ""
+    ) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The number of every step that is left, from 0, and this process's micro-batches; logs and saves behind each.
+
+        `curves` are drawn as `loss.png`, now and then beside a checkpoint and with the last one; they map what a curve
+        is called to its column in the log.
 
         Raises:
             SystemExit: the machine asked the process to end (SIGTERM); a checkpoint was written, the exit code is 0.
@@ -166,6 +173,7 @@ class Run:
         self._log = StepLog(self.output / "log.csv", first_step)
         self._started = time.perf_counter() - self.state["seconds"]
         self._in_a_row = 0
+        self._drawn = -math.inf
         with self._progress(first_step) as progress, self._listening():
             for step, micro_batches in enumerate(source.steps(self.plan, first_step, last_step), first_step):
                 self.is_due = (step + 1) % self.arguments.save_every == 0 or step + 1 == last_step
@@ -175,6 +183,7 @@ class Run:
                 progress.update(self.plan.batch_size)
                 self._record(progress)
                 if self.is_due or self._stop:
+                    self._draw(curves, y_label)
                     self._save()
                 if self._stop and step + 1 < last_step:
                     if self.pusher is not None:
@@ -359,9 +368,12 @@ class Run:
             if self.pusher is not None:
                 self.pusher.push(saved, f"step {step}")
 
-    def draw_curves(self, curves: dict[str, str], y_label: str = "") -> None:
-        """Write the log's columns as `loss.png`; `curves` maps what a curve is called to its column."""
-        self._log.draw(self.output / "loss.png", curves, y_label)
+    def _draw(self, curves: Mapping[str, str] | None, y_label: str) -> None:
+        if curves is None or not self.is_main:
+            return
+        if self._is_over or self._stop or time.perf_counter() - self._drawn >= SECONDS_BETWEEN_DRAWINGS:
+            self._log.draw(self.output / "loss.png", curves, y_label)
+            self._drawn = time.perf_counter()
 
     def report(self, title: str, pictures: Sequence[str] = ("loss.png",)) -> None:
         """Write the run's page, `report.md`."""

@@ -24,7 +24,7 @@ from spcxr_hf.data import read_table
 from spcxr_hf.evidence import Predictions, Report
 from spcxr_hf.evidence_results import read_cost, training_costs
 from spcxr_hf.grid import Cell, EnergyMeter, Grid
-from spcxr_hf.run import Run
+from spcxr_hf.training import StepLog
 from tests.made_up import write_set
 from training_scripts import evidence, finetune_classification, linear_probe, pretrain
 
@@ -361,7 +361,8 @@ def small_plan() -> dict:
 def in_process(monkeypatch):
     """The cells' scripts in this process: importing everything anew takes longer than their work."""
     called = []
-    monkeypatch.setattr(Run, "draw_curves", lambda *arguments: None)
+    monkeypatch.setattr(StepLog, "draw", lambda *arguments: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # tiny work is slower on several
 
     def call(self, command, log, lock):
         script = Path(command[1]).name

@@ -54,6 +54,8 @@ from spcxr_hf.segmenter import Segmenter, find_lungs, load_segmenter
 from spcxr_hf.sets import SplitArguments, check_split, list_skipped, read_rows, tell_skipped
 from spcxr_hf.shortcuts import lungs_alone
 
+CURVES = {"loss": "loss", "loss on val": "val_loss", "AUROC on val": "val_auroc"}  # name -> column of the log
+
 
 @dataclass
 class Arguments(AugmentationArguments, SplitArguments, ClassifierArguments):
@@ -356,7 +358,7 @@ def train(arguments: Arguments, run: Run, pixels: Pixels, training: RadiographSe
     seen = versions(validation)
     metrics = MULTI_LABEL_METRICS if arguments.multi_label else METRICS
     columns = [column(version, name) for version in seen for name in metrics]
-    for step, micro_batches in run.steps(training):
+    for step, micro_batches in run.steps(training, CURVES):
         for micro_batch in micro_batches:
             pixel_values, targets = draw_views(arguments, pixels, micro_batch, run.accelerator.device)
             with run.forward(micro_batch) as model:
@@ -368,8 +370,6 @@ def train(arguments: Arguments, run: Run, pixels: Pixels, training: RadiographSe
         run.scores = dict.fromkeys(columns, "")
         if run.is_due:
             validate(arguments, run, pixels, validation, seen)
-            if run.is_main:
-                run.draw_curves({"loss": "loss", "loss on val": "val_loss", "AUROC on val": "val_auroc"})
 
 
 def validate(

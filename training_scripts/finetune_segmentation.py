@@ -124,7 +124,7 @@ def build_model(arguments: Arguments) -> SpcxrForSemanticSegmentation:
 def train(arguments: Arguments, run: Run, training: RadiographSet, validation: RadiographSet) -> None:
     """The loop: view, segment, step; now and then a checkpoint with its Dice on val."""
     learning_rate = learning_rate_schedule(arguments)
-    for step, micro_batches in run.steps(training):
+    for step, micro_batches in run.steps(training, CURVES):
         for micro_batch in micro_batches:
             pixel_values, labels = draw_views(arguments, micro_batch)
             with run.forward(micro_batch) as model:
@@ -138,7 +138,6 @@ def train(arguments: Arguments, run: Run, training: RadiographSet, validation: R
             run.keep_best("val_dice", value, arguments.patience)
             if run.is_main:
                 draw(validation, masks, run.output / "masks.png")
-                run.draw_curves(CURVES)
 
 
 def draw_views(arguments: Arguments, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -110,7 +110,7 @@ def train(arguments: Arguments, run: Run, source: StepSource) -> None:
     learning_rate = learning_rate_schedule(arguments)
     weight_decay = CosineSchedule(arguments.weight_decay, arguments.final_weight_decay, 0, arguments.steps)
     corrupted = None
-    for step, micro_batches in run.steps(source):
+    for step, micro_batches in run.steps(source, CURVES, "L1"):
         for micro_batch in micro_batches:
             clean, corrupted = draw_views(arguments, micro_batch, run.accelerator.device, corrupted)
             with run.forward(micro_batch) as model:
@@ -123,7 +123,6 @@ def train(arguments: Arguments, run: Run, source: StepSource) -> None:
             list_skipped(run.output, source.skipped, run.accelerator)
         if run.is_due and run.is_main:
             draw(arguments, run, micro_batches[0].images)
-            run.draw_curves(CURVES, "L1")
 
 
 def draw_views(

@@ -236,7 +236,7 @@ def train(arguments: Arguments, run: Run, images: RadiographSet) -> None:
     """The loop: view, mask and reconstruct, step; now and then a checkpoint."""
     learning_rate = learning_rate_schedule(arguments)
     weight_decay = CosineSchedule(arguments.weight_decay, arguments.final_weight_decay, 0, arguments.steps)
-    for step, micro_batches in run.steps(images):
+    for step, micro_batches in run.steps(images, CURVES, "mean squared error"):
         for micro_batch in micro_batches:
             views = draw_views(arguments, micro_batch, run.accelerator.device)
             with run.forward(micro_batch) as model:  # which patches are masked follows from the micro-batch's seed
@@ -245,8 +245,6 @@ def train(arguments: Arguments, run: Run, images: RadiographSet) -> None:
         run.update(learning_rate(step), weight_decay(step))
         run.state["images_seen"] += arguments.batch_size
         run.bare_model.config.images_seen = run.state["images_seen"]
-        if run.is_due and run.is_main:
-            run.draw_curves(CURVES, "mean squared error")
 
 
 def draw_views(arguments: Arguments, micro_batch: MicroBatch, device: torch.device) -> torch.Tensor:
