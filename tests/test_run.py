@@ -347,6 +347,16 @@ def test_images_that_are_not_finite_are_a_fault_in_fp16_too(shard, tmp_path, mon
 # The rest
 
 
+@pytest.mark.parametrize(("seconds", "drawn"), [(1e9, [2, 6]), (0.0, [2, 4, 6])])
+def test_curves_are_drawn_now_and_then_and_with_the_last_step(shard, tmp_path, monkeypatch, seconds, drawn):
+    """Each drawing shows the step of the checkpoint beside it."""
+    steps = []
+    monkeypatch.setattr(run, "SECONDS_BETWEEN_DRAWINGS", seconds)
+    monkeypatch.setattr(run.StepLog, "draw", lambda log, path, curves, y_label: steps.append(log.rows[-1]["step"]))
+    pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "6"))
+    assert steps == drawn
+
+
 def test_the_average_is_what_it_says(shard, tmp_path):
     """One step: average = decay * start + (1 - decay) * trained."""
     runs = {}
