@@ -246,7 +246,11 @@ def _collect_task(
         for fraction in dict.fromkeys(cell.about["fraction"] for cell in cells)
     }
     asked = {name: list(spec["reports"][name].get("tell", _figure_names(report))) for name, report in reports.items()}
-    return {"main": next(iter(reports)), "reports": asked, "fractions": fractions}
+    main = next(iter(reports))
+    peer_tasks = spec.get("peer_tasks", {cells[0].about["task"]: main})
+    if unknown := sorted(set(peer_tasks.values()) - set(reports)):
+        raise SpcxrError(f"peer_tasks of {cells[0].about['task']}: there is no report {unknown[0]!r}")
+    return {"main": main, "reports": asked, "peer_tasks": peer_tasks, "fractions": fractions}
 
 
 def _figure_names(report: Report) -> list[str]:

@@ -22,6 +22,9 @@ LABELS = {
     "within_auroc": "AUROC within a source",
 }
 
+PROBE_INTERVALS = "Means over the draws of the labels; the intervals are of the patients alone."
+COMPARED = ("balanced_accuracy", "accuracy", "auroc")
+
 Results = Mapping[str, Any]
 
 
@@ -77,20 +80,36 @@ def _goal(what: str, entries: Sequence[Mapping[str, Any]], least: float, any_of:
 
 
 def _peer_goals(results: Results) -> Iterator[dict[str, str]]:
-    """Ahead of the other pretext on at least three of four tasks, by each way of using the features."""
+    """Ahead of the other pretext on at least three of four tasks, by each way of using the features.
+
+    Of fine-tuning those shares of the labels count at which the other was run at all; where it never was, all of them.
+    """
     ours, peer = results["compare"]["ours"], results["compare"]["peer"]
     for method in ("linear", "knn"):
         pairs = {
-            task: [_probe_value(results, model, task, method, "1") for model in (ours, peer)]
+            task: [_dig(_probe(results, model, task, method, "1"), "mean") for model in (ours, peer)]
             for task in results.get("probing", {}).get("tasks", ())
         }
         yield _peer_goal(f"ahead of {peer} on at least 3 of 4 tasks ({_method_name(method)}, all labels)", pairs)
-    tuned: dict[str, list[float | None]] = {}
-    for task, entry in results["fine_tuning"].items():
-        for fraction, setting in entry["fractions"].items():
-            reports = [_dig(setting, "inits", init, "reports", entry["main"]) for init in (ours, peer)]
-            tuned[f"{task} {_percent(float(fraction))}"] = [_dig(one, "balanced_accuracy", "mean") for one in reports]
-    yield _peer_goal(f"ahead of {peer} on at least 3 of 4 settings (fine-tuning, balanced accuracy)", tuned)
+    tuned = _tuned_pairs(results, ours, peer)
+    known = {share: pairs for share, pairs in tuned.items() if any(pair[1] is not None for pair in pairs.values())}
+    for share, pairs in (known or tuned).items():
+        yield _peer_goal(
+            f"ahead of {peer} on at least 3 of 4 tasks (fine-tuning, {_percent(float(share))} of the labels)", pairs
+        )
+
+
+def _tuned_pairs(results: Results, ours: str, peer: str) -> dict[str, dict[str, list[float | None]]]:
+    """Share of the labels -> task -> balanced accuracy of the two after fine-tuning."""
+    pairs: dict[str, dict[str, list[float | None]]] = {}
+    for name, entry in results["fine_tuning"].items():
+        for task, report in entry.get("peer_tasks", {name: entry["main"]}).items():
+            for share, setting in entry["fractions"].items():
+                pairs.setdefault(share, {})[task] = [
+                    _dig(setting, "inits", init, "reports", report, "balanced_accuracy", "mean")
+                    for init in (ours, peer)
+                ]
+    return pairs
 
 
 def _peer_goal(what: str, pairs: Mapping[str, Sequence[float | None]]) -> dict[str, str]:
@@ -133,7 +152,7 @@ def note(results: Results) -> str:
 
 
 def comparison_table(results: Results, tasks: Sequence[str] | None = None, role: str = "floor") -> str:
-    """A row for each task and share of the labels: balanced accuracy of ours and of the other, the difference, AUROC.
+    """A row for each task, share of the labels and figure: ours, the other, and the difference.
 
     Where one of them was not run there is nothing to compare, and the row counts as not run.
 
@@ -143,22 +162,20 @@ def comparison_table(results: Results, tasks: Sequence[str] | None = None, role:
         role: Whom ours stands beside: "floor" (no pretraining) or "peer" (another pretext).
     """
     ours, other = (results["compare"][name] for name in ("ours", role))
-    heads = [f"{figure}, {init}" for figure in ("balanced accuracy", "AUROC") for init in (ours, other)]
-    head, rows = ["task", "labels", *heads[:2], f"{ours} - {other}", *heads[2:]], []
+    head, rows = ["task", "labels", "figure", ours, other, f"{ours} - {other}"], []
     for task, entry in _chosen(results, tasks):
         for fraction, setting in entry["fractions"].items():
-            difference = _dig(setting, "differences", f"{ours} - {other}", entry["main"], "balanced_accuracy")
-            cells = [
-                _with_spread(_dig(setting, "inits", init, "reports", entry["main"], figure), setting, init)
-                for figure in ("balanced_accuracy", "auroc")
-                for init in (ours, other)
-            ]
-            if difference is None:
-                cells = [NOT_RUN] * len(cells)
             labels = setting.get("labels")
             share = _percent(float(fraction)) + (f" ({labels})" if labels else "")
-            rows.append([task, share, *cells[:2], _points(difference), *cells[2:]])
-    return _table(head, rows, 2)
+            for figure in COMPARED:
+                difference = _dig(setting, "differences", f"{ours} - {other}", entry["main"], figure)
+                cells = [NOT_RUN] * 2
+                if difference is not None:
+                    reports = [_dig(setting, "inits", init, "reports", entry["main"]) for init in (ours, other)]
+                    both = zip(reports, (ours, other), strict=True)
+                    cells = [_with_spread(_dig(report, figure), setting, init) for report, init in both]
+                rows.append([task, share, _figure_name(figure), *cells, _points(difference)])
+    return _table(head, rows, 3)
 
 
 def other_reports_table(results: Results, tasks: Sequence[str] | None = None) -> str:
@@ -183,17 +200,21 @@ def other_reports_table(results: Results, tasks: Sequence[str] | None = None) ->
 
 
 def probe_table(results: Results) -> str:
-    """Linear probe and k-NN on frozen features: a row for each task, method and share of the labels."""
+    """Linear probe and k-NN on frozen features: a row for each task, method and share of the labels.
+
+    The draws of the labels are not resampled in their intervals, which is said below the table.
+    """
     probing = results.get("probing", {})
     models, tasks = probing.get("models", []), probing.get("tasks", {})
     head, rows = ["task", "method", "labels", "metric", *models], []
     for task, metric in tasks.items():
         for method in probing["methods"]:
             for fraction in probing["fractions"]:
-                values = [_probe_value(results, model, task, method, fraction) for model in models]
-                cells = [NOT_RUN if value is None else f"{value:.3f}" for value in values]
+                found = [_probe(results, model, task, method, fraction) for model in models]
+                cells = [NOT_RUN if summary is None else _summary(summary) for summary in found]
                 rows.append([task, _method_name(method), _percent(float(fraction)), metric, *cells])
-    return _table(head, rows, 4)
+    table = _table(head, rows, 4)
+    return table if table == NOTHING else f"{table}\n\n{PROBE_INTERVALS}"
 
 
 def ablation_table(results: Results) -> str:
@@ -260,7 +281,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], names: int) -> st
     if not known:
         return NOTHING
     columns = [at for at in range(len(head)) if at < names or any(row[at] != NOT_RUN for row in known)]
-    absent = [" ".join(row[: min(names, 2)]) for row in rows if row not in known]
+    told = {tuple(row[:2]) for row in known}
+    absent = [" ".join(row[: min(names, 2)]) for row in rows if row not in known and tuple(row[:2]) not in told]
     absent += [head[at] for at in range(len(head)) if at not in columns]
     lines = [_row([row[at] for at in columns]) for row in (head, ["---"] * len(head), *known)]
     return "\n".join([*lines, *(["", f"Not run: {'; '.join(dict.fromkeys(absent))}."] if absent else [])])
@@ -287,11 +309,17 @@ def _with_spread(summary: Mapping[str, Any] | None, setting: Mapping[str, Any], 
     """A mean with its interval, the deviation over the seeds, and how many seeds are still to come."""
     if summary is None:
         return NOT_RUN
-    ends, missing = summary["ci95"], setting["inits"][init]["missing"]
-    interval = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
-    spread = f", sd {summary['sd']:.3f}" if summary["sd"] is not None else ""
+    missing = setting["inits"][init]["missing"]
     gaps = f", {len(missing)} of {len(missing) + len(summary['seeds'])} seeds {NOT_RUN}" if missing else ""
-    return f"{summary['mean']:.3f}{interval}{spread}{gaps}"
+    return _summary(summary) + gaps
+
+
+def _summary(summary: Mapping[str, Any]) -> str:
+    """A mean with its interval and the deviation over the seeds, each where there is one."""
+    ends, deviation = summary.get("ci95"), summary.get("sd")
+    interval = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
+    spread = f", sd {deviation:.3f}" if deviation is not None else ""
+    return f"{summary['mean']:.3f}{interval}{spread}"
 
 
 def _figure_name(figure: str) -> str:
@@ -304,8 +332,9 @@ def _method_name(method: str) -> str:
     return {"linear": "linear probe", "knn": "k-NN"}[method]
 
 
-def _probe_value(results: Results, model: str, task: str, method: str, fraction: str) -> float | None:
-    return _dig(results, "probing", "results", model, method, task, fraction, "test", "mean")
+def _probe(results: Results, model: str, task: str, method: str, fraction: str) -> Mapping[str, Any] | None:
+    """What was found on the test images: mean over the draws of the labels, deviation and interval."""
+    return _dig(results, "probing", "results", model, method, task, fraction, "test")
 
 
 def _dig(entry: Any, *keys: str) -> Any:

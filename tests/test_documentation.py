@@ -231,6 +231,27 @@ def test_checkpoints_that_are_there_have_a_row(tmp_path):
         checkpoint_table.checkpoint_table(tmp_path)
 
 
+def test_goals_stand_beside_what_was_found(tmp_path):
+    results = tmp_path / "lung-segmentation" / "results"
+    results.mkdir(parents=True)
+    (results.parent / "model.safetensors").touch()
+
+    def entry(dice: float) -> dict:
+        return {"model": {"dice": dice, "dice_ci95": [dice - 0.01, dice + 0.01]}, "mean_training_mask": {"dice": 0.7}}
+
+    figures = {"test": entry(0.9593), "shift": entry(0.92)}
+    (results / "segmentation.json").write_text(json.dumps({"splits": figures}))
+    lungs = "| `spcxr/lung-segmentation` |"
+    assert checkpoint_table.goal_table(tmp_path).splitlines()[2:] == [
+        f"{lungs} `test`, children, Dice | 0.96 | 0.9593 [0.949, 0.969] | mean mask 0.700 | missed |",
+        f"{lungs} `shift`, adults, Dice | 0.92 | 0.9200 [0.910, 0.930] | mean mask 0.700 | reached |",
+    ]
+    del figures["shift"]["model"]["dice_ci95"]
+    (results / "segmentation.json").write_text(json.dumps({"splits": figures}))
+    with pytest.raises(SpcxrError, match=r"segmentation\.json: no figure splits/shift/model/dice_ci95"):
+        checkpoint_table.goal_table(tmp_path)
+
+
 # ---- the reader's folder -----------------------------------------------------------------------------------------
 
 

@@ -113,6 +113,10 @@ def test_prepare(tmp_path, monkeypatch):
     with pytest.raises(SpcxrError, match="missing.json: no such file"):
         prepare_checkpoint.main([*flags, "--card_only", "true", "--results", str(tmp_path / "missing.json")])
 
+    (tmp_path / "toy.md").write_text("{{ probe/auroc | >=0.75 }}, {{ probe/auroc | >=0.751 }}")
+    prepare_checkpoint.main([*flags, "--card_only", "true"])
+    assert (folder / "README.md").read_text() == "reached, missed"
+
     (tmp_path / "toy.md").write_text("{{ probe/none }}")
     with pytest.raises(SpcxrError, match="no figure in the result 'probe/none'"):
         prepare_checkpoint.main([*flags, "--card_only", "true"])

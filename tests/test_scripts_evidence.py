@@ -636,24 +636,43 @@ def test_the_goal_against_the_peer(peer, state):
     assert evidence_tables.goals(results_with({"0.01": 0.1, "0.1": 0.1}, peer))[-1]["state"] == state
 
 
+def test_the_goal_against_the_peer_counts_tasks_at_each_share_that_was_run():
+    results = results_with({"0.01": 0.1, "0.1": 0.1})
+    task = results["fine_tuning"]["pneumonia"]
+    task["peer_tasks"] = {"pneumonia": "two classes", "three_way": "test"}
+    inits = task["fractions"]["0.1"]["inits"]
+    for name, mean in (("spcxr", 0.8), ("mae", 0.9)):
+        inits[name]["reports"]["two classes"] = {"balanced_accuracy": {"mean": mean}}
+    del task["fractions"]["0.01"]["inits"]["mae"]["reports"]["test"]
+    goal = evidence_tables.goals(results)[-1]
+    assert goal["goal"].endswith("(fine-tuning, 10 % of the labels)")  # the other was not run at 1 %
+    assert (goal["found"], goal["state"]) == ("ahead on 1 of 2 (three_way)", "missed")
+
+
 def test_cells_of_the_table():
-    results = results_with({"0.01": 0.261, "1": None})
-    lines = evidence_tables.comparison_table(results).splitlines()
-    assert lines[0] == "| task | labels | balanced accuracy, spcxr | spcxr - scratch |"
+    lines = evidence_tables.comparison_table(results_with({"0.01": 0.261, "1": None})).splitlines()
+    assert lines[0] == "| task | labels | figure | spcxr | spcxr - scratch |"
     assert len({line.count("|") for line in lines[:3]}) == 1
-    absent = "pneumonia 100 % (9); balanced accuracy, scratch; AUROC, spcxr; AUROC, scratch"  # beside nothing: not told
-    assert lines[2:] == ["| pneumonia | 1 % (9) | 0.600 | +26.1 [+26.1, +26.1] |", "", f"Not run: {absent}."]
+    absent = "pneumonia 100 % (9); scratch"  # its figure beside nothing is not told
+    figures = "| pneumonia | 1 % (9) | balanced accuracy | 0.600 | +26.1 [+26.1, +26.1] |"
+    assert lines[2:] == [figures, "", f"Not run: {absent}."]
 
 
 def test_cells_of_the_table_against_another_pretext():
     results = results_with({"0.01": 0.261, "1": None})
     summary = {"mean": -0.1, "ci95": [-0.15, -0.05], "sd": None, "seeds": {"0": -0.1}}
-    fractions = results["fine_tuning"]["pneumonia"]["fractions"]
-    fractions["0.01"]["differences"]["spcxr - mae"] = {"test": {"balanced_accuracy": summary}}
+    setting = results["fine_tuning"]["pneumonia"]["fractions"]["0.01"]
+    setting["differences"]["spcxr - mae"] = {"test": {"balanced_accuracy": summary, "auroc": summary}}
+    for init, mean in (("spcxr", 0.7), ("mae", 0.8)):
+        setting["inits"][init]["reports"]["test"]["auroc"] = {"mean": mean, "ci95": None, "sd": None, "seeds": {}}
     lines = evidence_tables.comparison_table(results, role="peer").splitlines()
-    assert lines[0] == "| task | labels | balanced accuracy, spcxr | balanced accuracy, mae | spcxr - mae |"
-    absent = "pneumonia 100 % (9); AUROC, spcxr; AUROC, mae"
-    assert lines[2:] == ["| pneumonia | 1 % (9) | 0.600 | 0.500 | -10.0 [-15.0, -5.0] |", "", f"Not run: {absent}."]
+    assert lines[0] == "| task | labels | figure | spcxr | mae | spcxr - mae |"
+    assert lines[2:] == [
+        "| pneumonia | 1 % (9) | balanced accuracy | 0.600 | 0.500 | -10.0 [-15.0, -5.0] |",
+        "| pneumonia | 1 % (9) | AUROC | 0.700 | 0.800 | -10.0 [-15.0, -5.0] |",
+        "",
+        "Not run: pneumonia 100 % (9).",
+    ]
 
 
 NOTHING_MEASURED = "Not rendered yet: the figures that there are stand on the cards."

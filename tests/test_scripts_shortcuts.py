@@ -71,6 +71,10 @@ def test_every_variant_is_reported(models, shard, tmp_path):
         assert normal["auroc"] == pytest.approx(ill["auroc"])  # what is not normal is ill
         low, high = normal["auroc_ci95"]
         assert low <= normal["auroc"] <= high
+        if "threshold" in ill:
+            assert 0 <= ill["accuracy_ci95"][0] <= ill["accuracy"] <= ill["accuracy_ci95"][1] <= 1
+    judged = {name for name, found in entry["variants"].items() if "threshold" in found["targets"][SUM]}
+    assert judged == {"thumbnail_16", "thumbnail_32", "border"}
     model = entry["variants"]["model"]["targets"]["normal"]
     assert model["survives"] in (None, pytest.approx(1.0))
     assert set(entry["by"]["view"]) == {"AP", "PA"}
@@ -170,6 +174,22 @@ def test_probes(multi_label):
     assert said.shape == (80, targets.shape[1]) and ((said >= 0) & (said <= 1)).all()
     assert ((said[:, 1] > 0.5) == labels[120:]).mean() > 0.75
     assert not multi_label or (said[:, 2] == 0.5).all()
+
+
+def test_accuracy_of_a_probe_at_its_threshold():
+    task = shortcuts.Task({"a": ["a"], "b": ["b"], "c": ["c"]}, False, ["a", "a / b"])
+    values = np.array([[0.8, 0.1, 0.1], [0.6, 0.2, 0.2], [0.3, 0.6, 0.1], [0.7, 0.1, 0.2]])
+    truth = np.eye(3)[[0, 0, 1, 2]]
+    cuts = shortcuts.choose_cuts(task, values, truth)
+    assert cuts["a"] == pytest.approx(0.45)  # of the cuts that part equally well the most sensitive one
+    assert cuts["a / b"] == pytest.approx((0.6 / 0.8 + 0.3 / 0.9) / 2)
+    entries = {"border": {"targets": {"a": {}, "a / b": {}}}}
+    arguments = shortcuts.Arguments(model="", data="", resamples=20)
+    shortcuts.add_accuracies(arguments, task, entries, {"border": values}, truth, None, {"border": cuts})
+    found = entries["border"]["targets"]
+    assert found["a"]["accuracy"] == 0.75
+    assert found["a / b"]["accuracy"] == 1.0  # the third class is left out
+    assert not shortcuts.choose_cuts(task, values[:2], truth[:2])  # nothing of the other side, no threshold
 
 
 def test_one_against_another_leaves_the_rest_out():

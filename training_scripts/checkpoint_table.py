@@ -1,9 +1,10 @@
-"""Render the table of checkpoints of a page from the results files of their cards.
+"""Render the table of checkpoints of a page, and that of their goals, from the results files of their cards.
 
     python training_scripts/checkpoint_table.py --render README.md
 
-The table stands between `<!-- checkpoints -->` and `<!-- /checkpoints -->`. A checkpoint that is not in `model_cards/`
-is left out. `{file/key/key .3f}` in a cell below stands for that entry of the card's `results/file.json`.
+They stand between `<!-- checkpoints -->` and `<!-- /checkpoints -->`, and `<!-- absolute goals -->` and its end. A
+checkpoint that is not in `model_cards/` is left out. `{file/key/key .3f}` in a cell below stands for that entry of the
+card's `results/file.json`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.benchmarking import replace_block
@@ -67,9 +68,50 @@ ROWS = {
 }
 
 
+class Goal(NamedTuple):
+    """A figure that a checkpoint is to reach: entries of its results files, the last key of each without `_ci95`."""
+
+    checkpoint: str
+    what: str
+    least: float
+    figure: str
+    floors: dict[str, str]  # what it is -> entry
+
+
+def _thumbnails(split: str, figure: str) -> dict[str, str]:
+    """What logistic regression on thumbnails reaches in this figure."""
+    return {f"{side} px": f"shortcuts/splits/{split}/variants/thumbnail_{side}/{figure}" for side in (16, 32)}
+
+
+ILL = "bacterial pneumonia + viral pneumonia"
+GOAL_HEAD = "| checkpoint | figure | goal | found | floor | state |\n|---|---|---|---|---|---|"
+GOALS = (
+    Goal("pneumonia", "`test`, normal against pneumonia, AUROC", 0.985,
+         "evaluation/splits/test/classes/normal/auroc", _thumbnails("test", "targets/normal/auroc")),
+    Goal("pneumonia", "`test`, normal against pneumonia, accuracy", 0.94,
+         f"calibration/splits/test/operating_points/{ILL}/youden/accuracy",
+         _thumbnails("test", f"targets/{ILL}/accuracy")),
+    Goal("pneumonia", "`test`, three classes, balanced accuracy", 0.85,
+         "evaluation/splits/test/balanced_accuracy", _thumbnails("test", "balanced_accuracy")),
+    Goal("pneumonia", "`val`, normal against pneumonia, AUROC", 0.997,
+         "evaluation/splits/val/classes/normal/auroc", _thumbnails("val", "targets/normal/auroc")),
+    Goal("pneumonia", "`val`, normal against pneumonia, accuracy", 0.98,
+         f"calibration/splits/val/operating_points/{ILL}/youden/accuracy",
+         _thumbnails("val", f"targets/{ILL}/accuracy")),
+    Goal("screening", "`test`, abnormal, AUROC", 0.90,
+         "evaluation/splits/test/labels/abnormal/auroc", _thumbnails("test", "targets/abnormal/auroc")),
+    Goal("covid", "`test`, three classes, balanced accuracy", 0.95,
+         "evaluation/splits/test/balanced_accuracy", _thumbnails("test", "balanced_accuracy")),
+    Goal("lung-segmentation", "`test`, children, Dice", 0.96,
+         "segmentation/splits/test/model/dice", {"mean mask": "segmentation/splits/test/mean_training_mask/dice"}),
+    Goal("lung-segmentation", "`shift`, adults, Dice", 0.92,
+         "segmentation/splits/shift/model/dice", {"mean mask": "segmentation/splits/shift/mean_training_mask/dice"}),
+)  # fmt: skip
+
+
 @dataclass
 class Arguments:
-    """Render the table of checkpoints of a page."""
+    """Render the table of checkpoints of a page, and that of their goals."""
 
     render: str = field(metadata={"help": "the page"})
     cards: str = field(default=str(CARDS), metadata={"help": "folder with a folder per checkpoint"})
@@ -78,6 +120,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(Arguments, argv)
     replace_block(Path(arguments.render), "checkpoints", checkpoint_table(Path(arguments.cards)))
+    replace_block(Path(arguments.render), "absolute goals", goal_table(Path(arguments.cards)))
 
 
 def checkpoint_table(cards: Path) -> str:
@@ -95,23 +138,51 @@ def checkpoint_table(cards: Path) -> str:
     return "\n".join(lines)
 
 
+def goal_table(cards: Path) -> str:
+    """A row for each goal of a checkpoint that is there: what was found, what its floor reaches, and the state.
+
+    Raises:
+        SpcxrError: a results file lacks a figure; the message names both.
+    """
+    lines = [GOAL_HEAD]
+    for goal in GOALS:
+        results = cards / goal.checkpoint / "results"
+        if (results.parent / "model.safetensors").is_file():
+            found, (low, high) = read_entry(results, goal.figure), read_entry(results, f"{goal.figure}_ci95")
+            floors = "; ".join(f"{name} {read_entry(results, entry):.3f}" for name, entry in goal.floors.items())
+            said = f"{found:.4f} [{low:.3f}, {high:.3f}]"  # a digit more: just below a goal is not at it
+            state = "reached" if found >= goal.least else "missed"
+            cells = [f"`spcxr/{goal.checkpoint}`", goal.what, f"{goal.least:g}", said, floors, state]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def fill(text: str, results: Path) -> str:
     """The text with an entry of a results file in place of each `{file/key/key .3f}`."""
 
     def entry(match: re.Match) -> str:
-        name, *keys = match[1].split("/")
-        file = results / f"{name}.json"
-        try:
-            value: Any = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SpcxrError(f"{file}: cannot be read ({error})") from error
-        for key in keys:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if not isinstance(value, int | float):
-            raise SpcxrError(f"{file}: no figure {'/'.join(keys)}")
-        return format(value, match[2])
+        return format(read_entry(results, match[1]), match[2])
 
     return re.sub(r"\{(\S+) (\S+)\}", entry, text)
+
+
+def read_entry(results: Path, entry: str) -> Any:
+    """A figure, or an interval of two, by the name of its results file and the keys in it: `file/key/key`.
+
+    Raises:
+        SpcxrError: there is none; the message names both.
+    """
+    name, *keys = entry.split("/")
+    file = results / f"{name}.json"
+    try:
+        value: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpcxrError(f"{file}: cannot be read ({error})") from error
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if not isinstance(value, int | float | list):
+        raise SpcxrError(f"{file}: no figure {'/'.join(keys)}")
+    return value
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python training_scripts/prepare_checkpoint.py --name base --model runs/pretrain/final --results runs/probe.json
 
 The card is rendered from `training_scripts/cards/<name>.md`, in which `{{ probe/tasks/pneumonia/metric }}` stands for
-that entry of the results file `probe.json`, and `{{ probe/tasks/pneumonia/metric | .3f }}` for the same in a format. A
-card whose results lack an entry is not rendered. `--card_only true` renews card and code and leaves the weights alone.
+that entry of the results file `probe.json`, `{{ probe/tasks/pneumonia/metric | .3f }}` for the same in a format, and
+`{{ probe/tasks/pneumonia/test | >=0.9 }}` for "reached" or "missed". A card whose results lack an entry is not
+rendered. `--card_only true` renews card and code and leaves the weights alone.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def count_cost(runs: Sequence[str], folder: Path) -> None:
 def render_card(name: str, folder: Path) -> str:
     """The card of a checkpoint, every `{{ file/key/key }}` replaced by that entry of `results/file.json`.
 
-    A slash with blanks around it is part of a key. `{{ file/key | .3f }}` formats a number, or each number of a list.
+    A slash with blanks around it is part of a key. `{{ file/key | .3f }}` formats a number, or each number of a list;
+    `{{ file/key | >=0.9 }}` tells whether a goal is "reached" or "missed".
 
     Raises:
         SpcxrError: there is no such template, results file or entry, or no figure in it; the message names the entry.
@@ -138,7 +140,10 @@ def render_card(name: str, folder: Path) -> str:
         values = value if isinstance(value, list) else [value]
         if None in values or not values:
             raise SpcxrError(f"{template}: no figure in the result {match[1]!r} in {folder}")
-        return "–".join(format(one, match[2] or "") for one in values)
+        form = match[2] or ""
+        if form.startswith(">="):
+            return "reached" if value >= float(form.removeprefix(">=")) else "missed"
+        return "–".join(format(one, form) for one in values)
 
     return re.sub(r"\{\{ ([^{}|]+?)(?: \| ([^{} ]+))? \}\}", entry, template.read_text(encoding="utf-8"))
 

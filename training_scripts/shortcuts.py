@@ -14,6 +14,7 @@ Beside the model on whole images stand, on the same rows and with the same boots
   of the rectangle hardly.
 * `lungs_only`: the model where all but the lungs is filled.
 
+Of the regressions stands the accuracy too, at a threshold that was chosen on `val` as the model's default is (Youden).
 `survives` is (AUROC - 0.5) / (the model's AUROC - 0.5): the share of what the model knows that is left. Nothing is
 trained anew on masked images, so that a low figure can also come from images of a kind that the model never saw.
 Columns and classes may be left out where a `recipe.yaml` of the training lies beside the weights.
@@ -35,7 +36,7 @@ from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.bootstrap import bootstrap_draws, patient_groups
-from spcxr_hf.calibration import JOIN, target_columns, target_values, to_probabilities
+from spcxr_hf.calibration import JOIN, target_columns, target_values, thresholds, to_probabilities
 from spcxr_hf.data import decode_images
 from spcxr_hf.labels import parse_classes
 from spcxr_hf.metrics import classification_report
@@ -66,6 +67,7 @@ VARIANTS = {
     "lungs_only": "the model, all but the lungs filled with the image's mean",
 }
 Scores = dict[str, np.ndarray]  # variant -> probabilities (n, classes)
+Cuts = dict[str, dict[str, float]]  # variant -> target -> threshold
 
 
 @dataclass
@@ -130,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     task = define_task(arguments, model)
     splits = select(arguments, task)
 
-    probes = fit_probes(arguments, task, splits)
+    probes, cuts = fit_probes(arguments, task, splits)
     result = describe(arguments, task)
     for name in arguments.splits:
         rows = splits[name]
@@ -138,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         masks = segmenter.find(images, arguments.batch_size, arguments.bf16)
         scores = judge(arguments, task, model, processor, images, masks)
         scores |= {variant: probe(images) for variant, probe in probes.items()}
-        result["splits"][name] = report(arguments, task, rows, {key: scores[key] for key in VARIANTS}, masks)
+        result["splits"][name] = report(arguments, task, rows, {key: scores[key] for key in VARIANTS}, masks, cuts)
         print(json.dumps({name: summary(result["splits"][name])}), flush=True)
     if arguments.output:
         write_results(arguments.output, result)
@@ -189,18 +191,32 @@ def select(arguments: Arguments, task: Task) -> dict[str, LabelledRows]:
 # ---- probes ----------------------------------------------------------------------------------------------------
 
 
-def fit_probes(arguments: Arguments, task: Task, splits: Mapping[str, LabelledRows]) -> dict[str, Features]:
-    """Variant -> from images (n, 1, S, S) uint8 to probabilities (n, classes)."""
+def fit_probes(
+    arguments: Arguments, task: Task, splits: Mapping[str, LabelledRows]
+) -> tuple[dict[str, Features], Cuts]:
+    """Variant -> from images (n, 1, S, S) uint8 to probabilities (n, classes); and each one's thresholds, by `val`."""
     sets = {name: splits[name] for name in ("train", "val")}
     images = {
         name: decode_images(rows.table, arguments.stored_size, arguments.cache_folder) for name, rows in sets.items()
     }
     targets = {name: rows.targets.double().numpy() for name, rows in sets.items()}
-    probes = {}
+    probes, cuts = {}, {}
     for variant, features in tqdm(FEATURES.items(), desc="probes", unit="probe"):
         found = {name: features(images[name]) for name in sets}
         probes[variant] = choose_probe(features, found, targets, task.multi_label)
-    return probes
+        cuts[variant] = choose_cuts(task, probes[variant](images["val"]), targets["val"])
+    return probes, cuts
+
+
+def choose_cuts(task: Task, values: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Target -> the threshold with the greatest sensitivity + specificity; of those that have both sides here."""
+    cuts = {}
+    for target in task.targets:
+        score, held = ranked(values, truth, target, task.names)
+        known = ~np.isnan(held)
+        if len(np.unique(held[known])) == 2:
+            cuts[target] = thresholds(score[known], held[known])["youden"]
+    return cuts
 
 
 # ---- masked images ---------------------------------------------------------------------------------------------
@@ -258,7 +274,9 @@ def describe(arguments: Arguments, task: Task) -> dict:
     }
 
 
-def report(arguments: Arguments, task: Task, rows: LabelledRows, scores: Scores, masks: torch.Tensor) -> dict:
+def report(
+    arguments: Arguments, task: Task, rows: LabelledRows, scores: Scores, masks: torch.Tensor, cuts: Cuts
+) -> dict:
     """The figures of one split: every variant's, and those within the values of a column."""
     areas = masks.float().mean(dim=(1, 2))
     truth = rows.targets.double().numpy()
@@ -274,6 +292,7 @@ def report(arguments: Arguments, task: Task, rows: LabelledRows, scores: Scores,
         for variant, values in scores.items():
             entry["variants"][variant] |= class_figures(arguments, task, rows, values)
     add_targets(arguments, task, entry["variants"], scores, truth, groups)
+    add_accuracies(arguments, task, entry["variants"], scores, truth, groups, cuts)
     entry["by"] = {column: by_value(arguments, task, rows, scores, column) for column in arguments.by}
     return entry
 
@@ -314,6 +333,27 @@ def add_targets(
                 "auroc_ci95": interval(draws[:, number]),
                 "survives": share(found[number], found[0]),
                 "survives_ci95": interval(share(draws[:, number], draws[:, 0])),
+            }
+
+
+def add_accuracies(
+    arguments: Arguments, task: Task, entries: dict, scores: Scores, truth: np.ndarray, groups: Any, cuts: Cuts
+) -> None:
+    """Put the share of right decisions at its threshold into the entry of each variant and target that has one."""
+    for variant, chosen in cuts.items():
+        for target, cut in chosen.items():
+            score, held = ranked(scores[variant], truth, target, task.names)
+            right = np.where(np.isnan(held), np.nan, (score >= cut) == (held > 0.5))
+
+            def accuracy(rows: np.ndarray, right: np.ndarray = right) -> float:
+                known = right[rows][~np.isnan(right[rows])]
+                return float(known.mean()) if len(known) else np.nan
+
+            draws = bootstrap_draws(accuracy, len(right), groups, arguments.resamples, arguments.seed)
+            entries[variant]["targets"][target] |= {
+                "threshold": cut,
+                "accuracy": accuracy(np.arange(len(right))),
+                "accuracy_ci95": interval(draws),
             }
 
 
