@@ -311,6 +311,32 @@ class TestOnnx:
         apart = np.abs(onnx.numpy_helper.to_array(centre) - hidden)
         assert apart.max() < 0.02 < np.abs(hidden).max()
 
+    def test_bias_makes_up_for_what_rounding_adds_to_every_image(self, exported, tmp_path):
+        import onnx
+
+        from spcxr_hf.bias_correction import IMAGES, correct_bias, smooth_noise
+        from spcxr_hf.export_onnx import quantize_int8
+
+        task, num_channels, _, file = exported
+        images = torch.from_numpy(smooth_noise(IMAGES, num_channels, (SIDE, SIDE)))
+        rounded = onnx.load(quantize_int8(file))
+        if task != "classification":
+            assert correct_bias(rounded, file, (SIDE, SIDE)) is None
+            return
+        # It is corrected already: nothing is left, until the bias is moved again.
+        assert np.abs(correct_bias(rounded, file, (SIDE, SIDE))).max() < 1e-5
+        bias = next(one for one in rounded.graph.initializer if one.name in rounded.graph.node[-1].input)
+        exact = onnx.numpy_helper.to_array(bias)
+        wrong = exact + np.arange(len(exact), dtype=np.float32)
+        bias.CopyFrom(onnx.numpy_helper.from_array(wrong, bias.name))
+        assert correct_bias(rounded, file, (SIDE, SIDE)) == pytest.approx(np.arange(len(exact)), abs=1e-5)
+        onnx.save(rounded, tmp_path / "corrected.onnx")
+        means = [
+            np.mean([run_onnx(path, image[None])["logits"] for image in images], axis=0)
+            for path in (file, tmp_path / "corrected.onnx")
+        ]
+        assert np.abs(means[0] - means[1]).max() < 1e-5
+
     def test_metadata(self, exported):
         from spcxr_hf.export_onnx import read_metadata
 
@@ -333,6 +359,18 @@ class TestOnnx:
 
 
 @pytest.mark.slow
+def test_made_up_images_are_clouds():
+    from spcxr_hf.bias_correction import smooth_noise
+
+    clouds = smooth_noise(3, 3, (32, 48))
+    assert clouds.shape == (3, 3, 32, 48) and clouds.dtype == np.float32
+    assert np.abs(clouds.mean(axis=(2, 3))).max() < 1e-5 and np.abs(clouds.std(axis=(2, 3)) - 1).max() < 1e-4
+    assert (clouds[:, 0] == clouds[:, 2]).all() and np.abs(clouds[0] - clouds[1]).max() > 0.1
+    steps = np.abs(np.diff(clouds, axis=3)).mean()
+    assert steps < 0.25 * np.abs(clouds).mean()  # neighbours are alike
+    assert (clouds == smooth_noise(3, 3, (32, 48))).all()
+
+
 def test_onnx_of_a_fixed_size(tmp_path):
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     from spcxr_hf.export_onnx import export_onnx

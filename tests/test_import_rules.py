@@ -37,6 +37,7 @@ FLOORS = {
     | {"writers", "lungs", "dicom_seg"}
     | {
         "calibration",
+        "bias_correction",
         "centring",
         "shortcuts",
         "corruption",
