@@ -27,6 +27,7 @@ from .inference import Loaded, load_model
 from .lungs import LungAreas, measure_lungs
 from .pictures import overlay, to_grey
 from .radiograph import file_kind, read_radiograph
+from .targets import as_pixels
 from .writers import NOTE
 
 BASE, LUNGS = "spcxr/base", "spcxr/lung-segmentation"
@@ -181,7 +182,7 @@ def reconstruct(base: Loaded, radiograph: Image.Image) -> Reconstructed:
     clean = base.processor(radiograph, return_tensors="pt").pixel_values
     # "replace", the other fill of the pretraining, takes pixels from a second image.
     corrupted, mask = GroupMasking(fills=("noise",))(clean, torch.Generator().manual_seed(SEED))
-    reconstruction = base.model(corrupted).reconstruction
+    reconstruction = as_pixels(base.model.config, base.model(corrupted).reconstruction, clean)
     composed = torch.where(mask, reconstruction, clean)
     mean, std = base.processor.image_mean[0], base.processor.image_std[0]
     grey, corrupted_grey, composed_grey = (to_grey(values, mean, std)[0] for values in (clean, corrupted, composed))

@@ -23,6 +23,7 @@ from .corruption import FILLS, GroupMasking
 from .curves import Curve, Efficiency, Reliability
 from .errors import SpcxrError
 from .pictures import to_grey
+from .targets import as_pixels
 from .writers import NOTE
 
 if TYPE_CHECKING:
@@ -320,7 +321,7 @@ def _reconstruct(
     was_training = model.training
     model.eval()
     try:
-        restored = model(corrupted.to(model.device)).reconstruction.float().cpu()
+        restored = as_pixels(model.config, model(corrupted.to(model.device)).reconstruction.float().cpu(), images)
     finally:
         model.train(was_training)
     return corrupted, mask, restored

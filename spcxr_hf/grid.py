@@ -30,7 +30,8 @@ PREDICTIONS = "predictions.parquet"
 KEPT = (SETTINGS, PREDICTIONS, RESULT)  # of a finished cell; the last makes it one
 NOT_THERE = "not there"  # in place of a fingerprint
 # What a config says besides the network: how its weights came about, and what trainings set anew.
-NO_NETWORK = {"images_seen", "transformers_version", "dtype", "architectures", "auto_map", "drop_path_rate"}
+NO_NETWORK = {"transformers_version", "dtype", "architectures", "auto_map"}
+NO_NETWORK |= {"images_seen", "drop_path_rate", "norm_pix_loss"}
 RAPL = Path("/sys/class/powercap")
 POWER_EVERY = 5.0  # seconds between readings of a card's power
 

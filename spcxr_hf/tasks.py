@@ -24,6 +24,7 @@ from .inference import Batch, Failed, Loaded, Prepared, Source, prepare
 from .lungs import measure_lungs
 from .pictures import font_for, to_grey, with_words
 from .radiograph import read_radiograph
+from .targets import as_pixels
 from .writers import NOTE, write_png
 
 Record = dict[str, Any]
@@ -238,6 +239,7 @@ class Reconstructor:
         corrupted, masks = zip(*(self._corrupt(clean, fill) for fill in self.fills), strict=True)
         images, mask = torch.cat(corrupted), torch.cat(masks)
         reconstruction = loaded.model(images.to(loaded.device)).reconstruction.float().cpu()
+        reconstruction = as_pixels(loaded.model.config, reconstruction, clean)
         composed = torch.where(mask, reconstruction, clean)
         mean, std = loaded.processor.image_mean[0], loaded.processor.image_std[0]
         grey, corrupted_grey, composed_grey = (to_grey(values, mean, std) for values in (clean, images, composed))

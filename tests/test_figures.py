@@ -261,6 +261,22 @@ def test_reconstructions(tmp_path):
     assert len(alone.axes) == (len(FILLS) - 1) * 4  # "replace" needs another image
 
 
+def test_reconstructions_relative_to_their_patches_are_mapped_back():
+    """A model that gives back 0 everywhere: the mean of each clean patch, where its target was relative to it."""
+    model, images = build(SpcxrForPreTraining), pixels(batch=1)
+    for parameter in model.reconstruction_head.projection.parameters():
+        torch.nn.init.zeros_(parameter)
+    pictures = []
+    for model.config.norm_pix_loss in (False, True):
+        figure = draw_reconstructions(model, images, torch.Generator().manual_seed(4), fills=["noise"])
+        pictures.append(figure.axes[2].images[0].get_array())
+    flat, mapped = pictures
+    assert flat.std() == 0
+    patch = model.config.patch_size
+    means = images[0, 0].unfold(0, patch, patch).unfold(1, patch, patch).mean(dim=(2, 3))
+    np.testing.assert_allclose(mapped[::patch, ::patch], (means * 0.5 + 0.5).numpy(), atol=1e-5)
+
+
 def test_reconstructions_refuse():
     with pytest.raises(SpcxrError, match="no reconstruction head"):
         draw_reconstructions(build(SpcxrModel), pixels())

@@ -52,6 +52,7 @@ FLOORS = {
         "report",
         "encoders",
         "precision",
+        "targets",
     },
     3: {"inference", "tasks", "jobs"}
     | {

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
-from spcxr_hf import SpcxrError
+from spcxr_hf import SpcxrError, SpcxrForPreTraining
 from spcxr_hf.augment import Views
 from spcxr_hf.run import RunArguments, start_accelerator
+from spcxr_hf.targets import as_pixels, normalise_patches
+from tests.common import tiny_config
 from tests.made_up import picture, write_set
 from tests.processes import free_port
 from training_scripts import pretrain
@@ -62,6 +64,38 @@ def test_what_a_run_leaves_behind(finished):
     assert (finished / "final" / "recipe.yaml").read_text() == (finished / "recipe.yaml").read_text()
     assert len((finished / "log.csv").read_text().splitlines()) == 1 + 4
     assert Image.open(finished / "reconstruction.png").size == (4 * 32 + 3 * 4, 4 * 32 + 3 * 4)
+
+
+def test_targets_relative_to_their_patches(shard, tmp_path, monkeypatch):
+    asked = []
+    forward = SpcxrForPreTraining.forward
+
+    def watched(self, *args, **named):
+        asked.append(named)
+        return forward(self, *args, **named)
+
+    monkeypatch.setattr(SpcxrForPreTraining, "forward", watched)
+    pretrain.main(["--data", shard, "--output", str(tmp_path / "run"), *BRIEF, "--norm_pix_loss", "true"])
+    targets = [named["labels"] for named in asked if "labels" in named]
+    assert len(targets) == 4  # steps
+    patches = targets[0].unfold(2, 16, 16).unfold(3, 16, 16)
+    assert patches.mean(dim=(4, 5)).abs().max() < 1e-4 and (patches.std(dim=(4, 5)) - 1).abs().max() < 1e-2
+    assert AutoModelForPreTraining.from_pretrained(tmp_path / "run" / "final").config.norm_pix_loss is True
+    onward = ["--init_from", str(tmp_path / "run" / "final"), *BRIEF, "--output", str(tmp_path / "onward")]
+    pretrain.main(["--data", shard, *onward])
+    assert AutoModelForPreTraining.from_pretrained(tmp_path / "onward" / "final").config.norm_pix_loss is False
+
+
+def test_relative_targets_map_back_to_pixels():
+    clean = torch.randn(2, 1, 32, 48)
+    clean[0, :, :16, :16] = 0.7  # one grey
+    relative = normalise_patches(clean, 16)
+    assert relative[0, 0, :16, :16].abs().max() < 1e-3
+    config = tiny_config(patch_size=16)
+    assert as_pixels(config, relative, clean) is relative
+    config.norm_pix_loss = True
+    assert (as_pixels(config, relative, clean) - clean).abs().max() < 1e-5
+    assert as_pixels(config, relative, clean[:1]).shape == clean.shape  # one image for all
 
 
 def test_the_final_model_loads(finished):

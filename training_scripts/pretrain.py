@@ -24,6 +24,7 @@ from spcxr_hf.recipe import parse_arguments, save_recipe
 from spcxr_hf.run import Run, RunArguments, StepSource, learning_rate_schedule
 from spcxr_hf.sets import SetArguments, list_skipped, read_rows, tell_skipped
 from spcxr_hf.streaming import StreamingRadiographs
+from spcxr_hf.targets import as_pixels, normalise_patches
 from spcxr_hf.training import CosineSchedule, new_config, parameter_groups
 
 CURVES = {"L1 over corrupted pixels": "loss"}  # name -> column of the log
@@ -51,6 +52,7 @@ class Arguments(AugmentationArguments, SetArguments, RunArguments):
     replace_share: float = field(default=0.3, metadata={"help": "share to replace from another image"})
     max_side: float = field(default=0.3, metadata={"help": "largest side of a group as a share of the image's"})
     align: int = field(default=1, metadata={"help": "groups keep to multiples of this many pixels"})
+    norm_pix_loss: bool = field(default=False, metadata={"help": "each patch's target has mean 0 and deviation 1"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -101,6 +103,8 @@ def build_model(arguments: Arguments) -> SpcxrForPreTraining:
         )
         change_image_size(model, arguments.image_size)
     model.config.images_seen = getattr(model.config, "images_seen", 0)  # travels with every checkpoint
+    if arguments.norm_pix_loss or hasattr(model.config, "norm_pix_loss"):
+        model.config.norm_pix_loss = arguments.norm_pix_loss  # so that its reconstructions are read as they are meant
     model.set_attn_implementation(arguments.attention)
     return model.train()
 
@@ -113,8 +117,9 @@ def train(arguments: Arguments, run: Run, source: StepSource) -> None:
     for step, micro_batches in run.steps(source, CURVES, "L1"):
         for micro_batch in micro_batches:
             clean, corrupted = draw_views(arguments, micro_batch, run.accelerator.device, corrupted)
+            target = normalise_patches(clean, run.bare_model.config.patch_size) if arguments.norm_pix_loss else clean
             with run.forward(micro_batch) as model:
-                loss = model(corrupted.pixel_values, bool_masked_pos=corrupted.mask, labels=clean).loss
+                loss = model(corrupted.pixel_values, bool_masked_pos=corrupted.mask, labels=target).loss
             run.backward(loss)
         run.update(learning_rate(step), weight_decay(step))
         run.state["images_seen"] += arguments.batch_size
@@ -153,6 +158,7 @@ def draw(arguments: Arguments, run: Run, images: torch.Tensor) -> None:
     with run.averaged() as model:
         model.eval()
         reconstruction = model(corrupted.pixel_values.to(model.device)).reconstruction.to(clean.device)
+        reconstruction = as_pixels(model.config, reconstruction, clean)
         model.train()
     columns = [
         to_grey(values, RADIOGRAPH_MEAN[0], RADIOGRAPH_STD[0])
