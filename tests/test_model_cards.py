@@ -12,11 +12,12 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
 import spcxr_hf
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
 from tests.made_up import write_set
+from tests.phantom import draw_chest
 from training_scripts import count_sources, prepare_checkpoint
 
 CARDS = Path(__file__).parent.parent / "model_cards"
@@ -77,6 +78,13 @@ class TestCheckpoint:
     def test_recipe_names_no_place_of_a_machine(self, folder):
         recipe = prepare_checkpoint.read_recipe(folder / "recipe.yaml")
         assert recipe and not set(recipe) & set(prepare_checkpoint.MACHINE_KEYS)
+
+
+def test_the_call_that_the_screening_card_names_shows_all_labels():
+    count = int(re.search(r"top_k=(\d+)` shows all labels", (CARDS / "screening" / "README.md").read_text())[1])
+    classify = pipeline("image-classification", model=str(CARDS / "screening"), device="cpu")
+    found = classify(draw_chest(128), top_k=count)
+    assert {one["label"] for one in found} == set(classify.model.config.label2id)
 
 
 def test_prepare(tmp_path, monkeypatch):
