@@ -282,7 +282,7 @@ def quantize_int8(
         raise SpcxrError(f'{error.name} is missing: pip install "spcxr-hf[onnx]"') from error
     source = Path(path)
     target = source.with_name("model_quantized.onnx") if output is None else Path(output)
-    height, width = read_metadata(source)["image_size"]  # refuses what is no ONNX file
+    size = read_metadata(source).get("image_size")  # refuses what is no ONNX file
     proto = _import_onnx().load(str(source), load_external_data=False)
     # Of the classifier's Gemm, the only one in the graph, the quantiser makes a MatMul of this name.
     classifier = [f"{node.name}_MatMul" for node in proto.graph.node if node.op_type == "Gemm"]
@@ -301,7 +301,7 @@ def quantize_int8(
                 extra_options={"MatMulConstBOnly": True},
             )
         rounded = _import_onnx().load(str(partial))
-        if correct_bias(rounded, source, (height, width)) is not None:
+        if size and correct_bias(rounded, source, (size[0], size[1])) is not None:
             _import_onnx().save(rounded, str(partial))
         partial.replace(target)
     except (OSError, RuntimeError, ValueError, TypeError) as error:

@@ -385,10 +385,8 @@ def probe_memory(arguments: Arguments, make: Callable[[StepSettings], Callable[[
     step = make(settings(arguments, arguments.precision[0]))
     for _ in range(2):  # the optimiser's moments are there from the second on
         step()
-    figures = {
-        "before_mb": before,
-        "peak_mb": max(before, peak_memory(arguments.device)),
-    }  # the kernel's is approximate
+    peak = max(before, peak_memory(arguments.device))  # the kernel's counters are approximate and may step back
+    figures = {"before_mb": before, "peak_mb": peak}
     print(json.dumps({name: round(value / 1e6, 1) for name, value in figures.items()}))
 
 
@@ -464,10 +462,8 @@ def probe_rows(arguments: Arguments) -> None:
     start_s = None
     for _ in stream.steps(plan, 0, 32):
         start_s = start_s or time.perf_counter() - started
-    figures = {
-        "before_mb": before / 1e6,
-        "peak_mb": max(before, peak_memory("cpu")) / 1e6,
-    }  # the kernel's is approximate
+    peak = max(before, peak_memory("cpu"))  # the kernel's counters are approximate and may step back
+    figures = {"before_mb": before / 1e6, "peak_mb": peak / 1e6}
     print(json.dumps({"start_s": round(start_s or 0.0, 3)} | {name: round(mb, 1) for name, mb in figures.items()}))
 
 
