@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from spcxr_hf import (
 )
 from spcxr_hf.data import open_image, read_table
 from spcxr_hf.export import NOTICE, load_source, patch_weight
-from spcxr_hf.export_onnx import EXACT_SUMS
+from spcxr_hf.export_onnx import EXACT_SUMS, TORCH_EXPORTS
 from spcxr_hf.export_vit import export_vit
 from tests.common import LAYERS, SIDE, build, pixels, tiny_config
 from tests.made_up import picture
@@ -210,6 +211,8 @@ SIZES = [(1, 32, 32), (3, 32, 32), (2, 24, 48), (1, 64, 40), (2, 8, 8)]
 def exported(request, tmp_path_factory):
     """Task, channels, the model, and the ONNX file that a fresh export wrote; torch's exporter takes its time."""
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    if not TORCH_EXPORTS:
+        pytest.skip(f"the exporter of torch {torch.__version__} cannot write it")
     from spcxr_hf.export_onnx import export_onnx
 
     model_class, settings, num_channels = ONNX[request.param]
@@ -230,6 +233,22 @@ def run_onnx(file: Path, values: torch.Tensor) -> dict[str, np.ndarray]:
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, {"pixel_values": values.numpy()}), strict=True))
+
+
+def test_a_torch_that_cannot_export_is_told(tmp_path, monkeypatch):
+    from spcxr_hf import export_onnx
+
+    pytest.importorskip("onnx", reason="the extra onnx is not installed")
+
+    def fail(*_):
+        raise RuntimeError("no symbolic sizes")
+
+    monkeypatch.setattr(export_onnx, "_trace", fail)
+    for exports, hint in ((False, "; torch 2.10 is the first that can"), (True, "")):
+        monkeypatch.setattr(export_onnx, "TORCH_EXPORTS", exports)
+        message = re.escape(f"torch {torch.__version__} cannot export it (no symbolic sizes){hint}") + "$"
+        with pytest.raises(SpcxrError, match=message):
+            export_onnx.export_onnx(build(SpcxrForImageClassification), tmp_path / "out", num_channels=1)
 
 
 @pytest.mark.slow
