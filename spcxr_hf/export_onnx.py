@@ -46,7 +46,8 @@ OUTPUTS = {
     "segmentation": ["logits"],
 }
 OLDEST_OPSET = 18  # the oldest that torch's exporter writes
-FIRST_TORCH = (2, 10)  # 2.6 to 2.9 were tried: their exporters fail at the positions' interpolation or at the opset
+# The exporter of 2.6 fails at the positions' interpolation. 2.7 and 2.9 fail with onnxscript 0.5.4 and work with 0.7.2.
+FIRST_TORCH = (2, 7)
 TORCH_EXPORTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= FIRST_TORCH
 
 
@@ -143,7 +144,11 @@ def export_onnx(
             _trace(Graph(source, num_channels).eval(), source, file, opset, dynamic, num_channels)
         except (RuntimeError, TypeError, ValueError, ImportError) as error:
             cause = " ".join(str(error).split())[:240]
-            hint = "" if TORCH_EXPORTS else "; torch {}.{} is the first that can".format(*FIRST_TORCH)
+            hint = (
+                ""
+                if TORCH_EXPORTS
+                else "; torch {}.{} is the first that can, with a recent onnxscript".format(*FIRST_TORCH)
+            )
             raise SpcxrError(f"{source.name}: torch {torch.__version__} cannot export it ({cause}){hint}") from error
         _write_metadata(onnx, file, source, num_channels)
         _write_configs(partial, source, num_channels)

@@ -244,7 +244,7 @@ def test_a_torch_that_cannot_export_is_told(tmp_path, monkeypatch):
         raise RuntimeError("no symbolic sizes")
 
     monkeypatch.setattr(export_onnx, "_trace", fail)
-    for exports, hint in ((False, "; torch 2.10 is the first that can"), (True, "")):
+    for exports, hint in ((False, "; torch 2.7 is the first that can, with a recent onnxscript"), (True, "")):
         monkeypatch.setattr(export_onnx, "TORCH_EXPORTS", exports)
         message = re.escape(f"torch {torch.__version__} cannot export it (no symbolic sizes){hint}") + "$"
         with pytest.raises(SpcxrError, match=message):
