@@ -46,8 +46,10 @@ OUTPUTS = {
     "segmentation": ["logits"],
 }
 OLDEST_OPSET = 18  # the oldest that torch's exporter writes
-# The exporter of 2.6 fails at the positions' interpolation. 2.7 and 2.9 fail with onnxscript 0.5.4 and work with 0.7.2.
+# torch 2.6 fails at the positions' interpolation, and later ones fail with onnxscript up to 0.6.0. From 0.6.1 to 0.7.0
+# nothing fails, but an image of a single patch gets a wrong position.
 FIRST_TORCH = (2, 7)
+FIRST_ONNXSCRIPT = "0.7.1"
 TORCH_EXPORTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= FIRST_TORCH
 
 
@@ -144,11 +146,7 @@ def export_onnx(
             _trace(Graph(source, num_channels).eval(), source, file, opset, dynamic, num_channels)
         except (RuntimeError, TypeError, ValueError, ImportError) as error:
             cause = " ".join(str(error).split())[:240]
-            hint = (
-                ""
-                if TORCH_EXPORTS
-                else "; torch {}.{} is the first that can, with a recent onnxscript".format(*FIRST_TORCH)
-            )
+            hint = "" if TORCH_EXPORTS else "; torch {}.{} is the first that can".format(*FIRST_TORCH)
             raise SpcxrError(f"{source.name}: torch {torch.__version__} cannot export it ({cause}){hint}") from error
         _write_metadata(onnx, file, source, num_channels)
         _write_configs(partial, source, num_channels)
@@ -158,9 +156,15 @@ def export_onnx(
 def _import_onnx() -> Any:
     try:
         import onnx
-        import onnxscript  # noqa: F401
+        import onnxscript
+        from packaging.version import Version
     except ImportError as error:
         raise SpcxrError(f'{error.name} is missing: pip install "spcxr-hf[onnx]"') from error
+    if Version(onnxscript.__version__) < Version(FIRST_ONNXSCRIPT):
+        raise SpcxrError(
+            f"onnxscript {onnxscript.__version__} is too old: before {FIRST_ONNXSCRIPT} an export fails, or is wrong "
+            'for images of a single patch; pip install "spcxr-hf[onnx]"'
+        )
     return onnx
 
 

@@ -244,7 +244,7 @@ def test_a_torch_that_cannot_export_is_told(tmp_path, monkeypatch):
         raise RuntimeError("no symbolic sizes")
 
     monkeypatch.setattr(export_onnx, "_trace", fail)
-    for exports, hint in ((False, "; torch 2.7 is the first that can, with a recent onnxscript"), (True, "")):
+    for exports, hint in ((False, "; torch 2.7 is the first that can"), (True, "")):
         monkeypatch.setattr(export_onnx, "TORCH_EXPORTS", exports)
         message = re.escape(f"torch {torch.__version__} cannot export it (no symbolic sizes){hint}") + "$"
         with pytest.raises(SpcxrError, match=message):
@@ -413,8 +413,12 @@ def test_onnx_refusals(tmp_path, monkeypatch):
         read_metadata(tmp_path / "broken.onnx")
     with pytest.raises(SpcxrError, match=r"missing\.onnx: no ONNX file"):
         quantize_int8(tmp_path / "missing.onnx")
+    onnxscript = pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    monkeypatch.setattr(onnxscript, "__version__", "0.7.0")
+    with pytest.raises(SpcxrError, match=r"onnxscript 0\.7\.0 is too old: before 0\.7\.1 .*spcxr-hf\[onnx\]"):
+        export_onnx(build(SpcxrModel), tmp_path / "onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(SpcxrError, match=r'pip install "spcxr-hf\[onnx\]"'):
+    with pytest.raises(SpcxrError, match=r'onnxscript is missing: pip install "spcxr-hf\[onnx\]"'):
         export_onnx(build(SpcxrModel), tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
