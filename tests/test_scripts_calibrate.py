@@ -74,6 +74,31 @@ def test_the_folder_is_a_checkpoint(calibrated):
     assert written["splits"]["test"]["after"] == result["splits"]["test"]["after"]
 
 
+def test_the_pictures_show_every_split(calibrated, shard, tmp_path, monkeypatch):
+    """A panel for each target with a curve for each split; a diagram for each split with the error that is reported."""
+    pytest.importorskip("matplotlib", reason="the extra demo is not installed")
+    drawn = {}
+    monkeypatch.setattr(calibrate, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
+    flags = ["--label_column", "pneumonia_label", "--split_column", "pneumonia_split", "--classes", *CLASSES]
+    flags += ["--sums", SUM, "--resamples", "20", "--output", str(tmp_path / "calibrated")]
+    result = calibrate.main(["--model", str(calibrated[0]), "--data", shard, *flags])
+
+    panels = {axes.get_title().replace("\n", " "): axes for axes in drawn["roc.png"].axes if axes.get_visible()}
+    assert set(panels) == {*LABELS.values(), SUM}
+    for target, axes in panels.items():
+        points = result["splits"]["val"]["operating_points"][target]
+        shown = {text.get_text().split(":")[0] for text in axes.get_legend().get_texts()}
+        assert shown == {"val", "test", *POINTS}
+        marks = {line.get_label(): tuple(map(float, line.get_xydata()[0])) for line in axes.lines}
+        youden = points["youden"]
+        assert marks["youden"] == pytest.approx((1 - youden["specificity"], youden["sensitivity"]))
+    titles = [axes.get_title() for axes in drawn["reliability.png"].axes]
+    assert titles == [
+        f"most probable class, {name}\nECE {entry['after']['ece']:.3f}, {entry['images']} images"
+        for name, entry in result["splits"].items()
+    ]
+
+
 def test_the_saved_head_gives_the_calibrated_probabilities(calibrated, shard):
     source, folder, result = calibrated
     rows = select_rows(

@@ -20,6 +20,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,11 @@ from spcxr_hf.calibration import (
     to_probabilities,
 )
 from spcxr_hf.checkpoints import written_aside
+from spcxr_hf.curves import Curve, Reliability, roc_curve
+from spcxr_hf.curves import reliability as reliability_diagram
+from spcxr_hf.figures import STYLES, draw_reliability, draw_roc, save_figure
 from spcxr_hf.labels import parse_classes
 from spcxr_hf.metrics import classification_report, multilabel_report
-from spcxr_hf.pictures import save_curves
 from spcxr_hf.predicting import (
     LabelledRows,
     class_names,
@@ -331,30 +334,37 @@ def draw(
     names: list[str],
     multi_label: bool,
 ) -> None:
-    """The reliability diagram and the ROC curves of the last split that is reported."""
-    last = list(splits)[-1]
-    found = result["splits"][last]["reliability"]
-    lines: dict[str, list] = {"perfect": [(0.0, 0.0), (1.0, 1.0)]}
-    for when in ("before", "after"):
-        bins = found[when][names[0]] if multi_label else found[when]
-        lines[f"{when} ({names[0]})" if multi_label else when] = [(one["confidence"], one["share"]) for one in bins]
-    save_curves(lines, Path(arguments.output) / "reliability.png", f"confidence on {last}", "share that is right")
+    """Write `roc.png`, a panel for each target, and `reliability.png`, a panel for each split (of labels: the first).
 
-    probabilities = to_probabilities(calibration(splits[last].logits), multi_label).numpy()
-    curves = {
-        target: roc(target_values(probabilities, target, names), target_values(splits[last].targets, target, names))
-        for target in result["operating_points"]
+    Both are of the calibrated probabilities; the thresholds are marked on the curve of the split that chose them.
+    """
+    if find_spec("matplotlib") is None:
+        print('no pictures without matplotlib; `pip install "spcxr-hf[demo]"`', flush=True)
+        return
+    curves: dict[str, dict[str, Curve]] = {}
+    diagrams: dict[str, Reliability] = {}
+    for title, split in list(splits.items())[: len(STYLES)]:  # a panel takes no more lines
+        probabilities = to_probabilities(calibration(split.logits), multi_label).numpy()
+        for target in result["operating_points"]:
+            scores, truth = target_values(probabilities, target, names), target_values(split.targets, target, names)
+            if {0.0, 1.0} <= set(truth.tolist()):
+                curve = roc_curve(scores, truth, split.rows.patients, arguments.resamples, arguments.seed)
+                curves.setdefault(target, {})[title] = curve
+        hits = (probabilities.argmax(axis=1) == split.targets.argmax(axis=1)).astype(float)
+        what, scores, truth = "most probable class", probabilities.max(axis=1), hits
+        if multi_label:
+            what, scores, truth = names[0], probabilities[:, 0], split.targets[:, 0]
+        if not np.isnan(truth).all():
+            diagrams[f"{what}, {title}"] = reliability_diagram(scores, truth, arguments.bins)
+    chosen = result["splits"][arguments.fit_on]["operating_points"]
+    marks = {
+        target: {
+            point: (1 - chosen[target][point]["specificity"], chosen[target][point]["sensitivity"]) for point in POINTS
+        }
+        for target in curves
     }
-    save_curves(curves, Path(arguments.output) / "roc.png", f"1 - specificity on {last}", "sensitivity")
-
-
-def roc(scores: np.ndarray, truth: np.ndarray) -> list[tuple[float, float]]:
-    """The points of a ROC curve; none without both sides."""
-    known = ~np.isnan(truth)
-    scores, truth = scores[known], truth[known]
-    steps = [np.inf, *np.unique(scores)[::-1]]
-    points = [decision_figures(scores, truth, threshold)[:2] for threshold in steps]
-    return [] if np.isnan(points[0]).any() else [(1 - specificity, sensitivity) for sensitivity, specificity in points]
+    save_figure(draw_roc(curves, marks), Path(arguments.output) / "roc.png")
+    save_figure(draw_reliability(diagrams), Path(arguments.output) / "reliability.png")
 
 
 if __name__ == "__main__":
