@@ -179,12 +179,9 @@ def _look(table: RadiographTable, row: int, survey: _Survey) -> None:
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise SpcxrError(f"{table.name}: row {row}: no image in this row")
     image = open_image(cell, f"{table.name}: row {row}")
-    grey = image
-    if image.mode != "L":  # 16 bits
-        grey = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-    survey.thumbnails[row] = thumbnail(grey)
-    survey.tiles[row] = np.asarray(_fit_square(grey))
-    survey.histograms[row] = np.bincount(np.asarray(grey).ravel(), minlength=256) / (image.width * image.height)
+    survey.thumbnails[row] = thumbnail(image)
+    survey.tiles[row] = np.asarray(_fit_square(image))
+    survey.histograms[row] = np.bincount(np.asarray(image).ravel(), minlength=256) / (image.width * image.height)
     survey.sizes[row] = image.size
     survey.modes[row] = _mode_of(cell)
 

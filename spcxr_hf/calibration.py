@@ -209,6 +209,9 @@ def thresholds(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     Args:
         scores: (n,) in 0 .. 1.
         truth: (n,) 0 or 1, both there.
+
+    Raises:
+        SpcxrError: more than a tenth of the negatives score 1, so that no threshold parts them from the rest.
     """
     order = np.argsort(-scores, kind="stable")
     ranked, positive = scores[order], truth[order] > 0.5
@@ -217,6 +220,12 @@ def thresholds(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     specificity = 1 - np.append(0.0, (~positive).cumsum()[ends] / (~positive).sum())
     distinct = ranked[ends]
     cuts = (np.append(1.0, distinct) + np.append(distinct, 0.0)) / 2  # cut i has the i highest distinct scores over it
+    if distinct[0] >= 1:  # a score of 1 is at or above every threshold
+        cuts, sensitivity, specificity = cuts[1:], sensitivity[1:], specificity[1:]
+        if specificity[0] < WANTED - 1e-12:
+            raise SpcxrError(
+                f"{1 - specificity[0]:.0%} of the negatives score 1: no threshold has a specificity of {WANTED}"
+            )
     gain = (sensitivity + specificity).round(12)
     chosen = (
         int(np.flatnonzero(gain == gain.max())[-1]),

@@ -71,17 +71,32 @@ def written_aside(target: Path) -> Iterator[Path]:
     Raises:
         SpcxrError: the disk is full or not writable; what was at `target`, and beside it, stays as it was.
     """
-    partial = target.parent / f".{target.name}.partial"
+    partial, previous = (target.parent / f".{target.name}.{part}" for part in ("partial", "previous"))
     try:
+        if previous.exists() and not target.exists():  # killed between the two renames below
+            previous.rename(target)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        _exchange(target, partial, previous)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         what = "the checkpoint" if target.name.startswith("checkpoint-") else "the model"
         raise SpcxrError(f"{target}: {what} could not be written ({error}); earlier ones are untouched") from error
+
+
+def _exchange(target: Path, new: Path, previous: Path) -> None:
+    """Put the folder `new` at `target`; what stood there is deleted when that is done, and put back if it fails."""
+    shutil.rmtree(previous, ignore_errors=True)
+    if target.exists():
+        target.rename(previous)
+    try:
+        new.rename(target)
+    except OSError:
+        if previous.exists():
+            previous.rename(target)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -25,10 +25,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .errors import SpcxrError, one_line
-from .radiograph import read_radiograph
+from .radiograph import DICOM_PREFIX, read_radiograph
 
 OnError = Literal["stop", "skip"]  # what a broken file does
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".dcm", ".tif", ".tiff", ".bmp", ".webp"}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".webp"}
 
 
 @dataclass
@@ -51,11 +51,15 @@ class RadiographTable:
         """The rows that hold `value` in `column`.
 
         Raises:
-            SpcxrError: there is no such column, or no such row.
+            SpcxrError: there is no such column, or no such row, or its values are of another kind.
         """
         if column not in self.rows.column_names:
             raise SpcxrError(f"{self.name}: no column {column!r}; there are {', '.join(self.rows.column_names)}")
-        kept = self.rows.filter(pc.equal(self.rows[column], pa.scalar(value)))
+        try:
+            kept = self.rows.filter(pc.equal(self.rows[column], pa.scalar(value)))
+        except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+            kind = self.rows[column].type
+            raise SpcxrError(f"{self.name}: column {column!r} holds {kind}, and {value!r} is none") from error
         if not kept.num_rows:
             raise SpcxrError(f"{self.name}: no row has {column} = {value!r}")
         return RadiographTable(kept, f"{self.name}[{column}={value}]")
@@ -105,7 +109,7 @@ def read_table(source: str | os.PathLike) -> RadiographTable:
     shards = sorted(path.glob("*.parquet"))
     if shards:
         return join_tables([RadiographTable(_read_shard(shard), shard.name) for shard in shards], path.name)
-    pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+    pictures = pictures_below(path)
     if not pictures:
         raise SpcxrError(
             f"{path}: no Parquet shards and no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) in this folder"
@@ -114,6 +118,32 @@ def read_table(source: str | os.PathLike) -> RadiographTable:
     names = [str(picture.relative_to(path)) for picture in pictures]
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     return RadiographTable(pa.table({"image": pa.array(images, struct), "id": names}), path.name)
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """The pictures and DICOM files of a folder and its subfolders, sorted.
+
+    A file counts by its suffix, or without one where it begins like a DICOM. Hidden files do not, nor what lies in
+    hidden folders: they are an archive tool's own (`._picture.png`).
+    """
+    return [file for file in sorted(folder.rglob("*")) if not is_hidden(file, folder) and _is_picture(file)]
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Whether a part of the file's path below the folder begins with a dot."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _is_picture(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    if file.suffix and not file.suffix[1:].isdigit():  # names that are a DICOM's UID end in a number
+        return file.suffix.lower() in PICTURE_SUFFIXES
+    try:
+        with file.open("rb") as stream:
+            return stream.read(DICOM_PREFIX.stop)[DICOM_PREFIX] == b"DICM"
+    except OSError:
+        return False
 
 
 def join_tables(tables: Sequence[RadiographTable], name: str | None = None) -> RadiographTable:
@@ -170,7 +200,7 @@ def _holds_pictures(kind: pa.DataType) -> bool:
 
 
 def open_image(cell: dict, name: str) -> Image.Image:
-    """The radiograph in one cell of the column `image`, as `read_radiograph` reads it; whether it is one is not asked.
+    """The radiograph in one cell of the column `image`, mode L, as `read_radiograph` reads it, whatever it shows.
 
     Raises:
         SpcxrError: it cannot be read; the message holds `name` and the cause.
@@ -192,9 +222,23 @@ def open_mask(cell: dict | None, name: str) -> Image.Image:
         raise SpcxrError(f"{name}: no lung mask in this row")
     try:
         with Image.open(io.BytesIO(cell["bytes"])) as mask:
-            return mask.convert("L").point(lambda value: 255 * (value > 127))
-    except (OSError, ValueError) as error:
+            inside = mask_pixels(mask)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SpcxrError(f"{name}: the lung mask cannot be read ({error})") from error
+    return Image.fromarray((255 * inside).astype(np.uint8))
+
+
+def mask_pixels(picture: Image.Image) -> np.ndarray:
+    """A picture of a mask -> (height, width) booleans: brighter than half of the range, or 1 where all are 0 or 1.
+
+    Raises:
+        ValueError: neither; so pale a picture holds numbers of classes, which would all count as outside.
+    """
+    grey = np.asarray(picture.convert("L"))
+    brightest = int(grey.max(initial=0))
+    if 1 < brightest <= 127:
+        raise ValueError(f"its greatest value is {brightest}; inside is 255 (or 1), outside 0")
+    return grey > (127 if brightest > 1 else 0)
 
 
 class Decoded(NamedTuple):
@@ -293,10 +337,7 @@ def decode_masks(table: RadiographTable, size: int) -> torch.Tensor:
 def _decode_image(cell: dict | None, name: str, size: int) -> np.ndarray:
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise SpcxrError(f"{name}: no image in this row")
-    image = open_image(cell, name)
-    if image.mode != "L":  # deeper than 8 bits; 0 .. 65535
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(open_image(cell, name).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _decode_mask(cell: dict | None, name: str, size: int) -> np.ndarray:
@@ -350,22 +391,32 @@ def _write_cache(file: Path, pixels: np.ndarray, broken: list[int]) -> None:
 
 
 def write_aside(file: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write beside the file's place and put it there when it is whole: another process sees all of it or nothing."""
+    """Write beside the file's place and put it there when it is whole: another process sees all of it or nothing.
+
+    Raises:
+        SpcxrError: it cannot be written, as on a full disk; nothing is left of it.
+    """
     partial = file.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as stream:
-        write(stream)
-    partial.replace(file)
+    try:
+        with partial.open("wb") as stream:
+            write(stream)
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SpcxrError(f"{file}: cannot be written ({error.strerror or error})") from error
 
 
 def fingerprint(table: RadiographTable) -> str:
-    """Names the rows and their files, so that a cache of others is never taken for theirs."""
+    """Names the rows, their content and their files, so that a cache of others is never taken for theirs."""
     images = table.rows["image"]
-    lengths = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
+    digest = hashlib.sha256(json.dumps([table.name, table.ids]).encode())
     paths = pc.struct_field(images, "path").to_pylist()
-    files = [
-        _stamp(Path(path)) for path, length in zip(paths, lengths, strict=True) if length is None and path is not None
-    ]
-    return hashlib.sha256(json.dumps([table.name, table.ids, lengths, files]).encode()).hexdigest()[:16]
+    for content, path in zip(pc.struct_field(images, "bytes"), paths, strict=True):
+        if content.is_valid:
+            digest.update(hashlib.sha256(content.as_buffer()).digest())
+        else:
+            digest.update(json.dumps(None if path is None else _stamp(Path(path))).encode())
+    return digest.hexdigest()[:16]
 
 
 def _stamp(path: Path) -> list:

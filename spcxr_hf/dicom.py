@@ -202,6 +202,12 @@ def _check_header(dataset: "Dataset") -> None:
             f"the pixel data{_object_name(dataset)} have {int(dataset.BitsStored)} bits stored, pixel representation "
             f"{int(dataset.PixelRepresentation)}; a radiograph has 8 to 16 bits, representation 0 or 1"
         )
+    high, compressed = dataset.get("HighBit"), dataset.file_meta.TransferSyntaxUID.is_compressed
+    if isinstance(high, int) and high != int(dataset.BitsStored) - 1 and not compressed:
+        raise SpcxrError(
+            f"the pixel data{_object_name(dataset)} have their highest bit at {high} with {int(dataset.BitsStored)} "
+            "bits stored; it must be the last of them (PS3.5 section 8.1.1)"
+        )
     check_pixel_count(int(dataset.Columns), int(dataset.Rows))
 
 
@@ -377,26 +383,48 @@ def _counts(codes: np.ndarray, length: int) -> np.ndarray:
 
 def _brightness(codes: np.ndarray, kind: np.dtype, dataset: "Dataset", window: int) -> np.ndarray:
     """The brightness, 0..1, of each code from 0 to the largest: the look-up table of this image."""
-    from pydicom.pixels import apply_modality_lut
-
     stored = np.arange(int(codes.max()) + 1).astype(codes.dtype).view(kind)
-    values = apply_modality_lut(stored, dataset)
+    values = _modality(stored, dataset)
     if values.dtype.kind == "f" and np.array_equal(values, np.rint(values)) and np.abs(values).max() < 2**31:
         values = values.astype(np.int64)  # a VOI LUT is entered with whole numbers
     padding = _padding(stored, dataset)
-    black, white, shown = _voi(values, dataset, window)
-    if black is None or white is None:
-        shown = values.astype(np.float64)
+    brightness = _voi(values, dataset, window)
+    if brightness is None or _is_flat(brightness, codes):
         counts = _counts(codes, len(stored))
         counts[padding] = 0
-        black, white = _percentile_range(shown, counts)
-    if black == white or not np.isfinite(shown).all():
+        brightness = _unit(values, *_percentile_range(values, counts))
+    if brightness is None:
         raise SpcxrError("the DICOM image has no contrast: all its pixels come out alike")
-    brightness = np.clip((shown - black) / (white - black), 0, 1)
     if dataset.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
         brightness = 1 - brightness
     brightness[padding] = 0
     return brightness
+
+
+def _modality(stored: np.ndarray, dataset: "Dataset") -> np.ndarray:
+    """The stored values by the modality LUT, or by slope and intercept (PS3.3 C.11.1); one that lacks is 1 or 0."""
+    from pydicom.pixels import apply_modality_lut
+
+    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
+    if dataset.get("ModalityLUTSequence") or (slope is None) == (intercept is None):
+        return apply_modality_lut(stored, dataset)
+    return stored * float(1 if slope is None else slope) + float(intercept or 0)
+
+
+def _unit(values: np.ndarray, black: float, white: float) -> np.ndarray | None:
+    """Brightness, 0..1, of values between black and white; None where these are one, or a value is not finite."""
+    values = values.astype(np.float64)
+    if black == white or not np.isfinite(values).all():
+        return None
+    return np.clip((values - black) / (white - black), 0, 1)
+
+
+def _is_flat(brightness: np.ndarray, codes: np.ndarray) -> bool:
+    """Whether an image comes out as a single grey: its window is that of another exposure."""
+    if brightness[int(codes.min())] != brightness[-1]:  # almost always; else it is worth a look at every pixel
+        return False
+    present = brightness[_counts(codes, len(brightness)) > 0]
+    return bool((present == present[0]).all())
 
 
 def _padding(stored: np.ndarray, dataset: "Dataset") -> np.ndarray:
@@ -411,39 +439,47 @@ def _padding(stored: np.ndarray, dataset: "Dataset") -> np.ndarray:
     return (stored >= min(bounds)) & (stored <= max(bounds))
 
 
-def _voi(values: np.ndarray, dataset: "Dataset", window: int) -> tuple[float | None, float | None, np.ndarray]:
-    """Black, white and the values as the chosen VOI LUT or window gives them; (None, None, _) without a usable one."""
-    from pydicom.pixels import apply_voi_lut
+def _voi(values: np.ndarray, dataset: "Dataset", window: int) -> np.ndarray | None:
+    """Brightness, 0..1, of the values by the chosen VOI LUT or window; None without a usable one."""
+    from pydicom.pixels import apply_voi, apply_windowing
 
     choices = _count_views(dataset)
     if window < 0 or window >= max(choices, 1):
         raise SpcxrError(
             f"the DICOM file has {choices} VOI LUTs or windows; number {window} is not there (they count from 0)"
         )
+    if not choices:
+        return None
     try:
-        shown = apply_voi_lut(values, dataset, index=window).astype(np.float64)
-        black, white = _voi_range(dataset, window)
+        apply = apply_voi if _has_luts(dataset) else apply_windowing
+        return _unit(apply(values, dataset, index=window), *_voi_range(dataset, window))
     except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError):  # a width below 1, a broken LUT
-        return None, None, values
-    return black, white, shown
+        return None
+
+
+def _has_luts(dataset: "Dataset") -> bool:
+    """Whether there are VOI LUTs, which go before windows, and none lacks its data."""
+    items = dataset.get("VOILUTSequence") or []
+    return bool(items) and all(item.get("LUTDescriptor") and item.get("LUTData") is not None for item in items)
 
 
 def _count_views(dataset: "Dataset") -> int:
-    if dataset.get("VOILUTSequence"):
+    if _has_luts(dataset):
         return len(dataset.VOILUTSequence)
     if dataset.get("WindowCenter") is None or dataset.get("WindowWidth") is None:
         return 0
     return min(dataset["WindowCenter"].VM, dataset["WindowWidth"].VM)
 
 
-def _voi_range(dataset: "Dataset", window: int) -> tuple[float | None, float | None]:
-    """What the VOI transformation gives for black and for white; (None, None) where there is none."""
-    from pydicom.pixels import apply_windowing
+def _voi_range(dataset: "Dataset", window: int) -> tuple[float, float]:
+    """What the VOI transformation gives for black and for white."""
+    from pydicom.pixels import apply_voi, apply_windowing
 
-    if dataset.get("VOILUTSequence"):
-        return 0.0, 2.0 ** dataset.VOILUTSequence[window].LUTDescriptor[2] - 1  # C.11.2.1.1: bits of each entry
-    if not _count_views(dataset):
-        return None, None
+    if _has_luts(dataset):
+        length, first, bits = dataset.VOILUTSequence[window].LUTDescriptor  # C.11.2.1.1: bits of each entry
+        entries = apply_voi(np.arange(first, first + (length or 2**16)), dataset, index=window)
+        # Some devices declare 16 bits for entries of 12, which would make the picture a sixteenth as bright.
+        return 0.0, 2.0 ** min(bits, int(entries.max()).bit_length()) - 1
     with np.errstate(over="ignore"):  # a sigmoid saturates
         black, white = apply_windowing(np.array([-1e12, 1e12]), dataset, index=window)
     return float(black), float(white)

@@ -57,8 +57,8 @@ def load_source(model: str | os.PathLike | PreTrainedModel, processor: Any = Non
     """The model to export, with its image processor; of a pretraining checkpoint, its encoder.
 
     Args:
-        model: A folder or Hub id of a checkpoint of this family, or a model in memory. That one stays as it is, but is
-            used where it lies: on the CPU, in float32.
+        model: A folder or Hub id of a checkpoint of this family, or a model in memory. That one is put into evaluation
+            mode and used where it lies: on the CPU, in float32.
         processor: Its image processor; by default the checkpoint's, or one of the model's native size.
 
     Raises:

@@ -39,7 +39,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .auto import register
-from .data import PICTURE_SUFFIXES, RadiographTable, join_tables, read_table
+from .data import PICTURE_SUFFIXES, RadiographTable, is_hidden, join_tables, pictures_below, read_table
 from .errors import SpcxrError
 from .hub import BUNDLED, install_checkpoints
 from .plausibility import colourfulness, concerns
@@ -52,7 +52,6 @@ AUTO_CLASSES: dict[str, Any] = {
     "segmentation": AutoModelForSemanticSegmentation,
 }
 NAMESPACE = "spcxr/"
-SUFFIXES = PICTURE_SUFFIXES | {".dicom"}
 AHEAD = 2  # batches that are read while the model works on one
 MOST_WORKERS = 8
 
@@ -70,8 +69,8 @@ class Source(NamedTuple):
 def find_sources(words: Sequence[str | os.PathLike]) -> list[Source]:
     """The images behind files, folders (with their subfolders) and patterns such as `scans/**/*.dcm`, each one once.
 
-    In a folder, a file counts by its suffix, or without one where it begins like a DICOM; hidden files do not. A file
-    that is named itself counts whatever its name.
+    In a folder, a file counts as `spcxr_hf.data.pictures_below` says. A file that is named itself counts whatever its
+    name.
 
     Raises:
         SpcxrError: a word names nothing, or there are no images behind it.
@@ -86,38 +85,18 @@ def find_sources(words: Sequence[str | os.PathLike]) -> list[Source]:
 def _behind(word: str) -> list[Source]:
     path = Path(word)
     if path.is_dir():
-        files = _in_folder(path)
+        files = pictures_below(path)
         if not files:
-            raise SpcxrError(f"{path}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
+            raise SpcxrError(f"{path}: no images in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
         return [Source(file, file.relative_to(path).as_posix()) for file in files]
     if not path.exists() and glob.has_magic(word):
         first = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
         fixed, pattern = Path(*path.parts[:first]), "/".join(path.parts[first:])
-        files = [file for file in sorted(fixed.glob(pattern)) if file.is_file() and not _is_hidden(file, fixed)]
+        files = [file for file in sorted(fixed.glob(pattern)) if file.is_file() and not is_hidden(file, fixed)]
         if not files:
             raise SpcxrError(f"{word}: no file has such a name")
         return [Source(file, file.relative_to(fixed).as_posix()) for file in files]
     return [Source(path, path.name)]  # a missing one is told when its turn comes, and the others go on
-
-
-def _in_folder(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.rglob("*")) if not _is_hidden(file, folder) and _is_image(file)]
-
-
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
-def _is_image(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    if file.suffix and not file.suffix[1:].isdigit():  # names that are a DICOM's UID end in a number
-        return file.suffix.lower() in SUFFIXES
-    try:
-        with file.open("rb") as stream:
-            return stream.read(DICOM_PREFIX.stop)[DICOM_PREFIX] == b"DICM"
-    except OSError:
-        return False
 
 
 def table_of(words: Sequence[str | os.PathLike]) -> RadiographTable:

@@ -99,7 +99,8 @@ class Job:
 
     def run(self, loaded: Loaded, answer: Answer) -> Outcome:
         """Answer for every file, tell of broken ones on standard error, and end with a line on how it went."""
-        sources = self._left(loaded)
+        known = finished(self.output, self.kind, loaded.name) if self.resume else set()
+        sources = [source for source in self.sources if not self._is_finished(source, known)]
         outcome = Outcome(skipped=len(self.sources) - len(sources))
         started = time.perf_counter()
         with (
@@ -108,7 +109,8 @@ class Job:
             _progress(len(sources)) as advance,
         ):
             for step in answers(loaded, sources, answer, self.batch_size, self.workers):
-                writer.write(step.records)
+                # a file whose picture alone was missing has its record already
+                writer.write([record for record in step.records if record["path"] not in known])
                 for failed in step.failed:
                     print(f"error: {printable(failed.cause)}", file=sys.stderr)
                 outcome.done += len(step.records)
@@ -121,16 +123,9 @@ class Job:
         print(f"{outcome}. {NOTE.capitalize()}.", file=sys.stderr)
         return outcome
 
-    def _left(self, loaded: Loaded) -> list[Source]:
-        """The sources without those that are finished."""
-        if not self.resume:
-            return list(self.sources)
-        known = None if self.output is None else finished(self.output, self.kind, loaded.name)
-        return [source for source in self.sources if not self._is_finished(source, known)]
-
-    def _is_finished(self, source: Source, known: set[str] | None) -> bool:
-        has_record = known is None or str(source.path) in known
-        return has_record and (self.picture_of is None or self.picture_of(source).is_file())
+    def _is_finished(self, source: Source, known: set[str]) -> bool:
+        has_record = self.output is None or str(source.path) in known
+        return self.resume and has_record and (self.picture_of is None or self.picture_of(source).is_file())
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------

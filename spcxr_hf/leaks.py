@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from .data import RadiographTable, open_image
 from .errors import SpcxrError
+from .radiograph import to_8_bit
 
 Leaks = Literal["no", "patients", "images", "all"]  # which of them are allowed
 # Chosen on one half of the development radiographs and measured on the other: training_scripts/check_leaks.py.
@@ -307,9 +308,7 @@ def _image_leak(pair: Pair, ids: Sequence[str], sides: Sequence[str | None]) -> 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
     """A grey image -> (64, 64) uint8, the whole picture whatever its shape."""
-    if image.mode != "L":  # 16 bits
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-    return np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR))
+    return np.asarray(to_8_bit(image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR))
 
 
 def worker_count(workers: int | None = None) -> int:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
-from .data import PICTURE_SUFFIXES, RadiographTable, read_parquet
+from .data import PICTURE_SUFFIXES, RadiographTable, pictures_below, read_parquet
 from .errors import SpcxrError
 from .labels import LABELS_COLUMN, Uncertain, canonical_name, label_matrix, label_names, label_struct
 from .shards import ShardIndex, read_index
@@ -178,12 +178,17 @@ def numbers(table: pa.Table, column: str, path: str | os.PathLike) -> np.ndarray
     if pa.types.is_nested(values.type):
         raise SpcxrError(f"{path}: {column} must be a column of numbers; it holds {values.type}")
     try:
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
+        if pa.types.is_large_string(values.type):  # as polars and pandas write it
+            values = values.cast(pa.string())
         if pa.types.is_string(values.type):
             values = pc.utf8_trim_whitespace(values)
             values = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
         return values.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
     except (pa.ArrowException, ValueError) as error:
-        row, text = next((row, text) for row, text in enumerate(texts(table, column)) if not _is_number(text))
+        wrong = ((row, text) for row, text in enumerate(texts(table, column)) if not _is_number(text))
+        row, text = next(wrong, (0, str(values.type)))
         raise SpcxrError(f"{path}: row {row_number(path, row)}: {column} is {text!r}, no number") from error
 
 
@@ -432,12 +437,7 @@ def read_folder(folder: str | os.PathLike, classes: bool | None = None) -> Radio
     root = Path(folder)
     if not root.is_dir():
         raise SpcxrError(f"{root}: no such folder")
-    # hidden files are an archive tool's own (`._picture.png`)
-    names = sorted(
-        file.relative_to(root).as_posix()
-        for file in root.rglob("*")
-        if file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".")
-    )
+    names = sorted(file.relative_to(root).as_posix() for file in pictures_below(root))
     if not names:
         raise SpcxrError(f"{root}: no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) in this folder")
     folders = [name.split("/")[:-1] for name in names]

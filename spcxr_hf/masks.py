@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from .data import RadiographTable
+from .data import RadiographTable, mask_pixels
 from .errors import SpcxrError
 from .manifests import IMAGE, age_of, sex_of
 
@@ -86,10 +86,10 @@ def read_mask(masks: Sequence[Mapping[str, Any]], names: Sequence[str] | None = 
 
 
 def _read_mask_file(path: str) -> np.ndarray:
-    """(height, width) booleans: brighter than half of the range."""
+    """(height, width) booleans, as `mask_pixels` takes them."""
     try:
         with Image.open(path) as picture:
-            return np.asarray(picture.convert("L")) > 127
+            return mask_pixels(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SpcxrError(f"{path}: the mask cannot be read ({error})") from error
 

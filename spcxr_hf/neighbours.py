@@ -199,8 +199,6 @@ def _decode(part: RadiographTable, size: int) -> torch.Tensor:
     pictures = []
     for cell, name in zip(part.column("image"), part.ids, strict=True):
         image = open_image(cell, f"{part.name}: {name}")
-        if image.mode != "L":  # 16 bits, 0 .. 65535
-            image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
         pictures.append(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)))
     return torch.from_numpy(np.stack(pictures)).unsqueeze(1)
 

@@ -20,6 +20,7 @@ from .errors import SpcxrError, one_line
 from .labels import targets_of
 from .metrics import check_packages
 from .precision import bf16_autocast
+from .radiograph import to_8_bit
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -199,6 +200,4 @@ def _batches(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.Im
 
 
 def _in_colour(image: Image.Image) -> Image.Image:
-    if image.mode != "L":
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
-    return image.convert("RGB")
+    return to_8_bit(image).convert("RGB")

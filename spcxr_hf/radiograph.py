@@ -48,8 +48,8 @@ def read_radiograph(
     What the file is follows from its content. A picture is taken as it is: its EXIF orientation is honoured, colour
     becomes luminance (ITU-R BT.601), alpha is dropped, and that its lungs are dark is for its maker to say. Floats
     (TIFF) must lie in 0..1. A DICOM goes through rescale or modality LUT (PS3.3 C.11.1), a VOI LUT or window (C.11.2)
-    and, for MONOCHROME1, inversion (C.7.6.3.1.2); pixel padding becomes black; where there is no usable window, the
-    0.5 % and 99.5 % percentiles become black and white.
+    and, for MONOCHROME1, inversion (C.7.6.3.1.2); pixel padding becomes black; where there is no usable window, or
+    one beside all of the values, the 0.5 % and 99.5 % percentiles become black and white.
 
     Args:
         source: path, file open for binary reading (read to its end), content of a file, or `pydicom.Dataset`.
@@ -79,7 +79,7 @@ def read_radiograph(
             image, colour = read_dicom(content, full_depth=full_depth, window=window), 0.0
     except SpcxrError as error:
         raise SpcxrError(f"{name}: {error}") from (error.__cause__ or error)
-    image = image if full_depth else _to_8_bit(image)
+    image = image if full_depth else to_8_bit(image)
     if strict is not None:
         _report(name, concerns(image, colour), strict)
     return image
@@ -242,7 +242,8 @@ def _check_16_bit(values: np.ndarray) -> None:
         )
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """`L` or 0..65535 (`I;16`, `I`) -> `L`."""
     if image.mode == "L":
         return image
     values = np.asarray(image).astype(np.uint32)

@@ -71,7 +71,7 @@ def read_rows(source: str, exclude: str | os.PathLike | None = None) -> Radiogra
 
 
 def read_ids(path: str | os.PathLike) -> set[str]:
-    """The ids in a text file, one a line; what follows a `#` is a comment.
+    """The ids in a text file, one a line; a line that begins with `#` is a comment.
 
     Raises:
         SpcxrError: the file cannot be read, or holds none.
@@ -80,7 +80,7 @@ def read_ids(path: str | os.PathLike) -> set[str]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SpcxrError(f"{path}: no list of ids ({getattr(error, 'strerror', None) or error})") from error
-    ids = {name for line in lines if (name := line.partition("#")[0].strip())}
+    ids = {name for line in lines if (name := line.strip()) and not name.startswith("#")}
     if not ids:
         raise SpcxrError(f"{path}: holds no ids")
     return ids
@@ -90,8 +90,11 @@ def write_ids(path: str | os.PathLike, ids: Sequence[str], comment: str) -> None
     """Write a file for `read_ids`: a comment, then the ids, sorted.
 
     Raises:
-        SpcxrError: it cannot be written.
+        SpcxrError: it cannot be written, or `read_ids` would not read an id as it is.
     """
+    odd = [name for name in ids if name.startswith("#") or name.splitlines() != [name.strip()]]
+    if odd:
+        raise SpcxrError(f"{path}: cannot hold the id {odd[0]!r}: it begins with #, is empty or has blanks around it")
     try:
         Path(path).write_text("\n".join([f"# {comment}", *sorted(ids)]) + "\n", encoding="utf-8")
     except OSError as error:

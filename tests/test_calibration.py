@@ -168,6 +168,16 @@ def test_thresholds_do_what_they_are_called(seed):
     assert reached["specificity 0.90"][0] == pytest.approx(every[every[:, 1] >= 0.9, 0].max())
 
 
+def test_scores_of_1_are_above_every_threshold():
+    truth = np.array([0, 0, 1, 0, 1])
+    with pytest.raises(SpcxrError, match=r"67% of the negatives score 1: no threshold has a specificity of 0\.9"):
+        thresholds(np.array([1, 1, 1, 0.2, 0.1]), truth)
+    scores = np.array([0.2, 0.4, 1, 0.6, 1])
+    found = thresholds(scores, truth)
+    assert found["specificity 0.90"] == pytest.approx(0.8)
+    assert decision_figures(scores, truth, found["specificity 0.90"]).tolist() == [1, 1, 1]
+
+
 def test_decision_figures_by_hand():
     found = decision_figures(np.array([0.9, 0.5, 0.4, 0.1]), np.array([1, 0, 1, 0]), 0.5)
     assert found.tolist() == [0.5, 0.5, 0.5]
@@ -175,7 +185,7 @@ def test_decision_figures_by_hand():
     assert math.isnan(decision_figures(np.array([0.9]), np.ones(1), 0.5)[1])
 
 
-@pytest.mark.parametrize("score", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("score", [0.0, 0.5])
 def test_scores_that_are_all_equal_give_thresholds_in_range(score):
     found = thresholds(np.full(4, score), np.array([1, 0, 1, 0]))
     assert tuple(found) == POINTS and all(0 <= value <= 1 for value in found.values())

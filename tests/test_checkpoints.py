@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from spcxr_hf import SpcxrConfig, SpcxrModel
-from spcxr_hf.checkpoints import list_checkpoints, load_checkpoint, resume, save_checkpoint
+from spcxr_hf.checkpoints import list_checkpoints, load_checkpoint, resume, save_checkpoint, written_aside
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.training import parameter_groups
 
@@ -118,3 +119,28 @@ def test_a_full_disk_leaves_the_earlier_ones(two_checkpoints, monkeypatch):
         save_checkpoint(two_checkpoints, 3, model, optimizer, {})
     assert sorted(path.name for path in two_checkpoints.iterdir()) == ["checkpoint-1", "checkpoint-2"]
     assert resume(two_checkpoints, *make()) == ({"step": 2}, None)
+
+
+@pytest.mark.parametrize("left_over", [False, True])
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_one_before(tmp_path, monkeypatch, left_over):
+    target, rename = tmp_path / "best", Path.rename
+    with written_aside(target) as folder:
+        (folder / "model").write_text("old")
+    if left_over:  # killed between the two renames
+        target.rename(tmp_path / ".best.previous")
+
+    def refused(path, to):
+        if path.name.endswith(".partial"):
+            raise OSError(39, "Directory not empty")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(SpcxrError, match="best: the model could not be written"), written_aside(target) as folder:
+        (folder / "model").write_text("new")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert (target / "model").read_text() == "old"
+    with written_aside(target) as folder:
+        (folder / "model").write_text("new")
+    assert (target / "model").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]

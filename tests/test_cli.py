@@ -259,6 +259,18 @@ def test_two_files_with_one_picture_are_refused(tmp_path, segmenter, monkeypatch
     assert "give the folder above them" in capsys.readouterr().err
 
 
+def test_a_mask_that_is_made_again_has_one_record(tmp_path, segmenter, monkeypatch):
+    save_pictures(tmp_path / "scans", 2)
+    words = ["segment", tmp_path / "scans", "--model", segmenter, "--masks", tmp_path / "masks"]
+    words += ["--output", tmp_path / "areas.csv"]
+    assert run_main(monkeypatch, *words) == 0
+    before = (tmp_path / "areas.csv").read_text()
+    (tmp_path / "masks" / "0.png").unlink()
+    assert run_main(monkeypatch, *words, "--resume") == 0
+    assert (tmp_path / "masks" / "0.png").is_file()
+    assert (tmp_path / "areas.csv").read_text() == before
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_ctrl_c_leaves_whole_records(tmp_path, pretrained, monkeypatch, capsys, kind):
     save_pictures(tmp_path / "scans", 8)

@@ -216,6 +216,23 @@ def test_thresholds_stay_behind_with_their_head(other, tmp_path):
     assert kept.operating_points == POINTS
 
 
+@pytest.mark.parametrize("other", [{"num_labels": 2}, {"id2label": {0: "Hand", 1: "Foot"}}], ids=str)
+def test_thresholds_of_labels_that_are_gone_are_dropped_with_a_warning(other, tmp_path, caplog):
+    config = tiny_config(**LABELS, operating_points=POINTS, operating_point="youden")
+    for name, value in other.items():
+        setattr(config, name, value)
+    model = modeling_spcxr.SpcxrForImageClassification(config)
+    assert model.config.operating_points is None and model.config.operating_point is None
+    assert "thresholds belong to a head, and are dropped with its labels" in caplog.text
+    renamed = modeling_spcxr.SpcxrForImageClassification(
+        tiny_config(**LABELS, operating_points=POINTS, operating_point="youden")
+    )
+    assert renamed.config.operating_points == POINTS
+    renamed.config.id2label = {0: "Hand", 1: "Foot"}
+    renamed.save_pretrained(tmp_path)
+    assert SpcxrConfig.from_pretrained(tmp_path).operating_points is None
+
+
 def test_two_configurations_share_nothing():
     first, second = SpcxrConfig(), SpcxrConfig()
     first.auto_map["AutoModel"] = "elsewhere.Model"

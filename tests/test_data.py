@@ -1,5 +1,6 @@
 """Sets of radiographs: reading, decoding, the cache, the order of the batches."""
 
+import io
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from PIL import Image
 from spcxr_hf import data
 from spcxr_hf.data import batches, decode_images, decode_masks, decode_set, open_mask, read_table, step_seed
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.inference import find_sources
+from spcxr_hf.manifests import read_folder
 from tests.made_up import STRUCT, encoded, picture, write_set
 
 
@@ -53,6 +56,16 @@ def test_a_folder_of_pictures(tmp_path):
     assert table.column("id") == ["b.png", "inner/a.PNG"]
     pixels = decode_images(table, 16)
     assert torch.equal(pixels[0], pixels[1])
+
+
+def test_every_dicom_of_a_folder_counts_and_nothing_hidden(tmp_path):
+    for name in ("a.png", "._a.png", ".trash/d.png", "b.dicom", "c.dcm", "1.2.840.113", "UID", "notes", "read.me"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(128) + (b"DICM" if name in ("1.2.840.113", "UID") else b"text"))
+    expected = ["1.2.840.113", "UID", "a.png", "b.dicom", "c.dcm"]
+    assert read_table(tmp_path).ids == expected
+    assert read_folder(tmp_path).ids == expected
+    assert [source.name for source in find_sources([tmp_path])] == expected
 
 
 def test_nothing_there(tmp_path):
@@ -130,6 +143,8 @@ def test_unknown_columns_and_values(shard):
         table.where("colour", "grey")
     with pytest.raises(SpcxrError, match=r"one\.parquet: no row has lung_split = 'shift'"):
         table.where("lung_split", "shift")
+    with pytest.raises(SpcxrError, match=r"one\.parquet: column 'pretrain' holds bool, and 'train' is none"):
+        table.where("pretrain", "train")
 
 
 # Decoding
@@ -175,6 +190,16 @@ def test_masks_of_any_depth_become_black_and_white():
     expected = picture(0)[1]
     for pixels in (expected, expected.astype(bool), np.stack([expected] * 3, axis=2)):
         assert np.array_equal(np.asarray(open_mask(encoded(pixels), "mask")), expected)
+    for pixels in (expected // 255, np.zeros_like(expected)):
+        assert np.array_equal(np.asarray(open_mask(encoded(pixels), "mask")), pixels * 255)
+
+
+def test_a_mask_of_class_numbers_is_refused():
+    """They would all be darker than half of the range, and the mask empty."""
+    with pytest.raises(
+        SpcxrError, match=r"row-7: the lung mask cannot be read \(its greatest value is 2; inside is 255"
+    ):
+        open_mask(encoded(np.array([[0, 1], [2, 0]], np.uint8)), "row-7")
 
 
 def test_the_cache_is_read_instead(shard, tmp_path, monkeypatch):
@@ -296,3 +321,31 @@ def test_another_picture_of_the_same_name_is_decoded_anew(tmp_path):
         Image.new("L", (20 + grey, 20), grey).save(file)
         found.append(decode_images(read_table(file.parent), 16, cache=tmp_path / "cache").float().mean().item())
     assert found == [50, 200]
+
+
+def test_other_bytes_of_the_same_length_are_decoded_anew(tmp_path):
+    def flat(grey: int) -> dict:
+        content = io.BytesIO()
+        Image.new("L", (8, 8), grey).save(content, "BMP")
+        return {"bytes": content.getvalue(), "path": None}
+
+    for grey in (10, 200):
+        pq.write_table(pa.table({"image": pa.array([flat(grey)], STRUCT), "id": ["a"]}), tmp_path / "set.parquet")
+        assert decode_images(read_table(tmp_path / "set.parquet"), 4, tmp_path / "cache").unique().tolist() == [grey]
+
+
+def test_a_set_of_paths_alone_has_a_fingerprint(tmp_path):
+    Image.new("L", (8, 8), 9).save(tmp_path / "a.png")
+    image = pa.array([{"bytes": None, "path": str(tmp_path / "a.png")}])  # `bytes` has the type null
+    pq.write_table(pa.table({"image": image, "id": ["a"]}), tmp_path / "set.parquet")
+    assert decode_images(read_table(tmp_path / "set.parquet"), 4, tmp_path / "cache").unique().tolist() == [9]
+
+
+def test_a_cache_on_a_full_disk_is_named_and_leaves_nothing(shard, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("spcxr_hf.data.np.save", full)
+    with pytest.raises(SpcxrError, match=r"image-16\.npy: cannot be written \(No space left on device\)"):
+        decode_images(read_table(shard), 16, tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -134,6 +134,35 @@ def test_few_bright_pixels_without_a_window(tmp_path):
     assert np.unique(image).tolist() == [0, 255]
 
 
+@pytest.mark.parametrize(("center", "width"), [(60000, 10), (-500, 100), (0, 1)])
+def test_a_window_beside_the_values_is_of_no_use(center, width):
+    found = read_radiograph(dataset(RAMP, 12, WindowCenter=center, WindowWidth=width))
+    assert np.array_equal(np.asarray(found), np.asarray(read_radiograph(dataset(RAMP, 12))))
+
+
+def test_a_slope_without_an_intercept_counts():
+    window = {"WindowCenter": 2001, "WindowWidth": 2001}
+    found = read_radiograph(dataset(RAMP, 12, RescaleSlope=2, **window))
+    assert np.array_equal(
+        np.asarray(found), np.asarray(read_radiograph(dataset(RAMP, 12, RescaleSlope=2, RescaleIntercept=0, **window)))
+    )
+
+
+def test_a_voi_lut_without_data_leaves_the_window():
+    pydicom = pytest.importorskip("pydicom")
+    item = pydicom.Dataset()
+    item.LUTExplanation = "NORMAL"
+    window = {"WindowCenter": 1000.5, "WindowWidth": 1001}
+    found = read_radiograph(dataset(RAMP, 12, VOILUTSequence=[item], **window))
+    assert np.array_equal(np.asarray(found), np.asarray(read_radiograph(dataset(RAMP, 12, **window))))
+
+
+def test_a_voi_lut_of_12_bits_that_are_declared_16():
+    declared, held = (dataset(RAMP, 12, VOILUTSequence=[lut(4096, 0, bits)]) for bits in (16, 12))
+    declared.VOILUTSequence[0].LUTData = held.VOILUTSequence[0].LUTData
+    assert np.array_equal(np.asarray(read_radiograph(declared)), np.asarray(read_radiograph(held)))
+
+
 def test_8_bits_stay_8_bits(tmp_path):
     path = saved(dataset(GREY[:, :54].copy(), 8, WindowCenter=128, WindowWidth=256), tmp_path / "chest.dcm")
     image = read_radiograph(path, full_depth=True)
@@ -169,7 +198,7 @@ REFUSED_DICOMS = {
     "too few pixels": ({"Rows": 80}, "damaged or cut short"),
     "impossible depth": ({"BitsAllocated": 7}, "pixel data"),
     "constant": ({"PixelData": bytes(128)}, "no contrast"),
-    "window beside the values": ({"WindowCenter": 60000, "WindowWidth": 10}, "no contrast"),
+    "bits at the upper end": ({"HighBit": 15}, "highest bit at 15 with 12 bits stored"),
     "too large": ({"Rows": 60000, "Columns": 60000}, "60000 x 60000 pixels"),
 }
 

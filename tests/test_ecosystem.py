@@ -11,6 +11,8 @@ from torch import nn
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
+    Trainer,
+    TrainingArguments,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     pipeline,
@@ -56,6 +58,30 @@ def test_pipelines_know_the_models(task: str, model_class: Any, tmp_path: Path, 
     answer = pipeline(task, model=str(tmp_path))(Image.fromarray(picture(0)[0]))
     assert {one["label"] for one in answer} <= set(LABELS["label2id"]) and answer
     assert complaints == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_trainer_s_accumulated_batches_are_as_good_as_one(batch_size: int, tmp_path: Path):
+    """Trainer believes of a class with `**kwargs` that it divides by the labels of all micro-batches, if not told."""
+    images = [{"pixel_values": pixels(1, seed=seed)[0], "labels": seed % 3} for seed in range(4)]
+
+    def losses(size: int) -> tuple[float, float]:
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(build(SpcxrForImageClassification), arguments, train_dataset=images)
+        trainer.train()
+        return trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"]
+
+    assert losses(batch_size) == pytest.approx(losses(4), rel=1e-3)
 
 
 def test_lora(tmp_path: Path):

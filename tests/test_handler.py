@@ -33,6 +33,7 @@ CHECKPOINTS = {
     "embedding": (SpcxrForPreTraining, {}),
     "softmax": (SpcxrForImageClassification, {"operating_points": POINTS, "operating_point": "youden", **LABELS}),
     "sigmoid": (SpcxrForImageClassification, {"problem_type": "multi_label_classification", **LABELS}),
+    "one label": (SpcxrForImageClassification, {"num_labels": 1}),
     "segmentation": (SpcxrForSemanticSegmentation, {"id2label": {0: "background", 1: "lung"}}),
 }
 
@@ -206,6 +207,13 @@ def test_probabilities(answers, models, checkpoint):
     assert answers[checkpoint]["top_k"]["labels"] == found[:1]
 
 
+def test_a_single_label_has_a_probability_of_its_own(answers, models):
+    logit = run(models["one label"], GREY).logits[0, 0]
+    assert [entry["score"] for entry in answers["one label"]["bytes"]["labels"]] == pytest.approx(
+        [logit.sigmoid().item()]
+    )
+
+
 def test_decisions(answers):
     found = answers["softmax"]["bytes"]
     scores = {entry["label"]: entry["score"] for entry in found["labels"]}
@@ -259,7 +267,12 @@ def test_pil_images_and_bombs():
     """What endpoints make of a request of type image/*; and a small file that is a huge picture."""
     from spcxr_hf.modeling import handler
 
-    assert handler.read_picture(GREY) is GREY
+    assert np.array_equal(np.asarray(handler.read_picture(GREY)), np.asarray(GREY))
+    lying = GREY.copy()
+    lying.getexif()[0x0112] = 6  # "turn by 90 degrees"
+    assert lying.size == (44, 60) and handler.read_picture(lying).size == (60, 44)
+    with pytest.raises(handler.RequestError, match="9000 x 9000 pixels"):
+        handler.read_picture(Image.new("1", (9000, 9000)))
     huge = encode(Image.new("1", (9000, 9000)))
     assert len(huge) < 100_000
     with pytest.raises(handler.RequestError, match="9000 x 9000 pixels"):

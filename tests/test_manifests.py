@@ -146,6 +146,10 @@ def test_a_parquet_manifest_takes_booleans_structs_and_large_text(tmp_path):
     np.testing.assert_array_equal(label_matrix(same, ["Mass", "Edema"]), [[1, 1], [NAN, 0]])
     other = read_manifest(tmp_path / "set.parquet", labels=["Hernia"])
     np.testing.assert_array_equal(label_matrix(other), [[1], [NAN]])
+    for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        cells = pa.array([" 1", ""]).cast(kind)
+        pq.write_table(pa.table({"path": path, "Mass": cells}), tmp_path / "set.parquet")
+        assert label_matrix(read_manifest(tmp_path / "set.parquet", labels=["Mass"])).flatten().tolist()[0] == 1
 
 
 def test_another_folder_and_absolute_paths(tmp_path):

@@ -56,3 +56,13 @@ def test_broken_files_of_several_starts(tmp_path, capsys):
     assert capsys.readouterr().out == f"skipped 3 broken files, listed in {tmp_path / 'run' / 'skipped.csv'}\n"
     report_skipped(None, {"c": "cut short"})
     assert capsys.readouterr().out == "skipped c: cut short\n"
+
+
+def test_ids_are_read_as_they_were_written(tmp_path):
+    ids = ["b#2.png", "a scan #1.png"]
+    write_ids(tmp_path / "out.txt", ids, "with a # in the name")
+    assert read_ids(tmp_path / "out.txt") == set(ids)
+    for odd in ("#1.png", " a.png", "a\nb.png", ""):
+        with pytest.raises(SpcxrError, match=r"out\.txt: cannot hold the id"):
+            write_ids(tmp_path / "out.txt", [odd], "refused")
+    assert read_ids(tmp_path / "out.txt") == set(ids)
