@@ -60,7 +60,8 @@ def save_checkpoint(
         sums = {file.name: _checksum(file) for file in sorted(partial.iterdir())}
         (partial / CHECKSUM_FILE).write_text(json.dumps(sums, indent=2), encoding="utf-8")
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old != target:  # a damaged one that a run went back from has a higher number
+            shutil.rmtree(old)
     return target
 
 

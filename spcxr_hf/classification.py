@@ -40,6 +40,7 @@ def classification_loss(
     multi_label: bool,
     weights: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
+    known_share: float | None = None,
 ) -> torch.Tensor:
     """Cross-entropy with softmax, or of every label with sigmoid.
 
@@ -50,6 +51,8 @@ def classification_loss(
         multi_label: Whether labels may hold together.
         weights: (classes,) of each class, or of each label's positives.
         label_smoothing: Share of a target that is spread over all classes (arXiv 1512.00567, section 7).
+        known_share: Of labels, the share of the whole set's that is known. With it every known label weighs alike, in
+            whatever micro-batch it lies; without it, the mean is over those that are known here.
 
     Returns:
         The mean over the images, or over the labels that are known; 0 where none is.
@@ -60,7 +63,8 @@ def classification_loss(
     known = ~targets.isnan()
     wanted = torch.where(known, targets * (1 - label_smoothing) + label_smoothing / 2, 0.0)
     each = nn.functional.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights, reduction="none")
-    return torch.where(known, each, 0.0).sum() / known.sum().clamp(min=1)
+    count = known.sum().clamp(min=1) if known_share is None else known.numel() * known_share
+    return torch.where(known, each, 0.0).sum() / count
 
 
 def measure(logits: torch.Tensor, targets: torch.Tensor, multi_label: bool) -> dict[str, float]:

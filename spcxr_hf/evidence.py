@@ -173,8 +173,8 @@ def write_predictions(path: Path, reports: Mapping[str, Predictions]) -> None:
             {
                 "report": [name] * len(found.ids),
                 "id": found.ids,
-                "patient": pa.array(found.patients, pa.string()),
-                "group": pa.array(found.groups, pa.string()),
+                "patient": pa.array(_as_text(found.patients), pa.string()),
+                "group": pa.array(_as_text(found.groups), pa.string()),
                 "label": found.labels.astype(np.int64),
                 "probabilities": pa.array(found.probabilities.tolist(), pa.list_(pa.float64())),
             }
@@ -185,6 +185,11 @@ def write_predictions(path: Path, reports: Mapping[str, Predictions]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.concat_tables(tables), partial, compression="zstd")
     partial.replace(path)
+
+
+def _as_text(values: Sequence[Any] | None) -> list[str | None] | None:
+    """Patients may have numbers."""
+    return None if values is None else [None if value is None else str(value) for value in values]
 
 
 def read_predictions(path: Path) -> dict[str, Predictions]:

@@ -152,7 +152,8 @@ def read_cost(folders: Sequence[str]) -> dict[str, Any] | None:
         return None
     rate = images / (60 * minutes) if minutes else 0.0
     counts = {"minutes": round(minutes, 2), "images": int(images), "images_per_second": round(rate, 2)}
-    return {"device": figures["device"], "processes": int(figures["processes"]), **counts}
+    processes = int(figures["processes"].partition(",")[0])  # "8, sharded"
+    return {"device": figures["device"], "processes": processes, **counts}
 
 
 def training_costs(
@@ -220,8 +221,15 @@ def collect(
 
 
 def _carry_over(results: dict[str, Any], earlier: Mapping[str, Any]) -> None:
-    """Fill settings whose cells are gone from an earlier results file of the same grid and weights."""
+    """Fill settings and sections whose cells are gone from an earlier results file of the same grid and weights."""
     carried = 0
+    here, before = results["cost"]["cells"], earlier["cost"]["cells"]
+    for section in ("fine_tuning", "probing", "ablations"):
+        if section in here and section in before and not here[section]["cells"]:
+            here[section] = before[section]
+            if section != "fine_tuning":  # whose settings are looked at one by one
+                results[section] = earlier[section]
+                carried += before[section]["cells"]
     for task, entry in results["fine_tuning"].items():
         known = earlier["fine_tuning"].get(task, {}).get("fractions", {})
         for fraction, setting in entry["fractions"].items():

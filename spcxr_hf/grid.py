@@ -156,6 +156,7 @@ class Grid:
         absent = [path for path in cell.needs if not path.exists()]
         try:
             if self.result(cell) is not None:
+                self._keep(cell)  # one that finished before anybody asked to keep it
                 return False
             if absent:
                 self.tally.waiting.append(cell.name)
@@ -185,9 +186,12 @@ class Grid:
         write_results(folder / RESULT, result)
         if not self.keep_models:
             drop_models(folder)
-        if self.kept is not None:
-            keep(folder, self.kept / cell.name)
+        self._keep(cell)
         print(f"{cell.name}: finished in {result['minutes']:.1f} minutes", flush=True)
+
+    def _keep(self, cell: Cell) -> None:
+        if self.kept is not None and not (self.kept / cell.name / RESULT).is_file():
+            keep(self.output / cell.name, self.kept / cell.name)
 
     def _call(self, command: Sequence[str], log: Path, lock: int) -> None:
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))

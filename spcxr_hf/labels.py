@@ -155,13 +155,13 @@ def names_in(cell: Any, multi_label: bool) -> list[str]:
 
     Args:
         cell: A word or a number; a list of findings, which counts as `normal` where it is empty and `abnormal` else;
-            with `multi_label` a list of the labels that hold, or a struct with a field for each; None: missing.
+            with `multi_label` a list of the labels that hold, or a struct with a field for each; None or NaN: missing.
         multi_label: Whether labels may hold together.
 
     Raises:
         SpcxrError: labels may hold together, but the cell is neither list nor struct.
     """
-    if cell is None:
+    if cell is None or cell != cell:  # NaN
         return []
     if multi_label and not isinstance(cell, list | dict):
         raise SpcxrError(f"multi_label needs lists or structs in the column of labels; it holds {cell!r}")
@@ -176,17 +176,29 @@ def targets_of(cell: Any, classes: Mapping[str, Sequence[str]], multi_label: boo
     Args:
         classes: Class -> the labels that count as it. A class of several labels holds where one of them does.
         multi_label: Whether labels may hold together; where not, a cell that names none of the classes is not known.
+
+    Raises:
+        SpcxrError: as `names_in`; or a field of a struct is none of 1, 0, -1 (uncertain: not known) and missing.
     """
-    if cell is None:
+    if cell is None or cell != cell:  # NaN
         return [math.nan] * len(classes)
     if isinstance(cell, dict):
-        return [_joined([cell.get(label) for label in labels]) for labels in classes.values()]
+        return [_joined([_known(cell.get(label), label) for label in labels]) for labels in classes.values()]
     names = names_in(cell, multi_label)
     targets = [float(any(label in names for label in labels)) for labels in classes.values()]
     return targets if multi_label or any(targets) else [math.nan] * len(classes)
 
 
-def _joined(values: list[Any]) -> float:
+def _known(value: Any, name: str) -> bool | None:
+    """One field of a struct, as `resolve` takes it; None where it is missing or uncertain."""
+    if value is None or value != value or value == -1:
+        return None
+    if value not in (0, 1):
+        raise SpcxrError(f"{name}: a label must be 1, 0, -1 (uncertain) or missing; got {value!r}")
+    return bool(value)
+
+
+def _joined(values: list[bool | None]) -> float:
     """1 where one of these labels holds, NaN where one is not known, else 0."""
     return 1.0 if any(values) else math.nan if None in values else 0.0
 

@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 
 # Every process holds the whole model, or the run itself divides it (`--shard true`).
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-# What may be another at the next start of a run without making it another run.
-NEUTRAL = {"data", "output", "cache", "cache_folder", "workers", "compile", "save_every", "keep_checkpoints"}
+# What may be another at the next start of a run without making it another run. (A set that is read on the way comes in
+# another order than one that is kept; where it is kept makes no difference.)
+NEUTRAL = {"data", "output", "cache_folder", "workers", "compile", "save_every", "keep_checkpoints"}
 NEUTRAL |= {"log_every", "max_skipped", "trackers", "push_to_hub"}
 
 
@@ -100,9 +101,14 @@ def check_run(arguments: RunArguments) -> None:
         if (value := getattr(arguments, name)) not in allowed:
             raise SpcxrError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}; got {value!r}")
     least = {"steps": 1, "save_every": 1, "log_every": 1, "keep_checkpoints": 1, "max_skipped": 1, "workers": 0}
-    for name, lowest in least.items():
-        if (value := getattr(arguments, name)) < lowest:
+    for name, lowest in {**least, "decay_steps": 0}.items():
+        if (value := getattr(arguments, name)) is not None and value < lowest:
             raise SpcxrError(f"{name} must be at least {lowest}; got {value}")
+    if arguments.image_size > arguments.stored_size:  # it would learn from enlarged images and predict from sharp ones
+        raise SpcxrError(
+            f"image_size {arguments.image_size} is above stored_size {arguments.stored_size}, as images are kept: "
+            f"add --stored_size {arguments.image_size}"
+        )
     if not 0 <= arguments.ema_decay < 1:
         raise SpcxrError(f"ema_decay must lie in [0, 1); got {arguments.ema_decay}")
     if arguments.shard and arguments.compile:  # nobody has measured or tested the two together
@@ -135,6 +141,8 @@ def _warn_of_another_recipe(output: Path, arguments: RunArguments) -> None:
     now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(arguments)))  # as it will be read
     known = before if isinstance(before, dict) else {}
     changed = [name for name in now if name in known and name not in NEUTRAL and known[name] != now[name]]
+    if "none" not in (known.get("cache"), now["cache"]):
+        changed = [name for name in changed if name != "cache"]
     if changed:
         said = ", ".join(f"{name} {known[name]} -> {now[name]}" for name in changed)
         logger.warning(

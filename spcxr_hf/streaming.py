@@ -27,7 +27,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -285,6 +288,7 @@ class StreamingRadiographs:
             batch_size=None,
             num_workers=self.workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_sigterm_to_the_run,
             generator=torch.Generator(),  # or else the loader draws from the global one
         )
         try:
@@ -316,6 +320,23 @@ class StreamingRadiographs:
                 MicroBatch(one.images, one.ids, _as_tensors(one), step_seed(plan.seed, one.step, one.lane))
                 for one in made
             ]
+
+
+def _leave_sigterm_to_the_run(worker: int) -> None:
+    """Launchers send SIGTERM to every process of a run: a worker that died of it would keep the run from saving.
+
+    From the run's own process it still ends the worker. (macOS does not say who sent a signal; there it always does.)
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before the thread, which inherits it
+
+    def listen() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def _as_tensors(batch: StreamedBatch) -> dict[str, torch.Tensor]:

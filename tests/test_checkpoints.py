@@ -144,3 +144,11 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_one_before(tmp_path, mo
         (folder / "model").write_text("new")
     assert (target / "model").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_what_was_just_written_is_never_deleted(two_checkpoints):
+    """A damaged one that a run went back from has a higher number."""
+    model, optimizer = make()
+    (two_checkpoints / "checkpoint-2").rename(two_checkpoints / "checkpoint-9")
+    save_checkpoint(two_checkpoints, 3, model, optimizer, {}, keep=1)
+    assert [path.name for path in list_checkpoints(two_checkpoints)] == ["checkpoint-3", "checkpoint-9"]

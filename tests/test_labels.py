@@ -155,8 +155,13 @@ def test_targets_of_a_cell():
         (None, [math.nan] * 2),
         ({"normal": False, "viral": None, "bacterial": True}, [0, 1]),
         ({"normal": True, "viral": None, "bacterial": False}, [1, math.nan]),
+        ({"normal": 1.0, "viral": math.nan, "bacterial": 0.0}, [1, math.nan]),
+        ({"normal": 0, "viral": -1, "bacterial": 0}, [0, math.nan]),
+        (math.nan, [math.nan] * 2),
     ):
         assert np.array_equal(targets_of(cell, classes, True), expected, equal_nan=True)
+    with pytest.raises(SpcxrError, match="viral: a label must be 1, 0, -1 .* got 0.2"):
+        targets_of({"normal": 0, "viral": 0.2, "bacterial": 0}, classes, True)
 
 
 def test_a_class_may_join_labels():
@@ -167,7 +172,7 @@ def test_a_class_may_join_labels():
 
 
 def test_what_a_cell_names():
-    assert names_in(3, False) == ["3"] and names_in(None, True) == []
+    assert names_in(3, False) == ["3"] and names_in(None, True) == names_in(math.nan, False) == []
     assert (names_in([], False), names_in(["Mass"], False)) == (["normal"], ["abnormal"])
     assert names_in({"Mass": None, "Edema": 1}, True) == ["Mass", "Edema"]
     with pytest.raises(SpcxrError, match="multi_label needs lists or structs in the column of labels; it holds 'Mass'"):

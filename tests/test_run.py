@@ -288,6 +288,11 @@ def test_a_run_that_goes_on_by_another_recipe_says_so(shard, tmp_path, caplog):
             ]
         else:
             assert len(said) == 1 and "(steps 2 -> 3)" in said[0]
+    for cache, is_told in (("device", False), ("none", True)):  # a stream comes in another order
+        caplog.clear()
+        pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "3", "--learning_rate", "0.1", "--cache", cache))
+        said = [record.message for record in caplog.records if record.name == "spcxr_hf.launch"]
+        assert len(said) == is_told and all("(cache device -> none)" in words for words in said)
     (tmp_path / "recipe.yaml").write_text("steps: [")
     caplog.clear()
     pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "3"))
@@ -387,7 +392,15 @@ def test_deterministic_mode(shard, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("cache", "disk"), ("mixed_precision", "fp8"), ("steps", 0), ("keep_checkpoints", 0), ("ema_decay", 1.0)],
+    [
+        ("cache", "disk"),
+        ("mixed_precision", "fp8"),
+        ("steps", 0),
+        ("keep_checkpoints", 0),
+        ("ema_decay", 1.0),
+        ("decay_steps", -5),
+        ("stored_size", 112),
+    ],
 )
 def test_values_out_of_range_are_refused_by_name(name, value):
     arguments = RunArguments("data", "output")

@@ -206,3 +206,25 @@ def test_a_label_may_count_as_several_classes():
     assert targets_of(["Edema"], parse_classes(["normal", "abnormal"]), False) == [0, 1]
     with pytest.raises(SpcxrError, match="holds 'Edema'"):
         targets_of("Edema", classes, True)
+
+
+def test_a_set_of_one_class_has_no_thresholds_and_no_curves(shard, calibrated, tmp_path):
+    table = read_table(shard).where("pneumonia_label", "normal").where("pneumonia_split", "val")
+    pq.write_table(table.rows, tmp_path / "normal.parquet")
+    flags = ["--label_column", "pneumonia_label", "--split_column", "pneumonia_split", "--classes", *CLASSES]
+    flags += ["--splits", "val", "--resamples", "5", "--output", str(tmp_path / "out")]
+    result = calibrate.main(["--model", str(calibrated[0]), "--data", str(tmp_path / "normal.parquet"), *flags])
+    assert result["operating_points"] is None
+    assert not (tmp_path / "out" / "roc.png").exists()
+
+
+def test_rows_that_the_training_left_out_are_left_out(shard, tmp_path):
+    (tmp_path / "copies.txt").write_text("row-5\nrow-30\n")
+    recipe = f"label_column: pneumonia_label\nsplit_column: pneumonia_split\nexclude: {tmp_path / 'copies.txt'}\n"
+    recipe += f"classes: {json.dumps(CLASSES)}\n"
+    model = checkpoint(tmp_path / "final", LABELS, multi_label=False, recipe=recipe)
+    words = ["--model", str(model), "--data", shard, "--resamples", "5", "--splits", "val", "test"]
+    found = calibrate.main([*words, "--output", str(tmp_path / "out")])["splits"]
+    assert [found[name]["images"] for name in ("val", "test")] == [23, 17]
+    every = calibrate.main([*words, "--output", str(tmp_path / "every"), "--exclude", ""])["splits"]
+    assert [every[name]["images"] for name in ("val", "test")] == [24, 18]

@@ -204,7 +204,18 @@ def test_a_run_ends_when_val_gets_no_better(shard, pretrained, tmp_path):
 
 def test_from_scratch_takes_the_config_alone(shard, pretrained, tmp_path):
     before = SpcxrForPreTraining.from_pretrained(pretrained).spcxr.state_dict()
-    still = ["--steps", "1", "--learning_rate", "0", "--final_learning_rate", "0", "--image_size", "48"]
+    still = [
+        "--steps",
+        "1",
+        "--learning_rate",
+        "0",
+        "--final_learning_rate",
+        "0",
+        "--image_size",
+        "48",
+        "--stored_size",
+        "48",
+    ]
     for name, flags, same in (("a", [], True), ("b", ["--from_scratch", "true"], False)):
         model = SpcxrForImageClassification.from_pretrained(
             run(shard, tmp_path / name, "--init_from", pretrained, *still, *flags) / "final"
@@ -497,6 +508,16 @@ def test_missing_labels_give_no_gradient():
     assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
     nothing = classification_loss(logits, torch.full((4, 2), math.nan), True)
     assert nothing.item() == 0
+
+
+def test_a_known_label_weighs_the_same_in_any_micro_batch():
+    targets = torch.tensor([[1.0, math.nan], [math.nan, math.nan], [0.0, 1.0], [1.0, 0.0]])
+    logits = torch.randn(4, 2, requires_grad=True)
+    share = 1 - targets.isnan().float().mean().item()
+    (whole,) = torch.autograd.grad(classification_loss(logits, targets, True), logits)
+    parts = zip(logits.split(2), targets.split(2), strict=True)
+    halves = sum(classification_loss(part, wanted, True, known_share=share) / 2 for part, wanted in parts)
+    torch.testing.assert_close(torch.autograd.grad(halves, logits)[0], whole)
 
 
 def test_balanced_class_weights():

@@ -159,6 +159,9 @@ def test_predictions_are_kept_exactly(tmp_path):
     for name in kept:
         assert (found[name].probabilities == kept[name].probabilities).all()
         assert found[name].patients == kept[name].patients and found[name].ids == kept[name].ids
+    numbered = dataclasses.replace(kept["test"], patients=list(range(len(kept["test"].ids))))
+    evidence_flow.write_predictions(tmp_path / "p.parquet", {"test": numbered})
+    assert evidence_flow.read_predictions(tmp_path / "p.parquet")["test"].patients[:2] == ["0", "1"]
     with pytest.raises(SpcxrError, match="no predictions"):
         evidence_flow.read_predictions(tmp_path / "other.parquet")
 
@@ -280,7 +283,7 @@ def test_costs_of_runs_add_up(tmp_path):
     for name, seconds in (("a", 60), ("b", 120)):
         (tmp_path / name).mkdir()
         page = f"| optimiser steps | 10 |\n| images per step | 6 |\n| seconds | {seconds} |\n"
-        page += "| processes | 2 |\n| device | cpu |\n"
+        page += f"| processes | 2{', sharded' * (name == 'b')} |\n| device | cpu |\n"
         (tmp_path / name / "report.md").write_text(page)
     cost = read_cost([str(tmp_path / "a"), str(tmp_path / "b")])
     assert cost == {"device": "cpu", "processes": 2, "minutes": 3.0, "images": 120, "images_per_second": 0.67}
@@ -405,6 +408,10 @@ def test_a_grid_from_its_first_cell_to_its_tables(place, shard, checkpoint, mae,
     assert table.splitlines()[2].startswith("| pneumonia | 50 % (9) | ") and "mae |" not in table
     assert table.endswith("Not run: pneumonia 100 %.")
 
+    shutil.rmtree(place / "kept")  # not asked for until now
+    assert start(place, shard, models, *keeping, "--only", "pneumonia/0.5")["cells"]["finished"] == 4
+    assert len(in_process) == 4
+
     shutil.rmtree(place / "cells")  # another machine
     results = start(place, shard, [models[0], f"mae={mae}"], *keeping)
     assert in_process[4:].count("finetune_classification.py") == 2 + 3  # what was finished is not run again
@@ -422,11 +429,16 @@ def test_settings_whose_cells_are_gone_keep_their_figures(shard, checkpoint, in_
     models = [f"spcxr={checkpoint}"]
     before = start(tmp_path, shard, models, "--only", "*/1/*/spcxr", "*/1/*/scratch")
     shutil.rmtree(tmp_path / "cells")
+    probed = {"cells": 3, "minutes": 7.0, "training_minutes": 0.0}
+    earlier = {**before, "probing": {"models": ["spcxr"], "methods": [], "tasks": {}, "fractions": [], "results": {}}}
+    earlier["cost"]["cells"]["probing"] = probed
+    (tmp_path / "results.json").write_text(json.dumps(earlier))
     after = start(tmp_path, shard, models, "--only", "*/0.5/seed-0/spcxr")
+    assert after["probing"] == earlier["probing"] and after["cost"]["cells"]["probing"] == probed
     kept = after["fine_tuning"]["pneumonia"]["fractions"]
     assert kept["1"] == before["fine_tuning"]["pneumonia"]["fractions"]["1"]
     assert kept["0.5"]["inits"]["spcxr"]["finished"] == [0]
-    assert after["cells"] == {"finished": 1, "missing": 14 - 1 - 2, "carried_over": 2}
+    assert after["cells"] == {"finished": 1, "missing": 14 - 1 - 2 - 3, "carried_over": 2 + 3}
     assert after["goals"][2]["state"] == before["goals"][2]["state"] != "open: cells not run"
 
     file = tmp_path / "results.json"

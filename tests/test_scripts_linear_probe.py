@@ -1,6 +1,7 @@
 """Linear probe and k-NN: figures against other implementations, tasks of every kind, refusals, the results file."""
 
 import json
+import math
 import runpy
 import sys
 from collections import Counter
@@ -297,3 +298,11 @@ def test_broken_files_are_skipped_and_listed(own, model, tmp_path):
     result = linear_probe.main([*flags, "--output", str(tmp_path / "report" / "probe.json")])
     assert result["images"] == {"train": 11, "val": 8, "test": 8}
     assert (tmp_path / "report" / "skipped.csv").read_text().splitlines()[1].startswith("row 2,")
+
+
+def test_rows_of_unknown_patients_are_patients_of_their_own():
+    columns = {"patient": pa.array([3.0, math.nan, None, 3.0])}
+    numbers = linear_probe.name_patients(RadiographTable(pa.table(columns), "set"))
+    assert numbers[0] == numbers[3] and len(set(numbers)) == 3
+    columns = {"patient": ["a", "", "", "a"]}
+    assert len(set(linear_probe.name_patients(RadiographTable(pa.table(columns), "set")))) == 3

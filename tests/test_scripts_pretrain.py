@@ -140,7 +140,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(shard, finished, tmp_path, mon
 
 
 def test_another_image_size_goes_on_from_a_checkpoint(shard, finished, tmp_path):
-    flags = ["--init_from", str(finished / "final"), *BRIEF, "--image_size", "48"]
+    flags = ["--init_from", str(finished / "final"), *BRIEF, "--image_size", "48", "--stored_size", "48"]
     pretrain.main(["--data", shard, "--output", str(tmp_path), *flags])
     model = AutoModelForPreTraining.from_pretrained(tmp_path / "final")
     assert model.config.image_size == 48
@@ -174,6 +174,8 @@ def test_a_folder_of_pictures(tmp_path):
         (["--image_size", "30"], "multiple of patch_size"),
         (["--init_from", "no/such/folder"], "no/such/folder"),
         (["--size", "huge"], "huge"),
+        (["--drop_share", "0.5"], "drop_share takes two numbers"),
+        (["--crop_scale", "0.5"], "crop_scale takes two numbers"),
     ],
 )
 def test_refusals(shard, tmp_path, flags, message):

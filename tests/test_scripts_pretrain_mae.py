@@ -73,7 +73,19 @@ def test_patches_have_positions(finished):
 @pytest.mark.slow
 def test_it_learns(shard, tmp_path):
     flags = [*BRIEF, "--steps", "60", "--save_every", "60", "--learning_rate", "1e-3", "--norm_pix_loss", "false"]
-    flags += ["--image_size", "64", "--mask_ratio", "0.5", "--crop_scale", "0.95", "1", "--batch_size", "12"]
+    flags += [
+        "--image_size",
+        "64",
+        "--stored_size",
+        "64",
+        "--mask_ratio",
+        "0.5",
+        "--crop_scale",
+        "0.95",
+        "1",
+        "--batch_size",
+        "12",
+    ]
     flags += ["--micro_batch_size", "12", "--decoder_width", "64", "--decoder_depth", "2"]
     pretrain_mae.main(["--data", shard, "--output", str(tmp_path), *flags])
     losses = [float(line.split(",")[1]) for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
@@ -116,7 +128,7 @@ def test_other_scripts_take_it_as_a_model_of_another_family(shard, finished, tmp
     assert tuned.config.model_type == "vit" and tuned.config.num_channels == 1 and tuned.config.num_labels == 3
 
 
-def test_as_many_steps_as_the_minutes_allow(shard, tmp_path):
+def test_as_many_steps_as_the_minutes_allow(shard, tmp_path, caplog):
     timed = [*BRIEF, "--max_minutes", "0.05", "--images_per_second", "8"]  # 3 seconds, 24 images, 6 steps
     pretrain_mae.main(["--data", shard, "--output", str(tmp_path), *timed])
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -126,6 +138,9 @@ def test_as_many_steps_as_the_minutes_allow(shard, tmp_path):
     with pytest.raises(SpcxrError, match=r"plan\.json: the run was planned for 0\.05 minutes"):
         pretrain_mae.main(["--data", shard, "--output", str(tmp_path), *BRIEF, "--max_minutes", "2"])
     timed[-1] = "1000"  # a rate of today changes no plan
+    caplog.clear()
+    pretrain_mae.main(["--data", shard, "--output", str(tmp_path), *timed, "--images_per_second", "8"])
+    assert not [record for record in caplog.records if record.name == "spcxr_hf.launch"]  # "another recipe"
     pretrain_mae.main(["--data", shard, "--output", str(tmp_path), *timed])
     assert (tmp_path / "log.csv").read_text().splitlines()[-1].startswith("6,")
 
@@ -144,6 +159,7 @@ def test_the_rate_is_measured(shard, tmp_path, monkeypatch):
     [
         (["--cache", "none"], "cache must be memory or device"),
         (["--init_from", "somewhere"], "leave --init_from out"),
+        (["--drop_path_rate", "0.1"], "no stochastic depth: drop_path_rate must be 0"),
         (["--mask_ratio", "1"], "mask_ratio must lie between 0 and 1"),
         (["--max_minutes", "0"], "max_minutes must be above 0"),
         (["--decoder_heads", "5"], "decoder_width 32 must be a multiple"),

@@ -102,7 +102,20 @@ def test_the_best_on_val_becomes_the_final_one(finished):
 
 def test_the_encoder_comes_from_the_checkpoint(pretrained, shard, tmp_path):
     """Without a step that matters, the encoder is the pretrained one; from scratch it is not."""
-    run(shard, tmp_path / "a", "--init_from", pretrained, "--image_size", "48", "--steps", "1", "--learning_rate", "0")
+    run(
+        shard,
+        tmp_path / "a",
+        "--init_from",
+        pretrained,
+        "--image_size",
+        "48",
+        "--stored_size",
+        "48",
+        "--steps",
+        "1",
+        "--learning_rate",
+        "0",
+    )
     run(shard, tmp_path / "b", "--init_from", pretrained, "--from_scratch", "true", "--steps", "1")
     before = SpcxrForPreTraining.from_pretrained(pretrained).spcxr.state_dict()
     for name, same in (("a", True), ("b", False)):

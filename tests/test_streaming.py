@@ -3,7 +3,11 @@
 import io
 import itertools
 import json
+import multiprocessing
+import os
 import random
+import signal
+import subprocess
 import tarfile
 import time
 import tracemalloc
@@ -296,6 +300,24 @@ def test_steps_and_lanes_in_order(expected):
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_workers(folder, expected, workers):
     assert all_same(take(StreamingRadiographs(folder, SIZE, workers=workers, columns=["number"]), steps=14), expected)
+
+
+def test_workers_outlive_a_sigterm(folder, expected):
+    """Launchers send it to every process; the run saves a checkpoint behind the step at hand, and needs its images."""
+    batches = StreamingRadiographs(folder, SIZE, workers=2, columns=["number"]).micro_batches(PLAN, 0, 14)
+    found = [next(batches), next(batches)]  # of both workers, which are at work by now
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
+    found += [next(batches) for _ in range(3)]
+    assert all_same(found, expected[:5])
+    assert all(worker.is_alive() for worker in workers)
+    os.kill(workers[0].pid, signal.SIGTERM)  # the run's own, as at its end
+    workers[0].join(20)
+    assert not workers[0].is_alive()
+    batches.close()
+    workers[1].join(20)
+    assert not workers[1].is_alive()
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(2, 0), (4, 0), (2, 3)])

@@ -16,6 +16,7 @@ and after, and the sensitivity and specificity that the thresholds reach there, 
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -159,11 +160,13 @@ def check(arguments: Arguments) -> None:
 
 
 def fill_in(arguments: Arguments, recipe: Path) -> None:
-    """Take the columns and classes that the command line leaves out from the training's recipe."""
+    """Take the columns, classes and rows to leave out from the training's recipe where the command line has none."""
     known = read_recipe(recipe) if recipe.is_file() else {}
     arguments.label_column = arguments.label_column or known.get("label_column")
     arguments.split_column = arguments.split_column or known.get("split_column")
     arguments.classes = arguments.classes or known.get("classes") or []
+    if arguments.exclude is None:
+        arguments.exclude = known.get("exclude")
     for name in ("label_column", "split_column"):
         if not getattr(arguments, name):
             raise SpcxrError(f"{recipe}: no such recipe with a {name}; give --{name}")
@@ -341,30 +344,50 @@ def draw(
     if find_spec("matplotlib") is None:
         print('no pictures without matplotlib; `pip install "spcxr-hf[demo]"`', flush=True)
         return
-    curves: dict[str, dict[str, Curve]] = {}
-    diagrams: dict[str, Reliability] = {}
-    for title, split in list(splits.items())[: len(STYLES)]:  # a panel takes no more lines
-        probabilities = to_probabilities(calibration(split.logits), multi_label).numpy()
-        for target in result["operating_points"]:
-            scores, truth = target_values(probabilities, target, names), target_values(split.targets, target, names)
-            if {0.0, 1.0} <= set(truth.tolist()):
-                curve = roc_curve(scores, truth, split.rows.patients, arguments.resamples, arguments.seed)
-                curves.setdefault(target, {})[title] = curve
-        hits = (probabilities.argmax(axis=1) == split.targets.argmax(axis=1)).astype(float)
-        what, scores, truth = "most probable class", probabilities.max(axis=1), hits
-        if multi_label:
-            what, scores, truth = names[0], probabilities[:, 0], split.targets[:, 0]
-        if not np.isnan(truth).all():
-            diagrams[f"{what}, {title}"] = reliability_diagram(scores, truth, arguments.bins)
-    chosen = result["splits"][arguments.fit_on]["operating_points"]
-    marks = {
-        target: {
-            point: (1 - chosen[target][point]["specificity"], chosen[target][point]["sensitivity"]) for point in POINTS
-        }
-        for target in curves
+    shown = {  # a panel takes no more lines than there are styles
+        title: (split, to_probabilities(calibration(split.logits), multi_label).numpy())
+        for title, split in list(splits.items())[: len(STYLES)]
     }
-    save_figure(draw_roc(curves, marks), Path(arguments.output) / "roc.png")
-    save_figure(draw_reliability(diagrams), Path(arguments.output) / "reliability.png")
+    targets = list(result["operating_points"] or ())  # none where no target has both sides
+    if curves := roc_panels(arguments, shown, targets, names):
+        chosen = result["splits"][arguments.fit_on]["operating_points"]
+        marks = {
+            target: {name: (1 - at[name]["specificity"], at[name]["sensitivity"]) for name in POINTS}
+            for target, at in chosen.items()
+        }
+        save_figure(draw_roc(curves, marks), Path(arguments.output) / "roc.png")
+    if diagrams := reliability_panels(arguments, shown, names[0] if multi_label else None):
+        save_figure(draw_reliability(diagrams), Path(arguments.output) / "reliability.png")
+
+
+def roc_panels(
+    arguments: Arguments, shown: dict[str, tuple[Split, np.ndarray]], targets: list[str], names: list[str]
+) -> dict[str, dict[str, Curve]]:
+    """Target -> split -> its curve, where the split has both sides."""
+    panels: dict[str, dict[str, Curve]] = {}
+    for target, (title, (split, probabilities)) in itertools.product(targets, shown.items()):
+        scores, truth = target_values(probabilities, target, names), target_values(split.targets, target, names)
+        if {0.0, 1.0} <= set(truth.tolist()):
+            curve = roc_curve(scores, truth, split.rows.patients, arguments.resamples, arguments.seed)
+            panels.setdefault(target, {})[title] = curve
+    return panels
+
+
+def reliability_panels(
+    arguments: Arguments, shown: dict[str, tuple[Split, np.ndarray]], label: str | None
+) -> dict[str, Reliability]:
+    """Split -> the diagram of the most probable class or, with `label`, of the first label."""
+    panels: dict[str, Reliability] = {}
+    for title, (split, probabilities) in shown.items():
+        if label is not None:
+            scores, truth = probabilities[:, 0], split.targets[:, 0]
+        else:
+            hits = probabilities.argmax(axis=1) == split.targets.argmax(axis=1)
+            scores, truth = probabilities.max(axis=1), hits.astype(float)
+        if not np.isnan(truth).all():
+            what = label or "most probable class"
+            panels[f"{what}, {title}"] = reliability_diagram(scores, truth, arguments.bins)
+    return panels
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What pretraining is worth: a grid of fine-tunings, frozen-feature probes and short ablations, and its tables.
 
     python training_scripts/evidence.py --grid training_scripts/recipes/evidence_cpu_112.yaml --data DATA \\
-        --output runs/evidence --results training_scripts/results/evidence_cpu_112.json --models spcxr=CHECKPOINT
+        --output runs/evidence_cpu_112 --results training_scripts/results/evidence_cpu_112.json \\
+        --kept training_scripts/results/evidence_cpu_112 --models spcxr=CHECKPOINT
     python training_scripts/evidence.py --results training_scripts/results/evidence_cpu_112.json --render README.md
 
 A cell of the grid is a process (or two, one behind the other) with a folder of its own under `--output`. A cell that

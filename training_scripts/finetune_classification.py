@@ -352,9 +352,10 @@ def draw_views(
 def train(arguments: Arguments, run: Run, pixels: Pixels, training: RadiographSet, validation: RadiographSet) -> None:
     """The loop: view, classify, step; now and then a checkpoint with its figures on val."""
     learning_rate = learning_rate_schedule(arguments)
-    weights = class_weights(
-        training.columns["targets"], arguments.class_weights == "balanced", arguments.multi_label
-    ).to(run.accelerator.device)
+    every = training.columns["targets"]
+    weights = class_weights(every, arguments.class_weights == "balanced", arguments.multi_label)
+    weights = weights.to(run.accelerator.device)
+    known_share = 1 - every.isnan().float().mean().item()
     seen = versions(validation)
     metrics = MULTI_LABEL_METRICS if arguments.multi_label else METRICS
     columns = [column(version, name) for version in seen for name in metrics]
@@ -363,9 +364,9 @@ def train(arguments: Arguments, run: Run, pixels: Pixels, training: RadiographSe
             pixel_values, targets = draw_views(arguments, pixels, micro_batch, run.accelerator.device)
             with run.forward(micro_batch) as model:
                 logits = model(pixel_values, **pixels.options).logits
-            run.backward(
-                classification_loss(logits, targets, arguments.multi_label, weights, arguments.label_smoothing)
-            )
+            smoothing = arguments.label_smoothing
+            loss = classification_loss(logits, targets, arguments.multi_label, weights, smoothing, known_share)
+            run.backward(loss)
         run.update(learning_rate(step), arguments.weight_decay)
         run.scores = dict.fromkeys(columns, "")
         if run.is_due:

@@ -28,7 +28,7 @@ import torch
 from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.bootstrap import bootstrap_draws
+from spcxr_hf.bootstrap import bootstrap_draws, patient_groups
 from spcxr_hf.data import RadiographTable, decode_set
 from spcxr_hf.encoders import Encoder, check_pooling, load_encoder
 from spcxr_hf.recipe import parse_arguments
@@ -322,7 +322,8 @@ def number_labels(table: RadiographTable, task: Task) -> np.ndarray:
 def name_patients(table: RadiographTable) -> np.ndarray:
     """Whose image each row is (n,), as numbers; a row whose patient is unknown counts as a patient of its own."""
     known = table.column("patient") if "patient" in table.rows.column_names else [None] * len(table)
-    names = [f"row {row}" if patient is None else f"patient {patient}" for row, patient in enumerate(known)]
+    groups = patient_groups(known, len(known)) or []
+    names = [f"row {group[1]}" if isinstance(group, tuple) else f"patient {group}" for group in groups]
     return np.unique(names, return_inverse=True)[1]
 
 

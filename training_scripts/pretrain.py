@@ -57,6 +57,7 @@ class Arguments(AugmentationArguments, SetArguments, RunArguments):
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(Arguments, argv)
+    check(arguments)
     run = Run(arguments)
     images = load_images(arguments, run)
     model = build_model(arguments)
@@ -67,6 +68,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         finish(arguments, run)
         tell_skipped(run.output)
     run.end()
+
+
+def check(arguments: Arguments) -> None:
+    """Refuse a command line that would fail late."""
+    for name in ("drop_share", "crop_scale"):
+        if len(getattr(arguments, name)) != 2:
+            raise SpcxrError(f"{name} takes two numbers, least and largest; got {getattr(arguments, name)}")
+    masking(arguments)
+    arguments.views(arguments.image_size)
 
 
 def load_images(arguments: Arguments, run: Run) -> StepSource:

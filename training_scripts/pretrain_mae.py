@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,7 @@ from spcxr_hf.training import CosineSchedule, new_config, parameter_groups
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
 CURVES = {"MSE over masked patches": "loss"}  # name -> column of the log
+PLAN = "plan.json"
 WARM_UP, MEASURED = 2, 6  # steps of the throwaway model
 
 
@@ -62,6 +64,7 @@ class Arguments(RunArguments):
     crop_scale: list[float] = field(
         default_factory=lambda: [0.25, 1.0], metadata={"help": "area of a crop, least and largest"}
     )
+    drop_path_rate: float = field(default=0.0, metadata={"help": "ViTMAE has no stochastic depth: 0"})
     mask_ratio: float = field(default=0.75, metadata={"help": "share of the patches that the encoder does not see"})
     norm_pix_loss: bool = field(default=True, metadata={"help": "each patch's target has mean 0 and deviation 1"})
     decoder_width: int = field(default=256, metadata={"help": "of the decoder, which is left aside afterwards"})
@@ -70,7 +73,7 @@ class Arguments(RunArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(Arguments, argv)
+    arguments = as_planned(parse_arguments(Arguments, argv))
     check(arguments)
     run = Run(arguments)
     images = load_images(arguments, run)
@@ -90,6 +93,8 @@ def check(arguments: Arguments) -> None:
         raise SpcxrError("this script keeps its images: cache must be memory or device")
     if arguments.init_from is not None:
         raise SpcxrError("a masked autoencoder is trained from random weights here: leave --init_from out")
+    if arguments.drop_path_rate:
+        raise SpcxrError(f"ViTMAE has no stochastic depth: drop_path_rate must be 0; got {arguments.drop_path_rate}")
     if not 0 < arguments.mask_ratio < 1:
         raise SpcxrError(f"mask_ratio must lie between 0 and 1; got {arguments.mask_ratio}")
     for name in ("max_minutes", "images_per_second"):
@@ -173,30 +178,35 @@ def position_embeddings(side: int, width: int) -> torch.Tensor:
 # ---- as long as the other pretraining --------------------------------------------------------------------------
 
 
-def plan_steps(arguments: Arguments, run: Run, images: RadiographSet) -> Arguments:
-    """The same command line with the steps that `max_minutes` allows; a run that goes on keeps those of its plan.
+def as_planned(arguments: Arguments) -> Arguments:
+    """The same command line with the steps of the plan that an earlier start has left, where there is one.
 
     Raises:
-        SpcxrError: the plan in the output folder was made for another time or another batch.
+        SpcxrError: that plan was made for another time or another batch.
     """
-    if arguments.max_minutes is None:
+    file = Path(arguments.output) / PLAN
+    if arguments.max_minutes is None or not file.is_file():
         return arguments
-    file = run.output / "plan.json"
-    asked = {"max_minutes": arguments.max_minutes, "batch_size": arguments.batch_size}
-    if file.is_file():
-        plan = json.loads(file.read_text(encoding="utf-8"))
-        if {name: plan[name] for name in asked} != asked:
-            raise SpcxrError(f"{file}: the run was planned for {plan['max_minutes']} minutes; choose another --output")
-    else:
-        rate = arguments.images_per_second or measure_rate(arguments, run, images)
-        steps = max(1, round(60 * arguments.max_minutes * rate / arguments.batch_size))
-        plan = {**asked, "images_per_second": round(rate, 2), "steps": steps}
+    plan = json.loads(file.read_text(encoding="utf-8"))
+    if any(plan[name] != getattr(arguments, name) for name in ("max_minutes", "batch_size")):
+        raise SpcxrError(f"{file}: the run was planned for {plan['max_minutes']} minutes; choose another --output")
+    return dataclasses.replace(arguments, steps=plan["steps"])
+
+
+def plan_steps(arguments: Arguments, run: Run, images: RadiographSet) -> Arguments:
+    """The same command line with the steps that `max_minutes` allows, where no plan says them already."""
+    file = run.output / PLAN
+    if arguments.max_minutes is None or file.is_file():
+        return arguments
+    rate = arguments.images_per_second or measure_rate(arguments, run, images)
+    planned = dataclasses.replace(
+        arguments, steps=max(1, round(60 * arguments.max_minutes * rate / arguments.batch_size))
+    )
+    run.arguments = planned
     run.accelerator.wait_for_everyone()  # all have looked for the plan before the first writes it
     if run.is_main:
-        write_results(file, plan)
-    planned = dataclasses.replace(arguments, steps=plan["steps"])
-    run.arguments = planned
-    if run.is_main:
+        asked = {"max_minutes": arguments.max_minutes, "batch_size": arguments.batch_size}
+        write_results(file, {**asked, "images_per_second": round(rate, 2), "steps": planned.steps})
         save_recipe(planned, run.output / "recipe.yaml")
     return planned
 
