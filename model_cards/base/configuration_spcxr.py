@@ -20,6 +20,9 @@ from typing import Any, Literal
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig, strict
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # The three sizes of the family. Their widths, depths and heads are those of DeiT (arXiv 2012.12877, Table 1), which the
 # GMML literature keeps; SPCXR (arXiv 2211.12944) uses "small".
@@ -168,6 +171,15 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
         if any(kwargs.get(name) is not None for name in LABEL_SPACE):
             config_dict = {name: value for name, value in config_dict.items() if name not in THRESHOLDS}
         return super().from_dict(config_dict, **kwargs)
+
+    def drop_foreign_thresholds(self) -> None:
+        """Drop thresholds, with a warning, that name a label which is no longer there (`config.num_labels = 2`)."""
+        try:
+            for target in self.operating_points or {}:
+                self._validate_target(target)
+        except ValueError as error:
+            logger.warning(f"{error}; thresholds belong to a head, and are dropped with its labels")
+            self.operating_points = self.operating_point = None
 
     @property
     def num_patches(self) -> int:

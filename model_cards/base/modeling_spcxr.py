@@ -279,9 +279,16 @@ class SpcxrPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # The losses are means over their own batch. Seeing `**kwargs`, Trainer would believe that they divide by the number
+    # of labels over all micro-batches of a step, and would not divide them itself.
+    accepts_loss_kwargs = False
     # One checkpoint starts every class: the head of another task is left aside without a warning. A head that this
     # class has and the checkpoint lacks is reported all the same.
     _keys_to_ignore_on_load_unexpected = [r"^reconstruction_head\.", r"^classifier\.", r"^decoder\."]
+
+    def __init__(self, config: SpcxrConfig, *args, **kwargs):
+        config.drop_foreign_thresholds()
+        super().__init__(config, *args, **kwargs)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -315,6 +322,7 @@ class SpcxrPreTrainedModel(PreTrainedModel):
         """Save weights, configuration and code, so that the folder loads by itself."""
         # What came from the Hub names its code "user/repository--file.Class"; from here on it is the code saved beside.
         self.config.auto_map = dict(AUTO_MAP)
+        self.config.drop_foreign_thresholds()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _requested(self, name: str, value: bool | None) -> bool:

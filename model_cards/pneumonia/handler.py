@@ -125,7 +125,7 @@ class EndpointHandler:
         config = self.model.config
         if config.problem_type == "regression":
             scores = logits.tolist()
-        elif config.problem_type == "multi_label_classification":
+        elif config.problem_type == "multi_label_classification" or len(logits) == 1:  # as the pipeline does
             scores = logits.sigmoid().tolist()
         else:
             scores = logits.softmax(dim=0).tolist()
@@ -212,7 +212,7 @@ def read_picture(item: Any) -> Any:
         RequestError: it is none of these, or no PNG or JPEG, or too large.
     """
     if is_pil_image(item):
-        return item
+        return upright(item)
     if isinstance(item, str):
         item = decode_base64(item)
     if not isinstance(item, (bytes, bytearray, memoryview)):
@@ -229,19 +229,23 @@ def read_picture(item: Any) -> Any:
 
 
 def open_picture(content: bytes) -> Any:
-    """Decode a PNG or JPEG, after looking at its size."""
+    """Decode a PNG or JPEG."""
     try:
-        picture = PIL.Image.open(BytesIO(content), formats=FORMATS)
-        if picture.width * picture.height > MOST_PIXELS:
-            raise RequestError(f"{picture.width} x {picture.height} pixels; at most {MOST_PIXELS} are read")
-        picture.load()
-        return PIL.ImageOps.exif_transpose(picture)
+        return upright(PIL.Image.open(BytesIO(content), formats=FORMATS))
     except RequestError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds; what they say names objects of this process
         raise RequestError(
             f"not a readable {' or '.join(FORMATS)} picture, or cut short ({type(error).__name__})"
         ) from error
+
+
+def upright(picture: Any) -> Any:
+    """A picture (PIL) of a size that is read, loaded and turned as its EXIF says."""
+    if picture.width * picture.height > MOST_PIXELS:
+        raise RequestError(f"{picture.width} x {picture.height} pixels; at most {MOST_PIXELS} are read")
+    picture.load()
+    return PIL.ImageOps.exif_transpose(picture)
 
 
 def decode_base64(text: str) -> bytes:
