@@ -314,3 +314,43 @@ def test_an_interval_around_nothing_is_no_difference(deletion, insertion, words)
         {"a": {"images": 5, "split": "test", "against": {"relevance against random": pair}}}
     )
     assert tables.splitlines()[2].endswith(f"| {words} |")
+
+
+def test_insertion_begins_with_a_blurred_picture(trained):
+    """By a Gaussian of a tenth of the side: grey patches in its place would have edges."""
+    images, _, _ = squares(4, 5)
+    curves = deletion_insertion(trained, images, torch.zeros(4, 4, 4), 1, steps=1)
+    weights = torch.exp(-(torch.arange(-6.0, 7) ** 2) / (2 * 3.2**2))  # it reaches two standard deviations
+    kernel = weights.outer(weights) / weights.sum() ** 2
+    blurred = torch.nn.functional.conv2d(torch.nn.functional.pad(images, [6] * 4, mode="reflect"), kernel[None, None])
+    with torch.no_grad():
+        start, end = (trained(shown).logits.softmax(dim=1)[:, 1] for shown in (blurred, images))
+    torch.testing.assert_close(curves.insertion, torch.stack([start, end], dim=1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(curves.insertion_auc, (start + end) / 2, rtol=1e-3, atol=1e-4)
+
+
+def test_labels_that_hold_together_are_explained_one_by_one():
+    """By a sigmoid for each: the other labels' logits take no part."""
+    model = build(SpcxrForImageClassification, tiny_config(num_labels=3, problem_type="multi_label_classification"))
+    logits = torch.tensor([[1.0, -2.0, 0.5]])
+    wanted = torch.tensor([[True, False, False]])
+    assert target_probability(model, logits, wanted).tolist() == pytest.approx([torch.sigmoid(logits[0, 0]).item()])
+    found = explain(model, pixels(1), 0)
+    with torch.no_grad():
+        model.classifier.weight[1:] = 7 * torch.randn_like(model.classifier.weight[1:])
+    torch.testing.assert_close(explain(model, pixels(1), 0), found)
+
+
+def test_the_share_inside_a_mask_of_another_shape():
+    relevance = torch.zeros(2, 4)
+    relevance[0, 3] = 1  # top right
+    mask = torch.zeros(40, 80, dtype=torch.bool)
+    mask[:20, 60:] = True
+    assert share_inside(relevance, mask) == 1
+    assert share_inside(relevance, mask.flip(1)) == 0
+    assert share_inside(relevance.flip(0), mask) == 0
+
+
+def test_an_even_map_colours_nothing():
+    grey = torch.rand(32, 32)
+    assert torch.equal(draw_explanation(grey, torch.ones(4, 4)), grey.unsqueeze(-1).expand(-1, -1, 3))

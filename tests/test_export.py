@@ -81,7 +81,11 @@ class TestViT:
 
     def test_classifier(self, tmp_path):
         config = tiny_config(
-            pooling="cls", problem_type="single_label_classification", operating_points=POINTS, **LABELS
+            pooling="cls",
+            problem_type="single_label_classification",
+            operating_points=POINTS,
+            operating_point="youden",
+            **LABELS,
         )
         model = build(SpcxrForImageClassification, config)
         folder = export_vit(model, tmp_path / "vit", processor=PROCESSOR)
@@ -92,6 +96,7 @@ class TestViT:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         assert (saved["model_type"], saved["architectures"]) == ("vit", ["ViTForImageClassification"])
         assert (vit.config.id2label, saved["operating_points"]) == (LABELS["id2label"], POINTS)
+        assert (saved["operating_point"], saved["problem_type"]) == ("youden", "single_label_classification")
         assert saved["intended_use"] == NOTICE
         assert "auto_map" not in saved
         assert not list(folder.glob("*.py"))

@@ -20,6 +20,7 @@ from spcxr_hf import (
     tasks,
 )
 from spcxr_hf.inference import Failed, Source, answers, find_sources, load_model, prepare, read_batches
+from spcxr_hf.lungs import measure_lungs
 from tests.common import SIDE, build, tiny_config
 from tests.made_up import picture
 
@@ -211,6 +212,11 @@ def test_masks_have_the_images_own_size(tmp_path, segmenter):
     for number, (path, record) in enumerate(zip(paths, found, strict=True)):
         assert masks[path].shape == (40 + number, 40 + number)
         assert record["lung_area"]["total"] == pytest.approx(masks[path].mean())
+        halves = measure_lungs(masks[path])
+        assert (record["lung_area"]["image_left"], record["lung_area"]["image_right"]) == (
+            halves.image_left,
+            halves.image_right,
+        )
         assert record["mask"] == str(path.with_suffix(".mask"))
 
 

@@ -595,3 +595,45 @@ class TestOneCheckpointForAllClasses:
     def encoder_weights(model):
         parts = ("embeddings.", "encoder.", "layernorm.")
         return {name: tensor for name, tensor in encoder_of(model).state_dict().items() if name.startswith(parts)}
+
+
+@pytest.mark.parametrize(("rate", "per_layer", "once"), [("hidden_dropout_prob", 2, 1), ("drop_path_rate", 2, 0)])
+def test_every_branch_is_dropped(rate, per_layer, once):
+    """By hidden dropout the embeddings and both branches of a block, by stochastic depth the branches alone."""
+    model = build(SpcxrModel, tiny_config(**{rate: 0.5})).train()
+    dropped = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout | SpcxrDropPath) and (getattr(module, "p", 0) or getattr(module, "rate", 0)):
+            module.register_forward_hook(lambda module, given, made, name=name: dropped.append((name, given[0], made)))
+    model(pixels())
+    layers = LAYERS if once else LAYERS - 1  # the first block's rate of stochastic depth is 0
+    assert len(dropped) == once + per_layer * layers
+    if once:  # in a batch of two a path may be kept by chance
+        assert all((made == 0).any() and not torch.equal(given, made) for _, given, made in dropped)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_weights_are_dropped_in_training(attention):
+    model = build(SpcxrModel, tiny_config(attention_probs_dropout_prob=0.5))
+    model.set_attn_implementation(attention)
+    expected = model(pixels()).last_hidden_state
+    torch.manual_seed(0)
+    assert not torch.allclose(model.train()(pixels()).last_hidden_state, expected, atol=1e-3)
+
+
+def test_losses_of_half_precision_are_computed_in_float32():
+    labels = {
+        SpcxrForImageClassification: {"labels": torch.tensor([0, 2])},
+        SpcxrForPreTraining: {"labels": pixels(seed=3).bfloat16()},
+        SpcxrForSemanticSegmentation: {"labels": torch.ones(BATCH, SIDE, SIDE, dtype=torch.long)},
+    }
+    for model_class, named in labels.items():
+        assert build(model_class).bfloat16()(pixels().bfloat16(), **named).loss.dtype == torch.float32
+
+
+def test_positions_of_half_precision_are_interpolated_in_float32():
+    embeddings = build(SpcxrModel).bfloat16().embeddings
+    found = embeddings.interpolate_position_embeddings(5, 7)
+    expected = embeddings.float().interpolate_position_embeddings(5, 7)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)

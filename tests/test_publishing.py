@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForImageClassification, SpcxrForPreTraining, SpcxrImageProcessor
 from spcxr_hf import publishing as flow
 from spcxr_hf.publishing import in_namespace, publish
-from spcxr_hf.publishing_checks import find_unwanted
+from spcxr_hf.publishing_checks import SECRETS, find_unwanted
 from spcxr_hf.recorded_outputs import check_outputs, record_outputs
 from tests.common import TINY
 from tests.hub_server import Fault, HubServer
@@ -281,6 +281,34 @@ def test_the_token_in_use_is_looked_for(cards, tmp_path):
     (tmp_path / "log.txt").write_text("a\nb oddly_shaped_secret")
     assert list(find_unwanted(tmp_path / "log.txt", "oddly_shaped_secret")) == [(2, "the token that is in use")]
     assert list(find_unwanted(tmp_path / "log.txt", None)) == []
+
+
+# Put together here, so that no scanner takes them for real ones.
+UNWANTED = {
+    "a Hugging Face token": "hf_" + 34 * "a",
+    "an AWS key": "AKIA" + 16 * "B",
+    "an AWS secret": "aws_secret_access_key = " + 40 * "c",
+    "a private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
+    "a GitHub token": "ghp_" + 36 * "d",
+    "a Google key": "AIza" + 35 * "e",
+    "a Slack token": "xoxb-" + 12 * "1",
+    "a secret key": "sk-" + 32 * "f",
+}
+
+
+@pytest.mark.parametrize("kind", UNWANTED)
+def test_every_kind_of_secret_is_found(tmp_path, kind):
+    (tmp_path / "notes.txt").write_text(f"a\nkept: {UNWANTED[kind]}\n")
+    assert list(find_unwanted(tmp_path / "notes.txt")) == [(2, kind)]
+    save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors", {"notes": UNWANTED[kind].replace("\n", " ")})
+    assert [found for _, found in find_unwanted(tmp_path / "x.safetensors")] == [kind]
+    assert set(UNWANTED) == set(SECRETS)
+
+
+@pytest.mark.parametrize("folder", ["home/me", "root", "workspace", "mnt", "tmp", "data", "scratch"])
+def test_every_place_of_a_machine_is_found(tmp_path, folder):
+    (tmp_path / "notes.txt").write_text(f"see /{folder}/runs\n")
+    assert list(find_unwanted(tmp_path / "notes.txt")) == [(1, "an absolute path")]
 
 
 def test_the_real_cards_hold_nothing_unwanted():

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from spcxr_hf import SpcxrError, SpcxrForImageClassification, SpcxrImageProcessor
-from spcxr_hf.calibration import POINTS, to_probabilities
+from spcxr_hf.calibration import POINTS, thresholds, to_probabilities
 from spcxr_hf.data import read_table
 from spcxr_hf.labels import parse_classes, targets_of
 from spcxr_hf.predicting import load_judged, open_images, predict_logits, select_rows
@@ -118,6 +118,14 @@ def test_the_saved_head_gives_the_calibrated_probabilities(calibrated, shard):
     assert reached["sensitivity"] == pytest.approx(said[truth == 1].mean())
     assert reached["specificity"] == pytest.approx(1 - said[truth == 0].mean())
     assert (entry["images"], entry["operating_points"][SUM]["positives"]) == (18, 12)
+
+
+def test_thresholds_are_of_calibrated_probabilities(calibrated, shard):
+    _, folder, result = calibrated
+    rows = select_rows(read_table(shard), "pneumonia_label", "pneumonia_split", "val", parse_classes(CLASSES), False)
+    logits = predict_logits(*load_judged(str(folder)), open_images(rows.table))
+    scores, truth = to_probabilities(logits, False).numpy()[:, 0], rows.targets[:, 0].numpy()
+    assert result["operating_points"]["normal"] == pytest.approx(thresholds(scores, truth), abs=1e-4)
 
 
 def test_on_val_the_named_points_hold_what_they_say(calibrated):

@@ -31,7 +31,7 @@ def on_the_cpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory):
-    return str(write_set(tmp_path_factory.mktemp("set") / "set.parquet", ["train"] * 11 + ["val"] * 6))
+    return str(write_set(tmp_path_factory.mktemp("set") / "set.parquet", ["train"] * 10 + ["val"] * 6))
 
 
 @pytest.fixture(scope="module")
