@@ -200,7 +200,7 @@ def segment(
 
 @app.command(
     short_help="Draw which parts of an image an answer rests on.",
-    epilog=_example("spcxr explain chest.png --target pneumonia --pictures explained/"),
+    epilog=_example("spcxr explain chest.png --target 'viral pneumonia' --pictures explained/"),
 )
 def explain(
     images: Images,

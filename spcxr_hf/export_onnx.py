@@ -138,7 +138,7 @@ def export_onnx(
         raise SpcxrError(f"opset must be at least {OLDEST_OPSET}; got {opset}")
     onnx = _import_onnx()
     target = Path(output)
-    check_target(target)
+    check_target(target, ("config.json", "preprocessor_config.json", "onnx"))
     with written_aside(target) as partial:
         file = partial / MODEL_FILE
         file.parent.mkdir()

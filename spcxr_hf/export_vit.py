@@ -6,7 +6,9 @@ query.weight` and so on; releases of late 5.x have other names inside and conver
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def export_vit(
             "last_hidden_state[:, 1:].mean(dim=1), export ONNX, or fine-tune with pooling cls"
         )
     target = Path(output)
-    check_target(target)
+    check_target(target, ("config.json", "preprocessor_config.json", "model.safetensors"))
     with written_aside(target) as partial:
         save_file(vit_state_dict(source, num_channels), partial / "model.safetensors", metadata={"format": "pt"})
         is_classifier = source.task == "classification"
@@ -97,14 +99,31 @@ def export_vit(
     return target
 
 
-def check_target(target: Path) -> None:
-    """Refuse to replace what is no export.
+def check_target(target: Path, written: Collection[str]) -> None:
+    """Refuse to replace what is no export of the same kind: a checkpoint, the model's own folder, somebody's files.
+
+    Args:
+        written: What an export writes into its folder.
 
     Raises:
-        SpcxrError: a file, or a folder that holds something and no config.json, is there.
+        SpcxrError: a file is there, or a folder that holds something else.
     """
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()):
-        raise SpcxrError(f"{target}: is there already and is no export; it would be replaced, so name another folder")
+    if target.is_dir():
+        strange = sorted({path.name for path in target.iterdir()} - set(written))
+        if not strange and (not any(target.iterdir()) or _is_export(target / "config.json")):
+            return
+    elif not target.exists():
+        return
+    raise SpcxrError(f"{target}: is there already and is no such export; it would be replaced, so name another folder")
+
+
+def _is_export(config: Path) -> bool:
+    """Whether a configuration is an export's, which names no code of ours."""
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return "intended_use" in values and "auto_map" not in values
 
 
 @torch.no_grad()

@@ -117,7 +117,14 @@ class Run:
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def start(self, model: PreTrainedModel, groups: list[dict], **state: Any) -> None:
-        """Take a model and AdamW's parameter groups; go on from the newest checkpoint, or begin with `state`."""
+        """Take a model and AdamW's parameter groups; go on from the newest checkpoint, or begin with `state`.
+
+        Args:
+            state: Among others "set", the `sketch` of what is learned from, where it must not be another one's.
+
+        Raises:
+            SpcxrError: the checkpoints are damaged, or of another model or another set.
+        """
         is_sharded = self.arguments.shard and self.plan.processes > 1
         if not is_sharded:
             model.to(self.accelerator.device)
@@ -127,6 +134,9 @@ class Run:
         average = None
         if found is not None:
             saved, average = found
+            self._refuse_another_set(saved.get("set"), state.get("set"))
+            if saved["step"] >= self.arguments.steps:
+                self._say(f"{self.output}: {saved['step']} steps are done already, so nothing is trained")
             if (scaler := saved.pop("scaler", None)) is not None:
                 self.scaler.load_state_dict(scaler)
             self.state.update(saved)
@@ -139,6 +149,12 @@ class Run:
         self._step_model = cast(nn.Module, torch.compile(self.model)) if self.arguments.compile else self.model
         if self._is_over:
             self._fill()
+
+    def _refuse_another_set(self, before: list[str] | None, now: list[str] | None) -> None:
+        if before and now and 2 * len(set(before) & set(now)) < min(len(before), len(now)):
+            raise SpcxrError(
+                f"{self.output}: its checkpoints learned from another set or other classes; train into another folder"
+            )
 
     def _start_average(self, saved: dict[str, torch.Tensor] | None) -> None:
         if saved is not None and self._shards is not None:

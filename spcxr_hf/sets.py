@@ -11,10 +11,10 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -70,6 +70,17 @@ def read_rows(source: str, exclude: str | os.PathLike | None = None) -> Radiogra
     return table.without(read_ids(exclude)) if exclude else table
 
 
+def for_pretraining(table: RadiographTable) -> RadiographTable:
+    """The rows whose column `pretrain` is true.
+
+    Raises:
+        SpcxrError: there is no such column, or no such row.
+    """
+    if "pretrain" not in table.rows.column_names:
+        raise SpcxrError(f"{table.name}: no column 'pretrain'; --pretrain_only false takes every row")
+    return table.where("pretrain", True)
+
+
 def read_ids(path: str | os.PathLike) -> set[str]:
     """The ids in a text file, one a line; a line that begins with `#` is a comment.
 
@@ -99,6 +110,15 @@ def write_ids(path: str | os.PathLike, ids: Sequence[str], comment: str) -> None
         Path(path).write_text("\n".join([f"# {comment}", *sorted(ids)]) + "\n", encoding="utf-8")
     except OSError as error:
         raise SpcxrError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def sketch(rows: Iterable[Any]) -> list[str]:
+    """Sixteen short hashes by which a set is known again though some of its rows come or go (MinHash, Broder 1997).
+
+    Args:
+        rows: What is learned of each row, its id first; anything that JSON holds.
+    """
+    return sorted({hashlib.sha256(json.dumps(row).encode()).hexdigest()[:12] for row in rows})[:16]
 
 
 # ---- leaks -------------------------------------------------------------------------------------------------------

@@ -345,7 +345,7 @@ class Explainer:
         grey = torch.from_numpy(np.asarray(radiograph, dtype=np.float32) / 255)
         colour = draw_explanation(grey, relevance, mask)
         picture = Image.fromarray((colour.clamp(0, 1).numpy() * 255).round().astype(np.uint8))
-        found: Record = {"target": target, "method": self.method}
+        found: Record = {"target": target or "embedding", "method": self.method}
         if mask is not None:
             share = share_inside(relevance, mask)
             found |= {"relevance_in_lungs": share if share == share else None, "lung_area": mask.float().mean().item()}
@@ -371,7 +371,7 @@ def _of_good_size(radiograph: Image.Image) -> Image.Image:
 
 def _below_map(found: Record) -> list[str]:
     """The words under a map."""
-    target = "the embedding" if found["target"] is None else found["target"]
+    target = "the embedding" if found["target"] == "embedding" else found["target"]
     said = f"{found['method'].capitalize()} for {target}"
     if found.get("relevance_in_lungs") is not None:
         area = f"lungs: {found['lung_area']:.0%} of the image"

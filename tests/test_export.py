@@ -171,13 +171,20 @@ with torch.no_grad():
             export_vit(build(SpcxrModel).half(), tmp_path / "vit")
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").write_text("irreplaceable")
-        with pytest.raises(SpcxrError, match="is no export"):
+        with pytest.raises(SpcxrError, match="is no such export"):
             export_vit(build(SpcxrModel), tmp_path / "mine")
         assert (tmp_path / "mine" / "thesis.txt").is_file()
         plain = export_vit(build(SpcxrModel), tmp_path / "vit")
         with pytest.raises(SpcxrError, match="a vit model; only models of this family"):
             load_source(plain)
         export_vit(build(SpcxrModel), tmp_path / "vit")  # an earlier export is replaced
+        (tmp_path / "vit" / "notes.txt").write_text("mine")
+        build(SpcxrModel).save_pretrained(tmp_path / "own")
+        before = sorted((tmp_path / "own").iterdir())
+        for model, folder in ((build(SpcxrModel), "vit"), (tmp_path / "own", "own")):
+            with pytest.raises(SpcxrError, match="is no such export"):
+                export_vit(model, tmp_path / folder)
+        assert (tmp_path / "vit" / "notes.txt").is_file() and sorted((tmp_path / "own").iterdir()) == before
 
     def test_what_is_apart_is_not_written(self, tmp_path, monkeypatch):
         monkeypatch.setattr("spcxr_hf.export_vit.patch_weight", lambda *args: 1.01 * patch_weight(*args))

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -257,3 +259,33 @@ def test_linear_probes_standardise_and_weigh_the_classes():
     by_hand = expected.decision_function((queries["val"] - mean) / deviation)
     assert scores["val"][:, 1] == pytest.approx(by_hand, abs=1e-3)
     assert (scores["val"][:, 0] == 0).all()
+
+
+# ---- another set in the same folder ----------------------------------------------------------------------------
+
+
+def test_a_run_never_goes_on_with_another_set_or_other_classes(shard, pretrained, tmp_path, capsys):
+    flags = ["--init_from", pretrained]
+    classify(shard, tmp_path / "run", *flags)
+    before = (tmp_path / "run" / "final" / "config.json").read_text()
+    rows = pq.read_table(shard)
+    other = str(tmp_path / "other.parquet")
+    names = pa.array([f"other-{name}" for name in rows["id"].to_pylist()])
+    pq.write_table(rows.set_column(rows.column_names.index("id"), "id", names), other)
+    for data, more in ((other, []), (shard, ["--classes", "well=normal", "bacterial", "viral"])):
+        with pytest.raises(SpcxrError, match="learned from another set or other classes; train into another folder"):
+            classify(data, tmp_path / "run", *flags, *more)
+        assert (tmp_path / "run" / "final" / "config.json").read_text() == before
+    moved = tmp_path / "elsewhere.parquet"
+    shutil.copy(shard, moved)
+    capsys.readouterr()
+    classify(str(moved), tmp_path / "run", *flags)
+    assert "2 steps are done already, so nothing is trained" in capsys.readouterr().out
+
+
+def test_a_set_without_the_column_for_pretraining_is_told_the_way_out(shard, tmp_path):
+    pq.write_table(pq.read_table(shard).drop_columns(["pretrain"]), tmp_path / "mine.parquet")
+    for more in ([], ["--cache", "none", "--workers", "0"]):
+        words = ["--data", str(tmp_path / "mine.parquet"), "--output", str(tmp_path / "run"), *BRIEF, "--size", "tiny"]
+        with pytest.raises(SpcxrError, match="no column 'pretrain'; .*--pretrain_only false takes every row"):
+            pretrain.main([*words, *more])

@@ -51,7 +51,7 @@ from spcxr_hf.results import write_results
 from spcxr_hf.run import Run, learning_rate_schedule
 from spcxr_hf.sampling import balanced, draw_rows, select
 from spcxr_hf.segmenter import Segmenter, find_lungs, load_segmenter
-from spcxr_hf.sets import SplitArguments, check_split, list_skipped, read_rows, tell_skipped
+from spcxr_hf.sets import SplitArguments, check_split, list_skipped, read_rows, sketch, tell_skipped
 from spcxr_hf.shortcuts import lungs_alone
 
 CURVES = {"loss": "loss", "loss on val": "val_loss", "AUROC on val": "val_auroc"}  # name -> column of the log
@@ -122,7 +122,9 @@ def fine_tune(arguments: Arguments, is_last: bool) -> dict:
     pixels = Pixels.of(arguments, model)
     if arguments.head_from_probe and not list_checkpoints(run.output):
         fit_head(arguments, run, model, pixels, training, validation)
-    run.start(model, classifier_groups(model, arguments.layer_decay))
+    rows = zip(training.ids, training.columns["targets"].tolist(), strict=True)
+    learned = sketch([name, [str(value) for value in values], labels] for name, values in rows)
+    run.start(model, classifier_groups(model, arguments.layer_decay), set=learned)
 
     train(arguments, run, pixels, training, validation)
     result = describe(arguments, run, labels, training, validation)

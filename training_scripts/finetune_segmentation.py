@@ -26,7 +26,7 @@ from spcxr_hf.metrics import dice
 from spcxr_hf.pictures import overlay, save_grid
 from spcxr_hf.recipe import parse_arguments, save_recipe
 from spcxr_hf.run import Run, RunArguments, learning_rate_schedule
-from spcxr_hf.sets import SplitArguments, check_split, list_skipped, read_rows, tell_skipped
+from spcxr_hf.sets import SplitArguments, check_split, list_skipped, read_rows, sketch, tell_skipped
 from spcxr_hf.training import layerwise_groups, new_config
 
 LABELS = {0: "background", 1: "lung"}
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(arguments)
     training, validation = load_sets(arguments, run)
     model = build_model(arguments)
-    run.start(model, layerwise_groups(model, arguments.layer_decay))
+    run.start(model, layerwise_groups(model, arguments.layer_decay), set=sketch([name] for name in training.ids))
 
     train(arguments, run, training, validation)
     if run.is_main:

@@ -13,7 +13,9 @@ import torch
 
 from spcxr_hf.archives import read_set
 from spcxr_hf.data import decode_images
+from spcxr_hf.errors import SpcxrError
 from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.sets import for_pretraining
 
 
 @dataclass
@@ -31,7 +33,7 @@ def main() -> None:
     arguments = parse_arguments(Arguments)
     table = read_set(arguments.data)
     if arguments.pretrain_only:
-        table = table.where("pretrain", True)
+        table = for_pretraining(table)
     images = decode_images(table, arguments.size, arguments.cache)
     counts = torch.stack([torch.bincount(chunk.flatten().int(), minlength=256) for chunk in images.split(512)]).sum(0)
     grey = torch.arange(256, dtype=torch.float64) / 255
@@ -44,4 +46,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SpcxrError as error:
+        raise SystemExit(f"error: {error}") from None

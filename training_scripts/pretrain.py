@@ -22,7 +22,7 @@ from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH
 from spcxr_hf.pictures import save_grid, to_grey
 from spcxr_hf.recipe import parse_arguments, save_recipe
 from spcxr_hf.run import Run, RunArguments, StepSource, learning_rate_schedule
-from spcxr_hf.sets import SetArguments, list_skipped, read_rows, tell_skipped
+from spcxr_hf.sets import SetArguments, for_pretraining, list_skipped, read_rows, tell_skipped
 from spcxr_hf.streaming import StreamingRadiographs
 from spcxr_hf.targets import as_pixels, normalise_patches
 from spcxr_hf.training import CosineSchedule, new_config, parameter_groups
@@ -87,12 +87,16 @@ def load_images(arguments: Arguments, run: Run) -> StepSource:
                 "--exclude works on images that are kept: with --cache none write shards without these rows"
             )
         column = "pretrain" if arguments.pretrain_only else None
-        return StreamingRadiographs(
-            arguments.data, arguments.stored_size, column, arguments.workers, on_error=arguments.on_error
-        )
+        try:
+            return StreamingRadiographs(
+                arguments.data, arguments.stored_size, column, arguments.workers, on_error=arguments.on_error
+            )
+        except SpcxrError as error:
+            hint = "; --pretrain_only false takes every row" if "no column 'pretrain'" in str(error) else ""
+            raise SpcxrError(f"{error}{hint}") from error
     table = read_rows(arguments.data, arguments.exclude)
     if arguments.pretrain_only:
-        table = table.where("pretrain", True)
+        table = for_pretraining(table)
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
         decoded = decode_set(table, arguments.stored_size, arguments.cache_folder, on_error=arguments.on_error)
     if run.is_main:

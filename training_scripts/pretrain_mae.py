@@ -34,7 +34,7 @@ from spcxr_hf.data import MicroBatch, RadiographSet, decode_images
 from spcxr_hf.recipe import parse_arguments, save_recipe
 from spcxr_hf.results import write_results
 from spcxr_hf.run import Run, RunArguments, learning_rate_schedule
-from spcxr_hf.sets import read_rows
+from spcxr_hf.sets import for_pretraining, read_rows
 from spcxr_hf.training import CosineSchedule, new_config, parameter_groups
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
@@ -112,7 +112,7 @@ def load_images(arguments: Arguments, run: Run) -> RadiographSet:
     """Every image that `pretrain.py` learns from with the same flags."""
     table = read_rows(arguments.data, arguments.exclude)
     if arguments.pretrain_only:
-        table = table.where("pretrain", True)
+        table = for_pretraining(table)
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
         images = RadiographSet(decode_images(table, arguments.stored_size, arguments.cache_folder), table.ids)
     return images.to(run.accelerator.device) if arguments.cache == "device" else images
