@@ -147,7 +147,7 @@ def publish(
     api = HfApi(token=token or False, library_name="spcxr-hf")
     plans = []
     for one in prepared:
-        with hub_errors(one.checkpoint.repo_id, token):
+        with hub_errors(one.checkpoint.repo_id, token, "Every folder passed the checks here; nothing was sent"):
             _validate_card(api, one)
             plans.append(_compare(api, one, tag, private))
     if dry_run:
@@ -296,8 +296,10 @@ def _uploadable(content: bytes | Path) -> bytes | str:
 
 
 @contextmanager
-def hub_errors(repo_id: str, token: str | None) -> Iterator[None]:
-    """Say what the Hub, or the way to it, refused, in one line and without the token.
+def hub_errors(
+    repo_id: str, token: str | None, state: str = "The repository is whole; the same command goes on from there"
+) -> Iterator[None]:
+    """Say what the Hub, or the way to it, refused, in one line and without the token, and how things stand.
 
     Raises:
         SpcxrError: for whatever the client raises.
@@ -309,7 +311,7 @@ def hub_errors(repo_id: str, token: str | None) -> Iterator[None]:
             raise
         words = without_token(f"{repo_id}: {_reason(error)}", token)
         # `from None`: a traceback would show the client's own words, the token among them if the Hub repeats it.
-        raise SpcxrError(f"{words}. The repository is whole; the same command goes on from there") from None
+        raise SpcxrError(f"{words}. {state}") from None
 
 
 def _reason(error: BaseException) -> str:
