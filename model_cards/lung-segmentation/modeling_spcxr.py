@@ -286,9 +286,10 @@ class SpcxrPreTrainedModel(PreTrainedModel):
     # class has and the checkpoint lacks is reported all the same.
     _keys_to_ignore_on_load_unexpected = [r"^reconstruction_head\.", r"^classifier\.", r"^decoder\."]
 
-    def __init__(self, config: SpcxrConfig, *args, **kwargs):
-        config.drop_foreign_thresholds()
-        super().__init__(config, *args, **kwargs)
+    def post_init(self) -> None:
+        """What every class does when its parts are there: thresholds of labels that are gone go, weights are drawn."""
+        self.config.drop_foreign_thresholds()
+        super().post_init()
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
