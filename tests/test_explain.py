@@ -319,12 +319,16 @@ def test_an_interval_around_nothing_is_no_difference(deletion, insertion, words)
 def test_insertion_begins_with_a_blurred_picture(trained):
     """By a Gaussian of a tenth of the side: grey patches in its place would have edges."""
     images, _, _ = squares(4, 5)
+    shown = []
+    hook = trained.register_forward_pre_hook(lambda module, given: shown.append(given[0]))
     curves = deletion_insertion(trained, images, torch.zeros(4, 4, 4), 1, steps=1)
+    hook.remove()
     weights = torch.exp(-(torch.arange(-6.0, 7) ** 2) / (2 * 3.2**2))  # it reaches two standard deviations
     kernel = weights.outer(weights) / weights.sum() ** 2
     blurred = torch.nn.functional.conv2d(torch.nn.functional.pad(images, [6] * 4, mode="reflect"), kernel[None, None])
+    torch.testing.assert_close(shown[1], blurred, rtol=1e-4, atol=1e-4)  # behind the whole picture, nothing deleted
     with torch.no_grad():
-        start, end = (trained(shown).logits.softmax(dim=1)[:, 1] for shown in (blurred, images))
+        start, end = (trained(given).logits.softmax(dim=1)[:, 1] for given in (blurred, images))
     torch.testing.assert_close(curves.insertion, torch.stack([start, end], dim=1), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(curves.insertion_auc, (start + end) / 2, rtol=1e-3, atol=1e-4)
 

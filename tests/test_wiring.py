@@ -203,11 +203,14 @@ def test_lungs_are_learned_from_normalised_views_and_judged_in_evaluation(shard,
     flags = ["--init_from", pretrained, "--layer_decay", "0.5", "--learning_rate", "1e-3"]
     finetune_segmentation.main(["--data", shard, "--output", str(tmp_path), *BRIEF, *flags])
     assert modes and not any(modes)
+    beside = 0.0
     for pixel_values, labels in seen:
         grey = pixel_values * RADIOGRAPH_STD[0] + RADIOGRAPH_MEAN[0]
         assert pixel_values.min() < -0.5 and grey.min() >= -1e-5 and grey.max() <= 1 + 1e-5
         inside, outside = (grey[labels.unsqueeze(1) == side].mean() for side in (1, 0))
         assert inside < outside  # the mask lies where the lungs lie: they are dark
+        beside += float(grey[labels.flip(2).unsqueeze(1) == 1].mean() - inside)
+    assert beside > 0.01  # and not where they would lie in a mirror
     assert len({group["lr"] for group in updates.groups[0]}) == 4
 
 
@@ -225,10 +228,10 @@ def test_probes_are_chosen_on_val_from_a_share_of_the_labels():
     # On `test` the second feature tells all and the first nothing: what is chosen on it would differ.
     splits = {"train": split(signal), "val": split(signal), "test": split(signal[:, ::-1])}
     arguments = linear_probe.Arguments(model="m", data="d", strengths=[1e-6, 1.0], resamples=5)
-    asked: list[int] = []
+    asked: list[np.ndarray] = []
 
     def classify_by_val(arguments, inputs, targets, queries):
-        asked.append(len(inputs))
+        asked.append(inputs)
         for name, sign in (("right", 1), ("wrong", -1)):
             told = {"val": sign, "test": -sign}
             yield (
@@ -239,9 +242,10 @@ def test_probes_are_chosen_on_val_from_a_share_of_the_labels():
     task = linear_probe.TASKS["pediatric_pneumonia"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_probe, "classify_linearly", classify_by_val)
-        found = linear_probe.probe(arguments, splits, task, 0.1, 0)
+        found = linear_probe.probe(arguments, splits, task, 0.1, 3)
     assert found["setting"] == "right"
-    assert asked == [20] and found["labels"] == 20
+    assert np.array_equal(asked[0], signal[linear_probe.draw_labels(classes, 0.1, 3)])  # drawn anew for every seed
+    assert len(asked[0]) == found["labels"] == 20
 
 
 def test_linear_probes_standardise_and_weigh_the_classes():
