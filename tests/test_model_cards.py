@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
 import spcxr_hf
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
+from spcxr_hf.recorded_outputs import check_outputs
 from tests.made_up import write_set
 from tests.phantom import draw_chest
 from training_scripts import count_sources, prepare_checkpoint
@@ -56,6 +57,10 @@ class TestCheckpoint:
         assert model.dtype == AutoModel.from_pretrained(folder).dtype == torch.float32
         size = config.image_size
         assert AutoImageProcessor.from_pretrained(folder).size == {"height": size, "width": size}
+
+    def test_gives_the_outputs_that_were_recorded_with_its_weights(self, folder):
+        """A change of the network that loads the weights all the same would make every figure on the card another's."""
+        assert check_outputs(folder) < 1e-2
 
     def test_every_figure_on_the_card_comes_from_the_results(self, folder):
         assert (folder / "README.md").read_text() == prepare_checkpoint.render_card(folder.name, folder)
