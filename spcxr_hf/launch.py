@@ -115,14 +115,25 @@ def check_run(arguments: RunArguments) -> None:
         raise SpcxrError("shard and compile exclude each other")
 
 
-def prepare_folder(output: Path, arguments: RunArguments) -> None:
-    """Make the run's folder, with the resolved recipe in it; warn where its checkpoints come from another recipe.
+def prepare_folder(output: Path) -> None:
+    """Make the run's folder.
 
     Raises:
-        SpcxrError: it cannot be written to.
+        SpcxrError: it cannot be made.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpcxrError(f"{output}: cannot be written to ({error})") from error
+
+
+def keep_recipe(output: Path, arguments: RunArguments) -> None:
+    """Write the resolved recipe into the run's folder; warn where its checkpoints come from another recipe.
+
+    Raises:
+        SpcxrError: it cannot be written.
+    """
+    try:
         _warn_of_another_recipe(output, arguments)
         save_recipe(arguments, output / "recipe.yaml")
     except OSError as error:

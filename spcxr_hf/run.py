@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from .checkpoints import resume, save_checkpoint, written_aside
 from .data import MicroBatch, StepPlan
 from .errors import SpcxrError
-from .launch import RunArguments, check_launch, check_run, learning_rate_schedule, prepare_folder
+from .launch import RunArguments, check_launch, check_run, keep_recipe, learning_rate_schedule, prepare_folder
 from .precision import bf16_autocast, has_fast_bf16
 from .pushing import BackgroundPusher
 from .report import write_report
@@ -99,7 +99,7 @@ class Run:
         self._unsynchronised = ExitStack()
         self.pusher: BackgroundPusher | None = None
         if self.is_main:
-            prepare_folder(self.output, arguments)
+            prepare_folder(self.output)
             if arguments.push_to_hub is not None:
                 self.pusher = BackgroundPusher(arguments.push_to_hub)
         self.accelerator.wait_for_everyone()
@@ -140,6 +140,8 @@ class Run:
             if (scaler := saved.pop("scaler", None)) is not None:
                 self.scaler.load_state_dict(scaler)
             self.state.update(saved)
+        if self.is_main:  # not before: a run that is refused leaves the recipe that stands
+            keep_recipe(self.output, self.arguments)
         if is_sharded:
             self._shards = Shards(model, optimizer, self.accelerator.device)
             self.model, self.optimizer = self._shards.model, self._shards.optimizer

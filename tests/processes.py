@@ -1,4 +1,9 @@
-"""Training runs in processes of their own, forked from this one: they can be killed, and torch is imported already."""
+"""Training runs in processes of their own, which can be killed.
+
+They are forked from a server that has imported torch and done nothing else. Forked from the tests' own process they
+could have no backward pass where autograd has started threads there: torch 2.15 does so if a model is exported before
+the first one.
+"""
 
 import multiprocessing
 import os
@@ -11,15 +16,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-FORK = multiprocessing.get_context("fork")
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["training_scripts.pretrain", "training_scripts.finetune_classification"])
 
 
 def start(main: Callable[[list[str]], object], words: Sequence[str], log: Path, **environment: str) -> BaseProcess:
-    """Start `main(words)` in a child; what it prints goes to the file `log`."""
-    process = FORK.Process(target=_run, args=(main, list(words), log, environment))
+    """Start `main(words)`, a function of a module, in a process; what it prints goes to the file `log`."""
+    told = {**os.environ, "ACCELERATE_USE_CPU": "true", **environment}
+    process = SERVER.Process(target=_run, args=(main, list(words), log, told))
     process.start()
     return process
 
@@ -61,12 +67,11 @@ def _run(main: Callable[[list[str]], object], words: list[str], log: Path, envir
     with log.open("ab", buffering=0) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    # The parent's Python streams may lead to pytest's own files.
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    os.environ.update({"ACCELERATE_USE_CPU": "true", **environment})
+    os.environ.clear()  # the server's, as it was when that was started
+    os.environ.update(environment)
     _own_progress_lock()
-    torch.set_num_threads(1)  # threads that the parent had started are not there
-    AcceleratorState._reset_state(reset_partial_state=True)  # what the parent found out is about the parent
+    torch.set_num_threads(1)
     try:
         main(words)
     except SystemExit as leave:

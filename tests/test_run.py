@@ -108,10 +108,8 @@ def wait_for_rows(output: Path, more: int, process) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("call", [0, 1, 2, 4])
-def test_a_run_killed_inside_the_writing_of_a_checkpoint(shard, whole, tmp_path, monkeypatch, call):
-    """`call` counts the safetensors files of a checkpoint: 0 dies before the first optimiser file, and so on."""
+def killed_in_writing(call: int, argv: list[str]) -> None:
+    """Die instead of writing a checkpoint's safetensors file; `call` counts those that are written before."""
     save_file, calls = checkpoints.save_file, []
 
     def die(*args, **kwargs):
@@ -120,11 +118,17 @@ def test_a_run_killed_inside_the_writing_of_a_checkpoint(shard, whole, tmp_path,
             os.kill(os.getpid(), signal.SIGKILL)
         return save_file(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoints, "save_file", die)
-    process = start(pretrain.main, words(shard, tmp_path, *HARD), tmp_path / "console")
-    assert finish([process]) == [-signal.SIGKILL]
+    checkpoints.save_file = die
+    pretrain.main(argv)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [0, 1, 2, 4])
+def test_a_run_killed_inside_the_writing_of_a_checkpoint(shard, whole, tmp_path, call):
+    """0 dies before the first file of a checkpoint, and so on."""
+    dying = functools.partial(killed_in_writing, call)
+    assert finish([start(dying, words(shard, tmp_path, *HARD), tmp_path / "console")]) == [-signal.SIGKILL]
     assert list(tmp_path.glob(".checkpoint-*.partial"))
-    monkeypatch.undo()
     assert finish([start(pretrain.main, words(shard, tmp_path, *HARD), tmp_path / "console")]) == [0]
     assert contents(tmp_path) == contents(whole)
     assert not list(tmp_path.glob(".*partial"))
@@ -160,15 +164,16 @@ def test_a_tampered_checkpoint_is_named_and_passed_over(shard, whole, tmp_path):
     )
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(shard, tmp_path):
-    def with_little_room(argv):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # bytes a file may have
-        try:
-            pretrain.main(argv)
-        except SpcxrError as error:
-            print(f"error: {error}", flush=True)
-            raise SystemExit(3) from error
+def with_little_room(argv: list[str]) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # bytes a file may have
+    try:
+        pretrain.main(argv)
+    except SpcxrError as error:
+        print(f"error: {error}", flush=True)
+        raise SystemExit(3) from error
 
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(shard, tmp_path):
     short = [*BRIEF, "--steps", "2"]
     assert finish([start(pretrain.main, words(shard, tmp_path, *short), tmp_path / "console")]) == [0]
     before = (tmp_path / "checkpoint-2" / "model.safetensors").read_bytes()

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import PartialState
 from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
@@ -613,15 +613,9 @@ def test_evaluation_agrees_with_scikit_learn(shard, finished, reported):
 
 def test_two_processes_report_what_one_does(reported, tmp_path):
     """Images do not share out evenly: none is counted twice."""
-
-    def start_afresh(words: list[str]) -> None:
-        torch.set_num_threads(1)
-        AcceleratorState._reset_state(reset_partial_state=True)  # that of the process they are forked from
-        evaluate.main(words)
-
     words, _ = reported
     alone = evaluate.main([*words, "--splits", "val", "test", "--output", str(tmp_path / "one.json")])
-    group = start_group(start_afresh, [*words, "--output", str(tmp_path / "two.json")], tmp_path / "console")
+    group = start_group(evaluate.main, [*words, "--output", str(tmp_path / "two.json")], tmp_path / "console")
     assert finish(group) == [0, 0], (tmp_path / "console.0").read_text()
     assert set(tmp_path.glob("*.json")) == {tmp_path / "one.json", tmp_path / "two.json"}
     assert close(json.loads((tmp_path / "two.json").read_text()), json.loads(json.dumps(alone)))
@@ -637,15 +631,9 @@ def close(one, other) -> bool:
 
 def test_training_by_two_processes(shard, pretrained, tmp_path):
     """Two seeds, one after the other, with the processes still together."""
-
-    def start_afresh(words: list[str]) -> None:
-        torch.set_num_threads(1)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        finetune_classification.main(words)
-
     flags = [*COLUMNS, *BRIEF, *HARD, "--init_from", pretrained, "--seeds", "0", "1", "--steps", "2"]
     words = ["--data", shard, "--output", str(tmp_path / "two"), *flags]
-    assert finish(start_group(start_afresh, words, tmp_path / "console")) == [0, 0], (
+    assert finish(start_group(finetune_classification.main, words, tmp_path / "console")) == [0, 0], (
         tmp_path / "console.0"
     ).read_text()
     run(shard, tmp_path / "one", *flags)

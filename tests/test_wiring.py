@@ -271,7 +271,8 @@ def test_linear_probes_standardise_and_weigh_the_classes():
 def test_a_run_never_goes_on_with_another_set_or_other_classes(shard, pretrained, tmp_path, capsys):
     flags = ["--init_from", pretrained]
     classify(shard, tmp_path / "run", *flags)
-    before = (tmp_path / "run" / "final" / "config.json").read_text()
+    kept = [tmp_path / "run" / name for name in ("final/config.json", "recipe.yaml")]
+    before = [path.read_text() for path in kept]
     rows = pq.read_table(shard)
     other = str(tmp_path / "other.parquet")
     names = pa.array([f"other-{name}" for name in rows["id"].to_pylist()])
@@ -279,7 +280,7 @@ def test_a_run_never_goes_on_with_another_set_or_other_classes(shard, pretrained
     for data, more in ((other, []), (shard, ["--classes", "well=normal", "bacterial", "viral"])):
         with pytest.raises(SpcxrError, match="learned from another set or other classes; train into another folder"):
             classify(data, tmp_path / "run", *flags, *more)
-        assert (tmp_path / "run" / "final" / "config.json").read_text() == before
+        assert [path.read_text() for path in kept] == before
     moved = tmp_path / "elsewhere.parquet"
     shutil.copy(shard, moved)
     capsys.readouterr()

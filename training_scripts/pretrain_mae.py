@@ -207,7 +207,6 @@ def plan_steps(arguments: Arguments, run: Run, images: RadiographSet) -> Argumen
     if run.is_main:
         asked = {"max_minutes": arguments.max_minutes, "batch_size": arguments.batch_size}
         write_results(file, {**asked, "images_per_second": round(rate, 2), "steps": planned.steps})
-        save_recipe(planned, run.output / "recipe.yaml")
     return planned
 
 
