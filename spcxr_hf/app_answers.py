@@ -24,11 +24,11 @@ from .checkpoint_folder import checkpoint_folders, given_or_bundled
 from .demo import example_radiograph
 from .errors import SpcxrError
 from .explain import METHODS, draw_explanation, explain, share_inside
-from .inference import Batch, Loaded, Prepared, Source, load_model, read_with_concerns
+from .inference import Batch, Loaded, Prepared, Source, load_model
 from .lungs import LungAreas, measure_lungs
 from .neighbours import Neighbour, NeighbourIndex
 from .pictures import overlay
-from .radiograph import read_radiograph
+from .radiograph import read_radiograph, read_with_concerns
 from .tasks import Predictor, segment_lungs
 
 LONGEST_SIDE = 768  # pixels of the pictures that are shown
@@ -139,7 +139,7 @@ def read_page(path: Path) -> Page:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise SpcxrError(f"{path}: larger than {MOST_BYTES // 2**20} MB")
-        image, found = read_with_concerns(path)
+        image, found = read_with_concerns(path, full_depth=True)
         return Page(path.name, image, shrink(image), found)
     except SpcxrError as error:
         cause = str(error).replace(f"{path}: ", "")

@@ -3,6 +3,7 @@
 read_dicom -> _parse, _check_header                    the technical attributes, checked
            -> _decode -> _check_codestream, decoding   stored values; no decompression bomb gets as far
            -> _brightness -> _voi, _percentile_range   what each stored value looks like (PS3.3 C.11.1, C.11.2)
+           -> _stated_kind                             modality, body part and view, for `plausibility` to judge
 
 Every step from a stored value to its brightness looks at that value alone. So brightness is worked out once for each
 value that can occur, at most 65,536, by pydicom's own functions, and the image is one look-up: as exact, and faster.
@@ -22,6 +23,7 @@ from PIL import Image
 
 from .decoding import decode_apart
 from .errors import SpcxrError
+from .plausibility import StatedKind
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -42,6 +44,7 @@ TECHNICAL_ATTRIBUTES = [
     "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue",
     "PixelPaddingRangeLimit", "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence",
     "WindowCenter", "WindowWidth", "VOILUTFunction", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelData",
+    "Modality", "BodyPartExamined", "ViewPosition",
 ]  # fmt: skip
 REQUIRED_ATTRIBUTES = (
     "PhotometricInterpretation", "Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation",
@@ -85,6 +88,13 @@ def read_dicom(source: "bytes | Dataset", *, full_depth: bool = False, window: i
             not there, no contrast, damaged, a transfer syntax that no installed decoder reads, or pydicom is missing.
             The text holds technical attributes only.
     """
+    return read_dicom_and_kind(source, full_depth=full_depth, window=window)[0]
+
+
+def read_dicom_and_kind(
+    source: "bytes | Dataset", *, full_depth: bool = False, window: int = 0
+) -> tuple[Image.Image, StatedKind]:
+    """The image of `read_dicom`, and what kind of image its header says it is."""
     try:
         import pydicom  # noqa: F401
     except ImportError as error:
@@ -99,18 +109,19 @@ def read_dicom(source: "bytes | Dataset", *, full_depth: bool = False, window: i
     raise SpcxrError(f"the DICOM file is damaged ({cause})")
 
 
-def _read(source: "bytes | Dataset", full_depth: bool, window: int) -> Image.Image:
+def _read(source: "bytes | Dataset", full_depth: bool, window: int) -> tuple[Image.Image, StatedKind]:
     with quiet():
         dataset = _parse(source) if isinstance(source, bytes) else _technical_part(source)
         _check_header(dataset)
     codes, kind = _decode(dataset)
     with quiet():
         brightness = _brightness(codes, kind, dataset, window)
+        stated = _stated_kind(dataset)
     scale, dtype = (65535, np.uint16) if full_depth and dataset.BitsStored > 8 else (255, np.uint8)
     image = _look_up(np.rint(brightness * scale).astype(dtype), codes)
     if image.min() == image.max():
         raise SpcxrError("the DICOM image has no contrast: all its pixels come out alike")
-    return Image.fromarray(image)
+    return Image.fromarray(image), stated
 
 
 @contextmanager
@@ -229,6 +240,16 @@ def _object_name(dataset: "Dataset") -> str:
 
     entry = UID_dictionary.get(str(dataset.get("SOPClassUID", "")))
     return f" ({entry[0]})" if entry else ""
+
+
+def _stated_kind(dataset: "Dataset") -> StatedKind:
+    texts = []
+    for keyword in ("Modality", "BodyPartExamined", "ViewPosition"):
+        try:
+            texts.append(str(dataset.get(keyword) or ""))
+        except Exception:  # whatever it holds, the image does not need it
+            texts.append("")
+    return StatedKind(*texts)
 
 
 def check_pixel_count(width: int, height: int) -> None:

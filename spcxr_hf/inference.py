@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,8 +41,7 @@ from .auto import register
 from .data import PICTURE_SUFFIXES, RadiographTable, is_hidden, join_tables, pictures_below, read_table
 from .errors import SpcxrError
 from .hub import BUNDLED, install_checkpoints
-from .plausibility import colourfulness, concerns
-from .radiograph import DICOM_PREFIX, file_kind, read_radiograph
+from .radiograph import read_with_concerns
 
 AUTO_CLASSES: dict[str, Any] = {
     "embedding": AutoModel,
@@ -260,7 +258,7 @@ def prepare(source: Source, processor: Any) -> Prepared | Failed:
     if not _is_text(str(source.path)):  # no format of the records could hold it
         return Failed(source, f"{source.path}: the name is not valid UTF-8; rename the file")
     try:
-        image, found = read_with_concerns(source.path)
+        image, found = read_with_concerns(source.path, full_depth=True)
         pixel_values = processor(image, return_tensors="pt").pixel_values[0]
     except SpcxrError as error:
         return Failed(source, str(error))
@@ -275,27 +273,6 @@ def _is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def read_with_concerns(path: Path) -> tuple[Image.Image, list[str]]:
-    """The radiograph at full depth, and what `plausibility.concerns` has to say about it.
-
-    `read_radiograph` warns of the same; but filters of warnings belong to the whole process, and here threads read.
-
-    Raises:
-        SpcxrError: it cannot be read.
-    """
-    try:
-        stream = BytesIO(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise SpcxrError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    stream.name = str(path)  # what messages call it
-    image = read_radiograph(stream, full_depth=True, strict=None)
-    colour = 0.0
-    if file_kind(stream.getvalue()[: DICOM_PREFIX.stop], path.name) != "DICOM":
-        picture = Image.open(stream)
-        colour = colourfulness(picture) if picture.mode in ("RGB", "RGBA", "P") else 0.0
-    return image, concerns(image, colour)
 
 
 class Batch(NamedTuple):

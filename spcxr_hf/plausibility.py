@@ -1,12 +1,13 @@
 """Is this an upright frontal chest radiograph, lungs dark? A cheap test that warns of what is probably something else.
 
-concerns -> _emptiness, colourfulness    of the grey values
+concerns -> _stated                      what a DICOM header says
+         -> _emptiness, colourfulness    of the grey values
          -> thumbnail, evidence          a linear rule on 16 x 16 pixels
 
 The rule is a logistic regression between radiographs (and their mirror images) and what they must be told from: the
 same radiographs as photographic negatives and lying on a side or upside down, and noise with the 1/f amplitude spectrum
 of natural images (Field, "Relations between the statistics of natural images and the response properties of cortical
-cells", 1987, section 3). A lateral view is not told from something else. Fitted, with its threshold, on a random half
+cells", 1987, section 3). It does not tell a lateral view; a header may. Fitted, with its threshold, on a random half
 of the development radiographs by
 
     python training_scripts/false_alarms.py --data DATA --fit true --output false_alarms.json
@@ -16,6 +17,7 @@ turned radiograph or something else is found.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -53,20 +55,71 @@ LEAST_EVIDENCE = -3.62
 # fmt: on
 
 
+# What no plain radiograph of a chest is. Only what stands here is ever repeated: an attribute may hold any text.
+MODALITIES = {  # DICOM PS3.3 C.7.3.1.1.1, those that make other images
+    "BMD": "bone densitometry", "CT": "computed tomography", "ES": "endoscopy", "IO": "intra-oral radiography",
+    "IVUS": "intravascular ultrasound", "MG": "mammography", "MR": "magnetic resonance", "NM": "nuclear medicine",
+    "OCT": "optical coherence tomography", "OP": "ophthalmic photography", "OPT": "ophthalmic tomography",
+    "PT": "positron emission tomography", "PX": "panoramic X-ray", "SM": "slide microscopy", "US": "ultrasound",
+    "XC": "photography",
+}  # fmt: skip
+BODY_PARTS = {  # DICOM PS3.16 annex L, those that leave out most of the chest
+    "ABDOMEN": "abdomen", "ANKLE": "ankle", "ARM": "arm", "BREAST": "breast", "CALCANEUS": "heel",
+    "CSPINE": "cervical spine", "ELBOW": "elbow", "EXTREMITY": "limb", "FEMUR": "thigh", "FINGER": "finger",
+    "FOOT": "foot", "FOREARM": "forearm", "HAND": "hand", "HEAD": "head", "HIP": "hip", "HUMERUS": "upper arm",
+    "JAW": "jaw", "KNEE": "knee", "LEG": "leg", "LSPINE": "lumbar spine", "MANDIBLE": "jaw", "NECK": "neck",
+    "PELVIS": "pelvis", "SCAPULA": "shoulder blade", "SHOULDER": "shoulder", "SKULL": "skull", "SSPINE": "sacrum",
+    "TIBIA": "lower leg", "TOE": "toe", "WRIST": "wrist",
+}  # fmt: skip
+VIEWS = {  # DICOM PS3.3 C.8.11.5.1 and what is in use beside it
+    "LAT": "lateral", "LATERAL": "lateral", "LL": "lateral", "RL": "lateral", "LLO": "oblique", "RLO": "oblique",
+    "LLD": "lying on a side", "RLD": "lying on a side",
+}  # fmt: skip
+
+
+class StatedKind(NamedTuple):
+    """What a DICOM header says of an image, as it stands there: Modality, BodyPartExamined, ViewPosition; or ''."""
+
+    modality: str = ""
+    body_part: str = ""
+    view: str = ""
+
+
+UNSTATED = StatedKind()
+
+
 class ImplausibleWarning(UserWarning):
     """An image was read that is probably not an upright frontal chest radiograph with dark lungs."""
 
 
-def concerns(image: Image.Image, colour: float = 0.0) -> list[str]:
+def concerns(image: Image.Image, colour: float = 0.0, stated: StatedKind = UNSTATED) -> list[str]:
     """What speaks against an image being an upright frontal chest radiograph with dark lungs.
 
     Args:
         image: mode `L` or `I;16`, (width, height) as read.
         colour: its `colourfulness` before it became grey.
+        stated: what its DICOM header says it is.
 
     Returns:
         Nothing, or short texts, the most basic first.
     """
+    return _stated(stated) + _seen(image, colour)
+
+
+def _stated(stated: StatedKind) -> list[str]:
+    """Codes that the standard defines and that are not those of a frontal chest radiograph, in words."""
+    modality, body_part, view = (text.strip().upper() for text in stated)
+    found = []
+    if modality in MODALITIES:
+        found.append(f"not a plain radiograph by its header: modality {modality} ({MODALITIES[modality]})")
+    if body_part in BODY_PARTS:
+        found.append(f"not of the chest by its header: body part {body_part} ({BODY_PARTS[body_part]})")
+    if view in VIEWS:
+        found.append(f"not a frontal view by its header: view position {view} ({VIEWS[view]})")
+    return found
+
+
+def _seen(image: Image.Image, colour: float) -> list[str]:
     grey = subsample(image)
     pixels, deviation = _standardise(_shrink(grey))
     found = _emptiness(grey, deviation)

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from .data import RadiographTable, open_image
+from .data import OnError, RadiographTable, decode_set, open_image
 from .encoders import LOADING_ERRORS
 from .errors import SpcxrError, one_line
 from .labels import targets_of
@@ -79,6 +79,23 @@ def select_rows(
         raise SpcxrError(f"{rows.name}: no row has a label in {label_column} that is one of {', '.join(classes)}")
     patients = rows.column("patient") if "patient" in rows.rows.column_names else None
     return LabelledRows(rows, targets, patients).where(known.numpy())
+
+
+def leave_out_broken(rows: LabelledRows, on_error: OnError) -> tuple[LabelledRows, dict[str, str]]:
+    """With "skip" every image is decoded once, and the rows whose image cannot be are left out.
+
+    Returns:
+        The rows that are left, and id -> cause of the others; with "stop" all of them, unread.
+
+    Raises:
+        SpcxrError: more than half of them cannot be read.
+    """
+    if on_error == "stop":
+        return rows, {}
+    decoded = decode_set(rows.table, 16, on_error=on_error)
+    kept = np.zeros(len(rows), dtype=bool)
+    kept[decoded.rows.numpy()] = True
+    return rows.where(kept), decoded.skipped
 
 
 def open_images(table: RadiographTable) -> Iterator[Image.Image]:

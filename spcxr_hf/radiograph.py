@@ -1,8 +1,8 @@
 """A file -> one grey image, lungs dark and bones bright.
 
-read_radiograph -> _read_bytes -> _read_picture -> _to_grey    PNG, JPEG, TIFF, WebP, BMP
-                               -> dicom.read_dicom             DICOM
-                -> _report -> plausibility.concerns            is it a chest radiograph at all?
+read_radiograph -> _open -> _read_bytes, _read_picture -> _to_grey    PNG, JPEG, TIFF, WebP, BMP
+                         -> dicom.read_dicom_and_kind                 DICOM
+                -> _report -> plausibility.concerns                   is it a chest radiograph at all?
 """
 
 import os
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 import numpy as np
 from PIL import Image, ImageOps
 
-from .dicom import check_pixel_count, read_dicom
+from .dicom import check_pixel_count, read_dicom_and_kind
 from .errors import SpcxrError
-from .plausibility import ImplausibleWarning, colourfulness, concerns
+from .plausibility import ImplausibleWarning, StatedKind, colourfulness, concerns
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -58,8 +58,9 @@ def read_radiograph(
             picture; the image processor of this package takes both.
         window: which of a DICOM's VOI LUTs or windows is used, from 0.
         strict: what happens to an image that is constant, nearly empty, colourful, a probable negative or not an
-            upright frontal chest radiograph, as `spcxr_hf.plausibility` judges it: an `ImplausibleWarning` (False), a
-            SpcxrError (True), or nothing, and the test is not run (None).
+            upright frontal chest radiograph, as `spcxr_hf.plausibility` judges it by its grey values and by what a
+            DICOM's header says it shows: an `ImplausibleWarning` (False), a SpcxrError (True), or nothing, and the
+            test is not run (None).
 
     Returns:
         Mode `L`, 0..255; with `full_depth`, mode `I;16`, 0..65535, for files of more than 8 bits per pixel. A DICOM's
@@ -71,18 +72,36 @@ def read_radiograph(
             without pydicom; or, with `strict=True`, an image that is not plausible. The text has the file's name and
             the cause, and nothing of a DICOM's header but technical attributes.
     """
+    name, image, colour, kind = _open(source, full_depth, window)
+    if strict is not None:
+        _report(name, concerns(image, colour, kind), strict)
+    return image
+
+
+def read_with_concerns(
+    source: "str | os.PathLike | bytes | BinaryIO | Dataset", *, full_depth: bool = False, window: int = 0
+) -> tuple[Image.Image, list[str]]:
+    """The image of `read_radiograph`, and what that would warn of as texts: filters of warnings belong to all threads.
+
+    Raises:
+        SpcxrError: as `read_radiograph` does.
+    """
+    _, image, colour, kind = _open(source, full_depth, window)
+    return image, concerns(image, colour, kind)
+
+
+def _open(source: Any, full_depth: bool, window: int) -> tuple[str, Image.Image, float, StatedKind]:
+    """The file's name in messages, the image, its `colourfulness` before it became grey, and what its header says."""
     name, content = _read_bytes(source)
+    colour, stated = 0.0, StatedKind()
     try:
         if isinstance(content, bytes) and (kind := file_kind(content, name)) != "DICOM":
             image, colour = _read_picture(content, kind, name)
         else:
-            image, colour = read_dicom(content, full_depth=full_depth, window=window), 0.0
+            image, stated = read_dicom_and_kind(content, full_depth=full_depth, window=window)
     except SpcxrError as error:
         raise SpcxrError(f"{name}: {error}") from (error.__cause__ or error)
-    image = image if full_depth else to_8_bit(image)
-    if strict is not None:
-        _report(name, concerns(image, colour), strict)
-    return image
+    return name, image if full_depth else to_8_bit(image), colour, stated
 
 
 def _report(name: str, found: list[str], strict: bool) -> None:

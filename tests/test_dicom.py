@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spcxr_hf import decoding, dicom
+from spcxr_hf import decoding, dicom, plausibility
 from spcxr_hf.dicom import TECHNICAL_ATTRIBUTES
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessor, SpcxrImageProcessorPil
-from spcxr_hf.radiograph import read_radiograph
+from spcxr_hf.radiograph import read_radiograph, read_with_concerns
 
 pytest.importorskip("pydicom")
 pytestmark = pytest.mark.filterwarnings("ignore::spcxr_hf.plausibility.ImplausibleWarning")
@@ -255,11 +255,41 @@ def test_unknown_transfer_syntax(tmp_path):
 
 def test_only_technical_attributes_are_decoded():
     pydicom = pytest.importorskip("pydicom")
-    groups = {pydicom.datadict.tag_for_keyword(name) >> 16 for name in TECHNICAL_ATTRIBUTES}
-    assert groups == {0x0008, 0x0028, 0x7FE0}  # kind of object, image presentation, pixel data; patients are in 0010
-    assert [name for name in TECHNICAL_ATTRIBUTES if pydicom.datadict.tag_for_keyword(name) >> 16 == 8] == [
-        "SOPClassUID"
-    ]
+    groups = {name: pydicom.datadict.tag_for_keyword(name) >> 16 for name in TECHNICAL_ATTRIBUTES}
+    others = {name for name, group in groups.items() if group not in (0x0028, 0x7FE0)}  # presentation, pixel data
+    assert others == {"SOPClassUID", "Modality", "BodyPartExamined", "ViewPosition"}
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        ({"Modality": "CT"}, ["not a plain radiograph by its header: modality CT (computed tomography)"]),
+        ({"BodyPartExamined": "hand "}, ["not of the chest by its header: body part HAND (hand)"]),
+        ({"ViewPosition": "LL"}, ["not a frontal view by its header: view position LL (lateral)"]),
+        (
+            {"Modality": "MG", "BodyPartExamined": "BREAST"},
+            [
+                "not a plain radiograph by its header: modality MG (mammography)",
+                "not of the chest by its header: body part BREAST (breast)",
+            ],
+        ),
+        ({"Modality": "DX", "BodyPartExamined": "CHEST", "ViewPosition": "AP"}, []),
+        ({"Modality": None, "BodyPartExamined": "", "ViewPosition": PATIENT}, []),
+        ({"BodyPartExamined": "PORT CHEST", "ViewPosition": ["PA", "LL"]}, []),
+    ],
+)
+def test_what_the_header_says_it_is_beside_the_pixels(stated, words, monkeypatch):
+    monkeypatch.setattr(plausibility, "LEAST_EVIDENCE", -1e9)  # a ramp would do for a chest
+    made = dataset(GREY[:, :54].copy(), 8, WindowCenter=128, WindowWidth=256)
+    for name, value in stated.items():
+        delattr(made, name) if value is None else setattr(made, name, value)
+    image, found = read_with_concerns(made, full_depth=True)
+    assert found == words
+    assert np.array_equal(np.asarray(image), np.asarray(dicom.read_dicom(made)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_radiograph(made)
+    assert [str(one.message) for one in caught] == [f"the DICOM dataset: {'; '.join(words)}"] * bool(words)
 
 
 def public_radiograph(name: str):
@@ -819,7 +849,8 @@ def test_public_file(path):
 
 def test_the_tibia_is_not_a_chest():
     path = public_radiograph("RG3_UNCR.dcm")
-    with pytest.raises(SpcxrError, match=r"RG3_UNCR\.dcm: does not look like an upright frontal chest"):
+    said = r"RG3_UNCR\.dcm: not of the chest by its header: body part EXTREMITY \(limb\); does not look like an upright"
+    with pytest.raises(SpcxrError, match=said):
         read_radiograph(path, strict=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

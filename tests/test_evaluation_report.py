@@ -18,7 +18,7 @@ from spcxr_hf.evaluation_report import (
 )
 from spcxr_hf.metrics import classification_report, multilabel_report
 from tests.common import build, tiny_config
-from tests.made_up import write_set
+from tests.made_up import break_rows, write_set
 from training_scripts import report
 
 NAMES = ("normal", "bacterial", "viral <b>")
@@ -181,3 +181,13 @@ def test_the_script(tmp_path, capsys):
     assert "ill: youden" in text and str(tmp_path) not in text
     with pytest.raises(SpcxrError, match="batch_size must be"):
         report.main([*words, "--batch_size", "0"])
+
+    break_rows(data, {2, 12})
+    with pytest.raises(SpcxrError, match="damaged or cut short"):
+        report.main(words)
+    (tmp_path / "left-out.txt").write_text("row-3\nrow-4\n")
+    report.main([*words, "--on_error", "skip", "--exclude", str(tmp_path / "left-out.txt")])
+    results = json.loads((path.parent / "results.json").read_text())
+    assert [results["splits"][split]["images"] for split in ("val", "test")] == [6, 8]
+    lines = (path.parent / "skipped.csv").read_text().splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["id", "row-12", "row-2"]

@@ -17,7 +17,7 @@ from spcxr_hf.data import read_table
 from spcxr_hf.labels import parse_classes, targets_of
 from spcxr_hf.predicting import load_judged, open_images, predict_logits, select_rows
 from tests.common import build, tiny_config
-from tests.made_up import write_set
+from tests.made_up import break_rows, write_set
 from training_scripts import calibrate
 
 SPLITS = ["train"] * 3 + ["val"] * 24 + ["test"] * 18
@@ -236,3 +236,22 @@ def test_rows_that_the_training_left_out_are_left_out(shard, tmp_path):
     assert [found[name]["images"] for name in ("val", "test")] == [23, 17]
     every = calibrate.main([*words, "--output", str(tmp_path / "every"), "--exclude", ""])["splits"]
     assert [every[name]["images"] for name in ("val", "test")] == [24, 18]
+
+
+def test_broken_files_are_skipped_and_listed(calibrated, shard, tmp_path, capsys):
+    model, _, before = calibrated
+    (tmp_path / "set.parquet").write_bytes(Path(shard).read_bytes())
+    damaged = break_rows(tmp_path / "set.parquet", {SPLITS.index("val"), SPLITS.index("test"), SPLITS.index("train")})
+    flags = ["--label_column", "pneumonia_label", "--split_column", "pneumonia_split", "--classes", *CLASSES]
+    words = ["--model", str(model), "--data", damaged, *flags, "--resamples", "5", "--output", str(tmp_path / "out")]
+    with pytest.raises(SpcxrError, match="damaged or cut short"):
+        calibrate.main(words)
+    assert not (tmp_path / "out").exists()
+    found = calibrate.main([*words, "--on_error", "skip"])
+    for split in ("val", "test"):
+        assert found["splits"][split]["images"] == before["splits"][split]["images"] - 1
+    lines = (tmp_path / "out" / "skipped.csv").read_text().splitlines()
+    ids = [f"row-{SPLITS.index(split)}" for split in ("val", "test")]
+    assert sorted(line.partition(",")[0] for line in lines) == sorted(["id", *ids])
+    assert "skipped 2 broken files" in capsys.readouterr().out
+    assert calibrate.main([*words, "--on_error", "skip"])["splits"].keys() == found["splits"].keys()  # once more

@@ -37,7 +37,7 @@ from spcxr_hf.data import StepPlan, open_image, read_table
 from spcxr_hf.mixing import mix
 from spcxr_hf.predicting import load_judged
 from spcxr_hf.sampling import BalancedSet, draw_rows, strata
-from tests.made_up import CLASSES, STRUCT, write_set
+from tests.made_up import CLASSES, break_rows, write_set
 from tests.processes import finish, start_group
 from training_scripts import evaluate, finetune_classification
 from training_scripts.finetune_classification import Arguments
@@ -676,15 +676,6 @@ def test_a_patient_on_two_sides_is_refused(pretrained, tmp_path):
         run(str(path), tmp_path / "run", "--init_from", pretrained)
     with pytest.warns(UserWarning, match="patient 'one'"):
         run(str(path), tmp_path / "run", "--init_from", pretrained, "--steps", "1", "--allow_leaks", "patients")
-
-
-def break_rows(path: Path, rows: set[int]) -> str:
-    table = pq.read_table(path)
-    cells = table["image"].to_pylist()
-    for row in rows:
-        cells[row] = {"bytes": cells[row]["bytes"][:200], "path": None}
-    pq.write_table(table.set_column(0, "image", pa.array(cells, STRUCT)), path)
-    return str(path)
 
 
 def test_broken_files_are_skipped_and_listed_or_stop_the_run(pretrained, tmp_path, capsys):

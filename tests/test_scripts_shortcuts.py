@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from spcxr_hf.metrics import auroc
 from spcxr_hf.predicting import LabelledRows
 from spcxr_hf.shortcuts import aurocs, border, boxes, choose_probe, filled, thumbnails
 from tests.common import build, tiny_config
-from tests.made_up import encoded, picture, write_set
+from tests.made_up import break_rows, encoded, picture, write_set
 from training_scripts import shortcuts
 
 SPLITS = ["train"] * 18 + ["val"] * 9 + ["test"] * 15
@@ -220,3 +221,14 @@ def test_rows_are_chosen_with_their_patients():
     kept = rows.where([True, False, True])
     assert (kept.table.ids, kept.patients, len(kept)) == (["x", "z"], ["p", "q"], 2)
     assert torch.equal(kept.targets, torch.eye(3)[[0, 2]])
+
+
+def test_broken_files_are_skipped_and_listed(models, shard, tmp_path):
+    (tmp_path / "set.parquet").write_bytes(Path(shard).read_bytes())
+    damaged = break_rows(tmp_path / "set.parquet", {1, 20, 30, 33})  # train, val, twice test
+    words = [*models, "--data", damaged, *COLUMNS, "--resamples", "2", "--output", str(tmp_path / "out" / "r.json")]
+    with pytest.raises(SpcxrError, match="damaged or cut short"):
+        shortcuts.main(words)
+    assert shortcuts.main([*words, "--on_error", "skip"])["splits"]["test"]["images"] == 13
+    lines = (tmp_path / "out" / "skipped.csv").read_text().splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["id", "row-1", "row-20", "row-30", "row-33"]

@@ -54,6 +54,7 @@ from spcxr_hf.predicting import (
     LabelledRows,
     class_names,
     is_multi_label,
+    leave_out_broken,
     load_judged,
     match_classes,
     open_images,
@@ -62,19 +63,25 @@ from spcxr_hf.predicting import (
 )
 from spcxr_hf.recipe import parse_arguments, read_recipe
 from spcxr_hf.results import write_results
-from spcxr_hf.sets import read_rows
+from spcxr_hf.sets import SetArguments, read_rows, report_skipped
 
 RECIPE = "recipe.yaml"
 DECISIONS = ("sensitivity", "specificity", "accuracy")
 
 
 @dataclass
-class Arguments:
-    """Calibrate a classifier and choose its decision thresholds."""
+class _Source:
+    """The flags that have no default; those of the set come behind them."""
 
     model: str = field(metadata={"help": "folder of a trained classifier with its image processor"})
     data: str = field(metadata={"help": "Parquet shards with a column of labels and a column of splits"})
     output: str = field(metadata={"help": "folder for the calibrated checkpoint and calibration.json"})
+
+
+@dataclass
+class Arguments(SetArguments, _Source):
+    """Calibrate a classifier and choose its decision thresholds."""
+
     label_column: str | None = field(
         default=None, metadata={"help": "column of the labels; by default that of the model's recipe"}
     )
@@ -88,9 +95,6 @@ class Arguments:
     sums: list[str] = field(
         default_factory=list,
         metadata={"help": f"classes that get a threshold together, joined by '{JOIN}', as 'bacterial{JOIN}viral'"},
-    )
-    exclude: str | None = field(
-        default=None, metadata={"help": "text file of ids to leave out, one a line, as copies of training images"}
     )
     fit_on: str = field(default="val", metadata={"help": "split that everything is fitted on"})
     splits: list[str] = field(
@@ -123,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     model, processor = load_judged(arguments.model, arguments.device)
     classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
     multi_label = is_multi_label(model)
-    splits = predict(arguments, model, processor, classes)
+    rows, skipped = select(arguments, classes, multi_label)
+    splits = predict(arguments, model, processor, rows)
 
     fitted = splits[arguments.fit_on]
     calibration = fit_calibration(fitted.logits, fitted.rows.targets, multi_label)
@@ -137,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for name, split in splits.items():
         result["splits"][name] = report(arguments, split, calibration, list(classes), points, multi_label)
     save(arguments, model, processor, result)
+    report_skipped(Path(arguments.output) / "calibration.json", skipped)
     draw(arguments, result, splits, calibration, list(classes), multi_label)
     return result
 
@@ -175,14 +181,28 @@ def fill_in(arguments: Arguments, recipe: Path) -> None:
 # ---- the report ------------------------------------------------------------------------------------------------
 
 
-def predict(
-    arguments: Arguments, model: PreTrainedModel, processor: Any, classes: dict[str, list[str]]
-) -> dict[str, Split]:
-    """The logits of every split, the fitted one first; all labels are read before the first image is."""
+def select(
+    arguments: Arguments, classes: dict[str, list[str]], multi_label: bool
+) -> tuple[dict[str, LabelledRows], dict[str, str]]:
+    """The rows of every split, the fitted one first, and what is left out of them: id -> cause.
+
+    All labels are read before the first image is.
+    """
     table = read_rows(arguments.data, arguments.exclude)
     columns = str(arguments.label_column), str(arguments.split_column)
     names = dict.fromkeys([arguments.fit_on, *arguments.splits])
-    rows = {name: select_rows(table, *columns, name, classes, is_multi_label(model)) for name in names}
+    rows = {name: select_rows(table, *columns, name, classes, multi_label) for name in names}
+    skipped: dict[str, str] = {}
+    for name, part in rows.items():
+        rows[name], broken = leave_out_broken(part, arguments.on_error)
+        skipped |= broken
+    return rows, skipped
+
+
+def predict(
+    arguments: Arguments, model: PreTrainedModel, processor: Any, rows: dict[str, LabelledRows]
+) -> dict[str, Split]:
+    """The logits of every split."""
     return {
         name: Split(
             part,

@@ -21,9 +21,8 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.archives import read_set
 from spcxr_hf.calibration import to_probabilities
-from spcxr_hf.curves import read_rows
+from spcxr_hf.curves import read_rows as read_result_rows
 from spcxr_hf.data import open_image
 from spcxr_hf.evaluation_report import Evaluated, ReportOptions, write_evaluation_report
 from spcxr_hf.figures import grey_picture
@@ -32,6 +31,7 @@ from spcxr_hf.predicting import (
     LabelledRows,
     class_names,
     is_multi_label,
+    leave_out_broken,
     load_judged,
     match_classes,
     open_images,
@@ -39,15 +39,22 @@ from spcxr_hf.predicting import (
     select_rows,
 )
 from spcxr_hf.recipe import fill_from_recipe, parse_arguments
+from spcxr_hf.sets import SetArguments, read_rows, report_skipped
 
 
 @dataclass
-class Arguments:
-    """Draw the report on a classifier."""
+class _Source:
+    """The flags that have no default; those of the set come behind them."""
 
     model: str = field(metadata={"help": "folder or Hub id of an image classifier with its image processor"})
     data: str = field(metadata={"help": "a set with a column of labels and a column of splits"})
     output: str = field(metadata={"help": "folder for report.html, results.json and the pictures"})
+
+
+@dataclass
+class Arguments(SetArguments, _Source):
+    """Draw the report on a classifier."""
+
     label_column: str | None = field(
         default=None, metadata={"help": "column of the labels; by default that of the model's recipe, or `label`"}
     )
@@ -82,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     efficiency = read_efficiency(arguments)
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     model, processor = load_judged(arguments.model, device)
-    rows = select(arguments, model)
+    rows, skipped = select(arguments, model)
     evaluated = [judge(arguments, model, processor, split, found) for split, found in rows.items()]
     options = options_of(arguments, model, efficiency)
     path = write_evaluation_report(
@@ -93,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         options,
         pictures_of(arguments, rows),
     )
+    report_skipped(path, skipped)
     print(path)
     return path
 
@@ -101,7 +109,7 @@ def read_efficiency(arguments: Arguments) -> list[dict]:
     """Rows for the curves of label efficiency; none where there is no file of them."""
     if not arguments.label_efficiency:
         return []
-    return read_rows(Path(arguments.label_efficiency), arguments.task or Path(arguments.model).resolve().name)
+    return read_result_rows(Path(arguments.label_efficiency), arguments.task or Path(arguments.model).resolve().name)
 
 
 def check(arguments: Arguments) -> None:
@@ -116,15 +124,19 @@ def check(arguments: Arguments) -> None:
         raise SpcxrError(f"worst must be at least 0; got {arguments.worst}")
 
 
-def select(arguments: Arguments, model: Any) -> dict[str, LabelledRows]:
-    """The labelled rows of each split."""
-    table, columns = read_set(arguments.data), (str(arguments.label_column), str(arguments.split_column))
+def select(arguments: Arguments, model: Any) -> tuple[dict[str, LabelledRows], dict[str, str]]:
+    """The labelled rows of each split, and what is left out of them: id -> cause."""
+    table = read_rows(arguments.data, arguments.exclude)
+    columns = str(arguments.label_column), str(arguments.split_column)
     classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
-    found = {}
+    found: dict[str, LabelledRows] = {}
+    skipped: dict[str, str] = {}
     for split in dict.fromkeys(arguments.splits):
         rows = select_rows(table, *columns, split, classes, is_multi_label(model))
-        found[split] = rows.where(draw(len(rows), arguments.limit, arguments.seed))
-    return found
+        rows = rows.where(draw(len(rows), arguments.limit, arguments.seed))
+        found[split], broken = leave_out_broken(rows, arguments.on_error)
+        skipped |= broken
+    return found, skipped
 
 
 def draw(count: int, limit: int | None, seed: int) -> np.ndarray:

@@ -44,6 +44,7 @@ from spcxr_hf.predicting import (
     LabelledRows,
     class_names,
     is_multi_label,
+    leave_out_broken,
     load_judged,
     match_classes,
     predict_logits,
@@ -52,7 +53,7 @@ from spcxr_hf.predicting import (
 from spcxr_hf.recipe import parse_arguments, read_recipe
 from spcxr_hf.results import write_results
 from spcxr_hf.segmenter import load_segmenter
-from spcxr_hf.sets import read_rows
+from spcxr_hf.sets import SetArguments, read_rows, report_skipped
 from spcxr_hf.shortcuts import FEATURES, SMALLEST_LUNGS, Features, aurocs, boxes, choose_probe, filled
 
 AGAINST = " / "  # between two classes whose images alone are compared
@@ -71,11 +72,17 @@ Cuts = dict[str, dict[str, float]]  # variant -> target -> threshold
 
 
 @dataclass
-class Arguments:
-    """Put a classifier beside what reads no lungs."""
+class _Source:
+    """The flags that have no default; those of the set come behind them."""
 
     model: str = field(metadata={"help": "folder of a classifier with its image processor"})
     data: str = field(metadata={"help": "Parquet shards with a column of labels and a column of splits"})
+
+
+@dataclass
+class Arguments(SetArguments, _Source):
+    """Put a classifier beside what reads no lungs."""
+
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
     label_column: str | None = field(
         default=None, metadata={"help": "column of the labels; by default that of the model's recipe"}
@@ -97,9 +104,6 @@ class Arguments:
     )
     splits: list[str] = field(default_factory=lambda: ["test"], metadata={"help": "splits to report"})
     lungs: str = field(default=str(LUNGS), metadata={"help": "folder of a segmentation model with a label `lung`"})
-    exclude: str | None = field(
-        default=None, metadata={"help": "text file of ids to leave out, one a line, as copies of training images"}
-    )
     stored_size: int = field(default=256, metadata={"help": "images are decoded to this size, in pixels"})
     cache_folder: str | None = field(
         default=None, metadata={"help": "folder that keeps the decoded images between starts"}
@@ -130,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     model, processor = load_judged(arguments.model, arguments.device)
     segmenter = load_segmenter(arguments.lungs, arguments.device)
     task = define_task(arguments, model)
-    splits = select(arguments, task)
+    splits, skipped = select(arguments, task)
 
     probes, cuts = fit_probes(arguments, task, splits)
     result = describe(arguments, task)
@@ -144,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         print(json.dumps({name: summary(result["splits"][name])}), flush=True)
     if arguments.output:
         write_results(arguments.output, result)
+    report_skipped(arguments.output, skipped)
     return result
 
 
@@ -177,15 +182,19 @@ def define_task(arguments: Arguments, model: PreTrainedModel) -> Task:
     return Task(classes, is_multi_label(model), [*names, *arguments.targets])
 
 
-def select(arguments: Arguments, task: Task) -> dict[str, LabelledRows]:
-    """The rows of `train` and `val`, for the probes, and of the splits to report."""
+def select(arguments: Arguments, task: Task) -> tuple[dict[str, LabelledRows], dict[str, str]]:
+    """The rows of `train` and `val`, for the probes, and of the splits to report; what is left out: id -> cause."""
     table = read_rows(arguments.data, arguments.exclude)
     columns = str(arguments.label_column), str(arguments.split_column)
     wanted = dict.fromkeys(["train", "val", *arguments.splits])
     splits = {name: select_rows(table, *columns, name, task.classes, task.multi_label) for name in wanted}
     for column in arguments.by:
         splits["train"].table.column(column)  # a missing one is told now
-    return splits
+    skipped: dict[str, str] = {}
+    for name, rows in splits.items():
+        splits[name], broken = leave_out_broken(rows, arguments.on_error)
+        skipped |= broken
+    return splits, skipped
 
 
 # ---- probes ----------------------------------------------------------------------------------------------------
