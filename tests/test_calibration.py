@@ -78,6 +78,23 @@ def test_labels_are_calibrated_apart():
     torch.testing.assert_close(found.bias, bias, rtol=0.1, atol=0.1)
 
 
+def test_a_label_has_the_least_cost_by_platt():
+    """His targets by hand: of 3 positives 4/5, of 8 negatives 1/10; and the prior on the logarithm of the scale."""
+    logits = torch.tensor([2.0, -0.5, 1.0, -1.0, 0.3, -2.0, -1.5, 0.1, -0.7, -3.0, 0.6], dtype=torch.float64)
+    truth = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0])
+    wanted = torch.where(truth > 0, 0.8, 0.1).double()
+
+    def cost(scale: float, bias: float) -> float:
+        mapped = scale * logits + bias
+        told = nn.functional.binary_cross_entropy_with_logits(mapped, wanted, reduction="sum").item()
+        return told + math.log(scale) ** 2 / 2
+
+    found = fit_calibration(logits[:, None], truth[:, None], multi_label=True)
+    scale, bias = found.scale.item(), found.bias.item()
+    others = [(scale * 1.003, bias), (scale / 1.003, bias), (scale, bias + 0.003), (scale, bias - 0.003)]
+    assert cost(scale, bias) < min(cost(*one) for one in others)
+
+
 def test_a_label_keeps_its_order_even_where_it_is_the_wrong_one():
     logits = torch.linspace(-2, 2, 40)[:, None]
     backwards = (logits < 0).float()
@@ -149,6 +166,17 @@ def test_thresholds_by_hand():
     found = thresholds(scores, truth)
     # Over 0.75 and over 0.55 the sum is 1.6: of equals the more sensitive.
     assert found == pytest.approx({"youden": 0.55, "sensitivity 0.90": 0.25, "specificity 0.90": 0.75})
+
+
+def test_a_tenth_may_be_on_the_wrong_side():
+    """Ten of each: a negative above the threshold leaves a specificity of 0.90, a positive below it a sensitivity."""
+    negatives, positives = np.arange(10) / 20, np.arange(10) / 20 + 0.325  # 0 .. 0.45 and 0.325 .. 0.775
+    scores, truth = np.concatenate([negatives, positives]), np.repeat([0, 1], 10)
+    found = thresholds(scores, truth)
+    assert (negatives >= found["specificity 0.90"]).sum() == 1
+    assert (positives >= found["sensitivity 0.90"]).sum() == 9
+    assert found["specificity 0.90"] == pytest.approx((0.4 + 0.425) / 2)
+    assert found["sensitivity 0.90"] == pytest.approx((0.375 + 0.35) / 2)
 
 
 def test_of_equally_good_cuts_the_more_sensitive_is_taken():

@@ -226,6 +226,29 @@ def test_a_set_of_one_class_has_no_thresholds_and_no_curves(shard, calibrated, t
     assert not (tmp_path / "out" / "roc.png").exists()
 
 
+def test_intervals_are_by_patient(calibrated, shard, tmp_path):
+    """Where all images are of two people, a draw takes both, or one of them twice."""
+    model, _, apart = calibrated
+    table = pq.read_table(shard)
+    people = pa.array([f"patient {row % 2}" for row in range(len(table))])
+    place = table.column_names.index("patient")
+    pq.write_table(table.set_column(place, "patient", people), tmp_path / "two.parquet")
+    flags = ["--label_column", "pneumonia_label", "--split_column", "pneumonia_split", "--classes", *CLASSES]
+    words = ["--model", str(model), "--data", str(tmp_path / "two.parquet"), *flags, "--sums", SUM]
+    entry = calibrate.main([*words, "--resamples", "40", "--output", str(tmp_path / "out")])["splits"]["test"]
+    assert entry["patients"] == 2
+    assert entry["after"]["brier"] == pytest.approx(apart["splits"]["test"]["after"]["brier"])
+    rows = select_rows(read_table(shard), "pneumonia_label", "pneumonia_split", "test", parse_classes(CLASSES), False)
+    scores = to_probabilities(predict_logits(*load_judged(str(tmp_path / "out")), open_images(rows.table)), False)
+    truth, first = rows.targets.numpy(), SPLITS.index("test") % 2
+    own = [((scores.numpy() - truth) ** 2).sum(axis=1)[(first + one) % 2 :: 2].mean() for one in (0, 1)]
+    assert entry["after"]["brier_ci95"] == pytest.approx([min(own), max(own)], rel=1e-5)
+    decided = entry["operating_points"][SUM]["youden"]
+    right = (scores.numpy()[:, 1:].sum(axis=1) >= decided["threshold"]) == truth[:, 1:].sum(axis=1)
+    shares = [right[(first + one) % 2 :: 2].mean() for one in (0, 1)]
+    assert decided["accuracy_ci95"] == pytest.approx([min(shares), max(shares)])
+
+
 def test_rows_that_the_training_left_out_are_left_out(shard, tmp_path):
     (tmp_path / "copies.txt").write_text("row-5\nrow-30\n")
     recipe = f"label_column: pneumonia_label\nsplit_column: pneumonia_split\nexclude: {tmp_path / 'copies.txt'}\n"

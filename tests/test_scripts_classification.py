@@ -597,7 +597,13 @@ def test_evaluation_agrees_with_scikit_learn(shard, finished, reported):
     images = [open_image(cell, "") for cell in rows.column("image")]
     with torch.no_grad():
         logits = model(**processor(images, return_tensors="pt")).logits
-    p = (logits / result["temperature"]["value"]).softmax(dim=1).double().numpy()
+    fitted = read_table(shard).where("pneumonia_split", "val")
+    names = torch.tensor([sorted(CLASSES).index(label) for label in fitted.column("pneumonia_label")])
+    with torch.no_grad():
+        inputs = processor([open_image(cell, "") for cell in fitted.column("image")], return_tensors="pt")
+        temperature = evaluate.fit_temperature(model(**inputs).logits, torch.eye(3)[names])
+    assert result["temperature"]["value"] == pytest.approx(temperature, rel=1e-4)
+    p = (logits / temperature).softmax(dim=1).double().numpy()
     entry = result["splits"]["test"]
     assert entry["images"] == 8
     assert entry["accuracy"] == pytest.approx(metrics.accuracy_score(truth, p.argmax(axis=1)))
