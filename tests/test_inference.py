@@ -19,6 +19,7 @@ from spcxr_hf import (
     read_radiograph,
     tasks,
 )
+from spcxr_hf.corruption import GroupMasking
 from spcxr_hf.inference import Failed, Source, answers, find_sources, load_model, prepare, read_batches
 from spcxr_hf.lungs import measure_lungs
 from tests.common import SIDE, build, tiny_config
@@ -34,8 +35,7 @@ def save_model(model_class, folder: Path, **overrides) -> Path:
         id2label=names,
         label2id={name: index for index, name in names.items()},
         num_labels=len(names),
-        problem_type="single_label_classification",
-        **overrides,
+        **{"problem_type": "single_label_classification", **overrides},
     )
     build(model_class, config).save_pretrained(folder)
     SpcxrImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
@@ -179,6 +179,20 @@ def test_probabilities_are_those_of_the_model(tmp_path, classifier):
         assert record["note"] == "research use only, not for clinical use"
 
 
+@pytest.mark.parametrize(
+    ("problem", "labels"),
+    [("multi_label_classification", LABELS), (None, {0: "abnormal"})],
+)
+def test_labels_that_may_hold_together_have_a_probability_each(tmp_path, problem, labels):
+    """So does the only label of a model that has one."""
+    folder = save_model(SpcxrForImageClassification, tmp_path / "model", id2label=labels, problem_type=problem)
+    paths, loaded = save_pictures(tmp_path / "images", 2), load_model("classification", folder, "cpu")
+    for path, record in zip(paths, records(loaded, paths, tasks.Predictor(loaded)), strict=True):
+        expected = loaded.model(expected_pixels(loaded, path)).logits.sigmoid()[0].tolist()
+        assert list(record["probabilities"]) == list(labels.values())
+        assert list(record["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
+
+
 def test_operating_points(classifier):
     loaded = load_model("classification", classifier, "cpu")
     assert tasks.Predictor(loaded, "strict").thresholds == {"bacterial + viral": 1.0, "viral": 1.0}
@@ -238,6 +252,23 @@ def test_reconstructions_do_not_depend_on_the_batch(tmp_path, pretrained):
     assert other[0]["fills"]["noise"] != together[0]["fills"]["noise"]
     with pytest.raises(SpcxrError, match="give --second FILE"):
         tasks.Reconstructor(save, ("replace",))
+
+
+def test_a_reconstruction_s_error_is_that_of_the_corrupted_pixels(tmp_path, pretrained):
+    """In grey values of 0 to 1, of what the model makes of the corrupted image alone."""
+    (path,), loaded = save_pictures(tmp_path, 1), load_model("reconstruction", pretrained, "cpu")
+    (record,) = records(loaded, [path], tasks.Reconstructor(lambda picture, image: path, ("zeros",), seed=5))
+    clean = expected_pixels(loaded, path)
+    corrupted = GroupMasking(fills=("zeros",))(clean, torch.Generator().manual_seed(5))
+    assert not torch.equal(corrupted.pixel_values, clean)
+    with torch.no_grad():
+        made = loaded.model(corrupted.pixel_values).reconstruction
+    mean, std = loaded.processor.image_mean[0], loaded.processor.image_std[0]
+    grey, made_grey = ((one.mean(dim=1) * std + mean).clamp(0, 1) for one in (clean, made))
+    pixels = corrupted.mask[:, 0]
+    found = record["fills"]["zeros"]
+    assert found["masked"] == pytest.approx(pixels.float().mean().item())
+    assert found["error"] == pytest.approx((made_grey - grey).abs()[pixels].mean().item(), rel=1e-4)
 
 
 def test_explanations_say_what_they_are_of(tmp_path, classifier, segmenter):
