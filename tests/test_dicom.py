@@ -127,6 +127,13 @@ def test_without_a_usable_window_percentiles_serve(tmp_path, window):
     assert np.asarray(image)[10, 0] == 65535
 
 
+def test_the_percentiles_are_half_a_percent_at_either_end():
+    """Of the values 0 to 9999, one each, 49 is the smallest that 0.5 % do not exceed, and 9949 that 99.5 % do not."""
+    values = np.random.default_rng(0).permutation(10_000).astype(np.uint16).reshape(100, 100)
+    found = levels(read_radiograph(dataset(values, 14), full_depth=True))
+    assert np.abs(found - np.clip((values - 49.0) / (9949 - 49), 0, 1)).max() < 1e-5
+
+
 def test_few_bright_pixels_without_a_window(tmp_path):
     values = np.zeros((100, 100), np.uint16)
     values[0, 0] = 100
@@ -496,13 +503,14 @@ def test_lossless_compression(syntax):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "JPEG2000"])
-def test_a_codestream_of_another_size_is_not_decoded(kind, monkeypatch):
-    """8 x 8 pixels in the header, thousands in the codestream: what a decompression bomb looks like."""
+@pytest.mark.parametrize(("mode", "size"), [("L", (3000, 2000)), ("L", (8, 9)), ("L", (9, 8)), ("RGB", (8, 8))])
+def test_a_codestream_of_another_size_is_not_decoded(kind, mode, size, monkeypatch):
+    """8 x 8 grey pixels in the header, thousands in the codestream: what a decompression bomb looks like. Or colour."""
     import pydicom
     from pydicom.encaps import encapsulate
 
     buffer = BytesIO()
-    Image.new("L", (3000, 2000)).save(buffer, kind)
+    Image.new(mode, size).save(buffer, kind)
     made = dataset(RAMP.astype(np.uint8), 8)
     made.file_meta.TransferSyntaxUID = {"JPEG": "1.2.840.10008.1.2.4.50", "JPEG2000": "1.2.840.10008.1.2.4.90"}[kind]
     made.PixelData = encapsulate([buffer.getvalue()])
