@@ -61,6 +61,39 @@ def test_one_group_stays_within_its_largest_side():
     assert torch.equal(mask.sum(dim=(1, 2)), heights * widths)  # one filled rectangle each
 
 
+def test_groups_start_anywhere_and_have_any_side():
+    """Starts and sides are uniform, and what would lie outside the image is cut off; the means are by hand."""
+    single = GroupMasking(fills=("zeros",), drop_share=(1e-6, 1e-6), max_side=0.25)
+    mask = single(images(4000, 32), generator(1)).mask.squeeze(1)
+    start, side = torch.meshgrid(torch.arange(32.0), torch.arange(1.0, 9.0), indexing="ij")  # longest: 0.25 x 32
+    expected = torch.minimum(side, 32 - start)
+    for inside in (mask.any(dim=2), mask.any(dim=1)):  # rows, columns
+        first, length = inside.float().argmax(dim=1).float(), inside.sum(dim=1).float()
+        assert first.mean().item() == pytest.approx(15.5, abs=0.6)  # four standard errors
+        assert (first.min(), first.max()) == (0, 31)
+        assert length.mean().item() == pytest.approx(expected.mean().item(), abs=0.15)
+        assert length[first < 24].std().item() == pytest.approx(2.29, abs=0.1)  # of 1 .. 8
+
+
+def test_a_block_comes_whole_from_anywhere_in_the_image():
+    position = torch.arange(24.0 * 24).reshape(1, 1, 24, 24).repeat(3000, 1, 1, 1)
+    single = GroupMasking(fills=("block",), drop_share=(1e-6, 1e-6), max_side=0.25)
+    corrupted, mask = single(position, generator(2))
+    shares = []
+    for values, covered in zip(corrupted[:, 0].long(), mask[:, 0], strict=True):
+        rows, columns = covered.any(dim=1).nonzero().flatten(), covered.any(dim=0).nonzero().flatten()
+        block = values[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        top, left = block[0, 0] // 24, block[0, 0] % 24
+        height, width = block.shape
+        assert top + height <= 24 and left + width <= 24
+        assert torch.equal(block, (top + torch.arange(height))[:, None] * 24 + left + torch.arange(width))
+        shares.append((top / (24 - height), left / (24 - width)))
+    found = torch.tensor(shares)
+    assert found.mean(dim=0).tolist() == pytest.approx([0.5, 0.5], abs=0.025)
+    assert found.std(dim=0).tolist() == pytest.approx([0.30, 0.30], abs=0.015)  # of 0 .. 1 in some twenty steps
+    assert (found.min(), found.max()) == (0, 1)
+
+
 def test_aligned_groups_cover_whole_patches():
     mask = GroupMasking(align=16)(images(32), generator()).mask
     patches = mask.unflatten(2, (7, 16)).unflatten(4, (7, 16)).float().mean(dim=(3, 5))
