@@ -1,9 +1,13 @@
 """What holds for every test."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # as `make test` sets them; read when the libraries are imported
+    os.environ.setdefault(name, "1")
 
 
 @pytest.fixture(autouse=True)
