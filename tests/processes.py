@@ -1,8 +1,8 @@
 """Training runs in processes of their own, which can be killed.
 
-They are forked from a server that has imported torch and done nothing else. Forked from the tests' own process they
-could have no backward pass where autograd has started threads there: torch 2.15 does so if a model is exported before
-the first one.
+They are forked from a server that has imported what they need and done nothing else. Forked from the tests' own process
+they could have no backward pass where autograd has started threads there: torch 2.15 does so if a model is exported
+before the first one.
 """
 
 import multiprocessing
@@ -19,7 +19,9 @@ import torch
 from tqdm import tqdm
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["training_scripts.pretrain", "training_scripts.finetune_classification"])
+SERVER.set_forkserver_preload(
+    ["training_scripts.pretrain", "training_scripts.finetune_classification", "pyarrow.dataset", "matplotlib.figure"]
+)
 
 
 def start(main: Callable[[list[str]], object], words: Sequence[str], log: Path, **environment: str) -> BaseProcess:
