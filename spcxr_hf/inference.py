@@ -10,6 +10,7 @@ A file that cannot be read is a `Failed`, and the others go on.
 
 from __future__ import annotations
 
+import difflib
 import glob
 import os
 from collections import deque
@@ -199,9 +200,11 @@ def _cause(error: Exception, place: _Place) -> str:
     """One line. transformers begins its own with what was asked for, and tells of the network at length."""
     if place.is_local:
         return f"cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
+    bundled = [NAMESPACE + folder.name for folder in BUNDLED.glob("*") if (folder / "config.json").is_file()]
+    near = difflib.get_close_matches(place.name, bundled, n=1, cutoff=0.85)
     return (
-        "is not in the local Hub cache, and the Hub could not be asked for it or does not have it. "
-        "`spcxr install` puts the bundled checkpoints there; --model takes a folder, too"
+        "is not in the local Hub cache, and the Hub could not be asked for it or does not have it. `spcxr install` "
+        f"puts the bundled checkpoints there; --model takes a folder, too{f'. Did you mean {near[0]}?' if near else ''}"
     )
 
 

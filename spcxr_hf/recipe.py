@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -37,9 +38,17 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None
         words = [*_recipe_words(arguments_class, Path(words[0])), *words[1:]]
     arguments, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:  # their values are not repeated: they may be secrets
-        flags = [word for word in unknown if word.startswith("-")]
-        parser.error(f"unrecognized arguments: {' '.join(flags) or unknown[0]}")
+        known = [field.name for field in dataclasses.fields(cast(Any, arguments_class))]
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        named = ", ".join(flag + _nearest(flag, known, "--") for flag in flags)
+        parser.error(f"unrecognized arguments: {named or unknown[0]}")
     return arguments
+
+
+def _nearest(name: str, known: Iterable[str], dashes: str = "") -> str:
+    """What was meant, in brackets, if anything known is called nearly so."""
+    near = difflib.get_close_matches(name.removeprefix(dashes), list(known), n=1)
+    return f" (did you mean {dashes}{near[0]}?)" if near else ""
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -85,7 +94,8 @@ def _recipe_words(arguments_class: type, path: Path) -> list[str]:
     words: list[str] = []
     for key, value in read_recipe(path).items():
         if key not in known:
-            raise SpcxrError(f"{path}: unknown key {key!r}; known keys: {', '.join(sorted(known))}")
+            meant = _nearest(str(key), known)
+            raise SpcxrError(f"{path}: unknown key {key!r}{meant}; known keys: {', '.join(sorted(known))}")
         if value is None or value == []:  # no flag says so; it is what these fields are by default
             continue
         values = value if isinstance(value, list) else [value]

@@ -63,13 +63,17 @@ class Predictor:
         if config.problem_type == "regression":
             raise SpcxrError(f"{loaded.name}: a regression model gives no probabilities")
         self.labels = [str(name) for _, name in sorted((config.id2label or {}).items())]
+        self.exclusive = not _is_sigmoid(loaded.model)
         self.point, self.thresholds = choose_operating_point(config, operating_point)
         for target in self.thresholds:
             self._members(target)
 
     @torch.inference_mode()
     def __call__(self, loaded: Loaded, batch: Batch) -> list[Record]:
-        """A record per image: `probabilities` by label, and by target the `probability` and its `decision`."""
+        """A record per image: `probabilities` by label, and by target the `probability` and its `decision`.
+
+        Of labels that exclude each other, `label` is the most probable; it knows nothing of thresholds.
+        """
         values = probabilities(loaded.model, loaded.model(batch.pixel_values(loaded.device)).logits).cpu()
         if not values.isfinite().all():
             raise SpcxrError(f"{loaded.name}: the model's answers are not finite numbers; the checkpoint is damaged")
@@ -84,7 +88,8 @@ class Predictor:
             probability = min(1.0, sum(by_label[label] for label in self._members(target)))
             decision = "above" if probability >= threshold else "below"
             targets[target] = {"probability": probability, "decision": decision, "threshold": threshold}
-        return {"probabilities": by_label, "operating_point": self.point, "targets": targets}
+        likeliest = {"label": max(by_label, key=by_label.__getitem__)} if self.exclusive else {}
+        return {**likeliest, "probabilities": by_label, "operating_point": self.point, "targets": targets}
 
     def _members(self, target: str) -> list[str]:
         """The labels whose probabilities a target adds up."""
@@ -110,9 +115,12 @@ def choose_operating_point(config: Any, name: str | None = None) -> tuple[str | 
 
 def probabilities(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
     """Logits (B, L) -> probabilities (B, L), as the pipelines of transformers have them."""
-    if model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1:
-        return logits.float().sigmoid()
-    return logits.float().softmax(dim=-1)
+    return logits.float().sigmoid() if _is_sigmoid(model) else logits.float().softmax(dim=-1)
+
+
+def _is_sigmoid(model: PreTrainedModel) -> bool:
+    """Whether each label has a probability of its own, as those that may hold together have, and the only one."""
+    return model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
 
 
 # ---- embed -------------------------------------------------------------------------------------------------------

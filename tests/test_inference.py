@@ -135,7 +135,11 @@ def test_a_model_for_another_task_is_refused(pretrained):
 
 @pytest.mark.parametrize(
     ("model", "complaint"),
-    [("no such/id/at all", "neither a folder nor a Hub id"), ("spcxr/unheard-of", "spcxr install")],
+    [
+        ("no such/id/at all", "neither a folder nor a Hub id"),
+        ("spcxr/unheard-of", "spcxr install` puts the bundled checkpoints there; --model takes a folder, too$"),
+        ("spcxr/pneumona", r"takes a folder, too\. Did you mean spcxr/pneumonia\?$"),
+    ],
 )
 def test_a_missing_model_is_told(tmp_path, monkeypatch, model, complaint):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -172,6 +176,7 @@ def test_probabilities_are_those_of_the_model(tmp_path, classifier):
         expected = loaded.model(expected_pixels(loaded, path)).logits.softmax(dim=1)[0].tolist()
         assert record["path"] == str(path)
         assert list(record["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
+        assert record["label"] == LABELS[int(np.argmax(expected))]
         both = record["targets"]["bacterial + viral"]
         assert both["probability"] == pytest.approx(expected[1] + expected[2], abs=1e-5)
         assert (both["decision"], record["targets"]["viral"]["decision"]) == ("above", "below")
@@ -189,7 +194,7 @@ def test_labels_that_may_hold_together_have_a_probability_each(tmp_path, problem
     paths, loaded = save_pictures(tmp_path / "images", 2), load_model("classification", folder, "cpu")
     for path, record in zip(paths, records(loaded, paths, tasks.Predictor(loaded)), strict=True):
         expected = loaded.model(expected_pixels(loaded, path)).logits.sigmoid()[0].tolist()
-        assert list(record["probabilities"]) == list(labels.values())
+        assert list(record["probabilities"]) == list(labels.values()) and "label" not in record
         assert list(record["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
 
 
