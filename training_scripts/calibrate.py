@@ -96,6 +96,12 @@ class Arguments(SetArguments, _Source):
         default_factory=list,
         metadata={"help": f"classes that get a threshold together, joined by '{JOIN}', as 'bacterial{JOIN}viral'"},
     )
+    exclude: str | None = field(
+        default=None,
+        metadata={
+            "help": "text file of ids to leave out, one a line; by default that of the model's recipe; empty: none"
+        },
+    )
     fit_on: str = field(default="val", metadata={"help": "split that everything is fitted on"})
     splits: list[str] = field(
         default_factory=lambda: ["val", "test"], metadata={"help": "splits to report; the fitted one is always there"}
