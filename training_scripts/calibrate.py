@@ -98,9 +98,7 @@ class Arguments(SetArguments, _Source):
     )
     exclude: str | None = field(
         default=None,
-        metadata={
-            "help": "text file of ids to leave out, one a line; by default that of the model's recipe; empty: none"
-        },
+        metadata={"help": "text file of ids to leave out, one a line; by default the recipe's; empty: none"},
     )
     fit_on: str = field(default="val", metadata={"help": "split that everything is fitted on"})
     splits: list[str] = field(
