@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -45,6 +46,7 @@ from .errors import SpcxrError
 from .shards import Row, ShardIndex, Source, read_index
 
 DEALING, UNIT_ORDER, ROW_ORDER = -1, -2, -3  # keep the three permutations apart, and from the seeds of the steps
+LOOK_EVERY = 5.0  # seconds after which a worker looks whether its run is still there
 LEAST_SEEN = 1000  # images after which a share of broken ones is believed
 
 
@@ -325,15 +327,20 @@ class StreamingRadiographs:
 def _leave_sigterm_to_the_run(worker: int) -> None:
     """Launchers send SIGTERM to every process of a run: a worker that died of it would keep the run from saving.
 
-    From the run's own process it still ends the worker. (macOS does not say who sent a signal; there it always does.)
+    From the run's own process it still ends the worker, and so does the end of that process, however it came: torch
+    asks for the parent in the system's sense, which is another where workers come from a server, as they do by default
+    from Python 3.14. (macOS does not say who sent a signal; there SIGTERM always ends the worker.)
     """
-    if not hasattr(signal, "sigwaitinfo"):
+    run = multiprocessing.parent_process()
+    if run is None or not hasattr(signal, "sigtimedwait"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before the thread, which inherits it
 
     def listen() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
+        while run.is_alive():
+            told = signal.sigtimedwait({signal.SIGTERM}, LOOK_EVERY)
+            if told is not None and told.si_pid == run.pid:
+                break
         os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()

@@ -73,6 +73,7 @@ def _run(main: Callable[[list[str]], object], words: list[str], log: Path, envir
     os.environ.clear()  # the server's, as it was when that was started
     os.environ.update(environment)
     _own_progress_lock()
+    multiprocessing.set_start_method(None, force=True)  # the platform's own, as a run has it that nobody tests
     torch.set_num_threads(1)
     try:
         main(words)

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 import tracemalloc
@@ -318,6 +319,45 @@ def test_workers_outlive_a_sigterm(folder, expected):
     batches.close()
     workers[1].join(20)
     assert not workers[1].is_alive()
+
+
+RUN_OF_ITS_OWN = """
+import multiprocessing, os, signal, sys
+from spcxr_hf.data import StepPlan
+from spcxr_hf.streaming import StreamingRadiographs
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")
+    batches = StreamingRadiographs(sys.argv[1], 32, workers=2).micro_batches(StepPlan(8, 2, 3), 0, 14)
+    next(batches), next(batches)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at the processes in /proc")
+@pytest.mark.parametrize("folder", ["parquet"], indirect=True)
+def test_workers_end_when_their_run_is_killed(folder, tmp_path):
+    """Those that come from a server too, as they do by default from Python 3.14: torch does not look after them."""
+    (tmp_path / "run.py").write_text(RUN_OF_ITS_OWN)
+    command = [sys.executable, str(tmp_path / "run.py"), str(folder)]
+    with (tmp_path / "told").open("w") as told:
+        assert subprocess.run(command, stdout=told, timeout=120).returncode == -signal.SIGKILL
+    workers = [Path("/proc") / pid for pid in (tmp_path / "told").read_text().split()]
+    assert len(workers) == 2
+    end = time.monotonic() + 60
+    while any(map(is_running, workers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(is_running, workers))
+
+
+def is_running(process: Path) -> bool:
+    """Not gone, nor a zombie that nobody has waited for."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(2, 0), (4, 0), (2, 3)])
