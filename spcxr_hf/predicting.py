@@ -81,21 +81,26 @@ def select_rows(
     return LabelledRows(rows, targets, patients).where(known.numpy())
 
 
-def leave_out_broken(rows: LabelledRows, on_error: OnError) -> tuple[LabelledRows, dict[str, str]]:
+def leave_out_broken(
+    splits: Mapping[str, LabelledRows], on_error: OnError
+) -> tuple[dict[str, LabelledRows], dict[str, str]]:
     """With "skip" every image is decoded once, and the rows whose image cannot be are left out.
 
     Returns:
-        The rows that are left, and id -> cause of the others; with "stop" all of them, unread.
+        The rows that are left of each split, and id -> cause of the others; with "stop" all of them, unread.
 
     Raises:
-        SpcxrError: more than half of them cannot be read.
+        SpcxrError: more than half of a split's images cannot be read.
     """
     if on_error == "stop":
-        return rows, {}
-    decoded = decode_set(rows.table, 16, on_error=on_error)
-    kept = np.zeros(len(rows), dtype=bool)
-    kept[decoded.rows.numpy()] = True
-    return rows.where(kept), decoded.skipped
+        return dict(splits), {}
+    left: dict[str, LabelledRows] = {}
+    skipped: dict[str, str] = {}
+    for name, rows in splits.items():
+        decoded = decode_set(rows.table, 16, on_error=on_error)
+        left[name] = rows.where(np.isin(np.arange(len(rows)), decoded.rows.numpy()))
+        skipped |= decoded.skipped
+    return left, skipped
 
 
 def open_images(table: RadiographTable) -> Iterator[Image.Image]:

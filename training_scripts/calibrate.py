@@ -196,11 +196,7 @@ def select(
     columns = str(arguments.label_column), str(arguments.split_column)
     names = dict.fromkeys([arguments.fit_on, *arguments.splits])
     rows = {name: select_rows(table, *columns, name, classes, multi_label) for name in names}
-    skipped: dict[str, str] = {}
-    for name, part in rows.items():
-        rows[name], broken = leave_out_broken(part, arguments.on_error)
-        skipped |= broken
-    return rows, skipped
+    return leave_out_broken(rows, arguments.on_error)
 
 
 def predict(

@@ -129,14 +129,11 @@ def select(arguments: Arguments, model: Any) -> tuple[dict[str, LabelledRows], d
     table = read_rows(arguments.data, arguments.exclude)
     columns = str(arguments.label_column), str(arguments.split_column)
     classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
-    found: dict[str, LabelledRows] = {}
-    skipped: dict[str, str] = {}
+    found = {}
     for split in dict.fromkeys(arguments.splits):
         rows = select_rows(table, *columns, split, classes, is_multi_label(model))
-        rows = rows.where(draw(len(rows), arguments.limit, arguments.seed))
-        found[split], broken = leave_out_broken(rows, arguments.on_error)
-        skipped |= broken
-    return found, skipped
+        found[split] = rows.where(draw(len(rows), arguments.limit, arguments.seed))
+    return leave_out_broken(found, arguments.on_error)
 
 
 def draw(count: int, limit: int | None, seed: int) -> np.ndarray:

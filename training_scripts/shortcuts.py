@@ -190,11 +190,7 @@ def select(arguments: Arguments, task: Task) -> tuple[dict[str, LabelledRows], d
     splits = {name: select_rows(table, *columns, name, task.classes, task.multi_label) for name in wanted}
     for column in arguments.by:
         splits["train"].table.column(column)  # a missing one is told now
-    skipped: dict[str, str] = {}
-    for name, rows in splits.items():
-        splits[name], broken = leave_out_broken(rows, arguments.on_error)
-        skipped |= broken
-    return splits, skipped
+    return leave_out_broken(splits, arguments.on_error)
 
 
 # ---- probes ----------------------------------------------------------------------------------------------------
