@@ -32,15 +32,15 @@ check: $(VENV)/.has-check  ## Style, types, import rules, model conventions
 	@.ci/check $(BIN)
 
 compat: $(VENV)/.has-test  ## Run tests on the oldest and newest versions (COMPAT="--environments oldest" for some)
-	$(BIN)/python training_scripts/compat.py $(COMPAT); status=$$?; \
-		$(BIN)/python training_scripts/compat.py --render README.md && exit $$status
+	$(BIN)/python -m training_scripts.benchmarks.compat $(COMPAT); status=$$?; \
+		$(BIN)/python -m training_scripts.benchmarks.compat --render README.md && exit $$status
 
 bench: $(VENV)/.has-test  ## Measure speed and memory (BENCH="--gmml_release CHECKOUT" for that peer too)
-	$(BIN)/python training_scripts/benchmark.py --output training_scripts/results/benchmark_cpu.json $(BENCH)
+	$(BIN)/python -m training_scripts.benchmarks.speed --output training_scripts/benchmarks/results/benchmark_cpu.json $(BENCH)
 
 evidence: $(VENV)/.has-test  ## Run a grid of comparisons, where it stopped (EVIDENCE="--data DATA"; GRID=evidence_gpu_224)
-	$(BIN)/python training_scripts/evidence.py --grid training_scripts/recipes/$(GRID).yaml --output runs/$(GRID) \
-		--kept training_scripts/results/$(GRID) --results training_scripts/results/$(GRID).json $(EVIDENCE)
+	$(BIN)/python -m training_scripts.benchmarks.evidence --grid training_scripts/recipes/$(GRID).yaml --output runs/$(GRID) \
+		--kept training_scripts/benchmarks/results/$(GRID) --results training_scripts/benchmarks/results/$(GRID).json $(EVIDENCE)
 
 clean:  ## Remove the environment, the builds and the caches
 	rm -rf $(VENV) .compat build dist *.egg-info .*_cache

@@ -16,7 +16,7 @@ from .errors import SpcxrError
 _IS_COMMAND = bool(sys.argv) and Path(sys.argv[0]).name in ("spcxr", "spcxr.exe")
 
 if TYPE_CHECKING or not _IS_COMMAND:
-    from .auto import register
+    from .images.reader import read_radiograph
     from .modeling.configuration_spcxr import SpcxrConfig
     from .modeling.image_processing_spcxr import SpcxrImageProcessor, SpcxrImageProcessorPil
     from .modeling.modeling_spcxr import (
@@ -27,7 +27,7 @@ if TYPE_CHECKING or not _IS_COMMAND:
         SpcxrModel,
         SpcxrPreTrainedModel,
     )
-    from .radiograph import read_radiograph
+    from .models.auto import register
 
     register()
 
@@ -55,9 +55,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """A public name that the command has not imported yet; with it comes the registration."""
     if name in __all__ and _IS_COMMAND:
-        import_module(".auto", __name__).register()
+        import_module(".models.auto", __name__).register()
         for home in (
-            "radiograph",
+            "images.reader",
             *(f"modeling.{file}_spcxr" for file in ("configuration", "image_processing", "modeling")),
         ):
             module = import_module(f".{home}", __name__)

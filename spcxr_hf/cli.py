@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import SpcxrError, printable
+from spcxr_hf.errors import SpcxrError, printable
 
 if TYPE_CHECKING:
-    from .inference import Loaded, Source
-    from .jobs import Job
+    from spcxr_hf.inference.pipeline import Loaded, Source
+    from spcxr_hf.inference.tasks import Job
 
 BASE, LUNGS, PNEUMONIA = "spcxr/base", "spcxr/lung-segmentation", "spcxr/pneumonia"
 IDS = (BASE, LUNGS, PNEUMONIA, "spcxr/screening", "spcxr/covid")
@@ -101,7 +101,7 @@ CheckpointsOption = Annotated[
 @app.callback(invoke_without_command=True)
 def _options(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
     if version:
-        from . import __version__
+        from spcxr_hf import __version__
 
         typer.echo(f"spcxr {__version__}")
         raise typer.Exit
@@ -129,8 +129,7 @@ def predict(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Probabilities of each label, and whether they lie above or below the thresholds of a named operating point."""
-    from .jobs import Job
-    from .tasks import Predictor
+    from spcxr_hf.inference.tasks import Job, Predictor
 
     job = Job(_find(images), output, format_, resume, overwrite, batch_size, workers)
     loaded = _load("classification", model, device)
@@ -153,8 +152,8 @@ def embed(
     overwrite: OverwriteOption = False,
 ) -> None:
     """The embedding of each image: the vector that a linear probe or a search for neighbours takes."""
-    from .jobs import Job
-    from .tasks import embed as answer
+    from spcxr_hf.inference.tasks import Job
+    from spcxr_hf.inference.tasks import embed as answer
 
     job = Job(_find(images), output, format_, resume, overwrite, batch_size, workers)
     _finish(job, _load("embedding", model, device), answer)
@@ -185,9 +184,8 @@ def segment(
     overwrite: OverwriteOption = False,
 ) -> None:
     """A lung mask of each image, of its own size, and the areas of the lungs as shares of the image."""
-    from .jobs import Job, picture_names
-    from .tasks import mask_saver
-    from .tasks import segment as answer
+    from spcxr_hf.inference.tasks import Job, mask_saver, picture_names
+    from spcxr_hf.inference.tasks import segment as answer
 
     sources = _find(images)
     save, suffix = mask_saver(mask_format, model)
@@ -232,7 +230,7 @@ def explain(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Draw which parts of each image an answer rests on. It shows what the model used, not where a disease is."""
-    from .tasks import Explainer
+    from spcxr_hf.inference.tasks import Explainer
 
     job = _picture_job(images, pictures, output, format_, resume, overwrite, batch_size, workers)
     wants_embedding = target == "embedding"
@@ -268,7 +266,7 @@ def reconstruct(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Draw each image clean, corrupted, reconstructed and the error, a row for each way to corrupt it."""
-    from .tasks import Reconstructor, read_second
+    from spcxr_hf.inference.tasks import Reconstructor, read_second
 
     job = _picture_job(images, pictures, output, format_, resume, overwrite, batch_size, workers)
     loaded = _load("reconstruction", model, device)
@@ -278,19 +276,19 @@ def reconstruct(
 
 
 def _find(images: list[str]) -> "list[Source]":
-    from .inference import find_sources
+    from spcxr_hf.inference.pipeline import find_sources
 
     return find_sources(images)
 
 
 def _load(task: str, model: str, device: str) -> "Loaded":
-    from .inference import load_model
+    from spcxr_hf.inference.pipeline import load_model
 
     return load_model(task, model, device)
 
 
 def _picture_job(images: list[str], pictures: Path, output: Path | None, stated: str | None, *options: Any) -> "Job":
-    from .jobs import Job, picture_names
+    from spcxr_hf.inference.tasks import Job, picture_names
 
     sources = _find(images)
     # The options are the four between; mypy takes them for all that could follow.
@@ -298,7 +296,7 @@ def _picture_job(images: list[str], pictures: Path, output: Path | None, stated:
 
 
 def _png_saver(job: "Job") -> Any:
-    from .writers import write_png
+    from spcxr_hf.files import write_png
 
     def save(picture: Any, image: Any) -> Path:
         path = job.picture_of(image.source)  # type: ignore[misc]
@@ -342,12 +340,12 @@ def demo(
     if serve and image is not None:
         raise SpcxrError("--serve takes no IMAGE: drop it into the page")
     if serve:
-        from .app import serve as serve_demo
+        from spcxr_hf.app.server import serve as serve_demo
 
         serve_demo(checkpoints, index=index, host=host, port=port or None)
         return
-    from .auto import register
-    from .demo import run_demo
+    from spcxr_hf.inference.demo import run_demo
+    from spcxr_hf.models.auto import register
 
     register()
     run_demo(image, output, checkpoints)
@@ -361,7 +359,7 @@ def install(
     ] = False,
 ) -> None:
     """Put the bundled checkpoints into the local Hub cache, so that their ids load offline."""
-    from .hub import install_checkpoints
+    from spcxr_hf.hub.install import install_checkpoints
 
     for checkpoint in install_checkpoints(checkpoints, force=force):
         state = "installed" if checkpoint.is_new else "already there"
@@ -392,8 +390,8 @@ def audit(
     workers: WorkersOption = None,
 ) -> None:
     """Look through a set: sizes, depths, broken files, copies, leaks between splits; one page and its numbers."""
-    from .audit import audit as look_through
-    from .inference import table_of
+    from spcxr_hf.inference.pipeline import table_of
+    from spcxr_hf.quality.audit import audit as look_through
 
     table = table_of(images)
     found = look_through(
@@ -432,11 +430,11 @@ def export(
         raise SpcxrError("--reduce-range belongs to --quantize")
     _register_quietly()
     if to == "vit":
-        from .export_vit import export_vit
+        from spcxr_hf.hub.export_vit import export_vit
 
         typer.echo(str(export_vit(model, output, num_channels=num_channels)))
     else:
-        from .export_onnx import EXACT_SUMS, export_onnx, lacks_vnni, quantize_int8
+        from spcxr_hf.hub.export_onnx import EXACT_SUMS, export_onnx, lacks_vnni, quantize_int8
 
         file = export_onnx(model, output, num_channels=num_channels)
         typer.echo(str(file))
@@ -462,7 +460,7 @@ def publish(
     tag: Annotated[str | None, typer.Option(help="The name of this version; by default the package's.")] = None,
 ) -> None:
     """Send checkpoints to the Hub, a repository each. The token is that of `hf auth login` or HF_TOKEN."""
-    from .publishing import publish as send
+    from spcxr_hf.hub.publish import publish as send
 
     _register_quietly()
     for publication in send(checkpoints, namespace, private, dry_run, tag=tag, only=only or None):
@@ -473,14 +471,14 @@ def _register_quietly() -> None:
     """Without a bar for the weights of every checkpoint: they are there in an instant."""
     from transformers.utils import logging
 
-    from .auto import register
+    from spcxr_hf.models.auto import register
 
     register()
     logging.disable_progress_bar()
 
 
 def _note(what: str) -> None:
-    from .writers import NOTE
+    from spcxr_hf.files import NOTE
 
     print(f"{what}. {NOTE.capitalize()}.", file=sys.stderr)
 

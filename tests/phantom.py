@@ -1,6 +1,6 @@
 """A drawn chest: what the pages of the tree show, and what their code blocks read, in place of anybody's radiograph.
 
-python -m tests.phantom chest.png && spcxr demo chest.png --output training_scripts/results/demo.png
+python -m tests.phantom chest.png && spcxr demo chest.png --output training_scripts/benchmarks/results/demo.png
 """
 
 import sys

@@ -8,7 +8,7 @@ import numpy as np
 from made_up import encoded, picture
 from PIL import Image
 
-from spcxr_hf.labels import CHEXPERT14
+from spcxr_hf.data.labels import CHEXPERT14
 
 
 def write(path: Path, text: str = "") -> Path:

@@ -12,19 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 from PIL import Image
-from test_hub import make_checkpoint
-from test_inference import save_model, save_pictures
 from typer.testing import CliRunner
 
 import spcxr_hf
-from spcxr_hf import (
-    SpcxrForImageClassification,
-    SpcxrForPreTraining,
-    SpcxrForSemanticSegmentation,
-    cli,
-    tasks,
-    writers,
-)
+from spcxr_hf import SpcxrForImageClassification, SpcxrForPreTraining, SpcxrForSemanticSegmentation, cli
+from spcxr_hf.inference import tasks, writers
+from tests.hub.test_install import make_checkpoint
+from tests.inference.test_pipeline import save_model, save_pictures
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +117,7 @@ def test_a_bad_file_is_one_line_on_stderr(tmp_path, monkeypatch, capsys, name, c
 
 def test_demo_hands_everything_on(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("spcxr_hf.demo.run_demo", lambda *given: calls.append(given))
+    monkeypatch.setattr("spcxr_hf.inference.demo.run_demo", lambda *given: calls.append(given))
     cards, output = tmp_path / "cards", tmp_path / "out.png"
     assert run_main(monkeypatch, "demo", tmp_path / "in.png", "--output", output, "--checkpoints", cards) == 0
     assert calls == [(tmp_path / "in.png", output, cards)]
@@ -309,7 +303,7 @@ def test_audit_takes_single_files(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("flag", ["--to", "--format"])
 def test_export_hands_everything_on(tmp_path, monkeypatch, flag):
     calls = []
-    monkeypatch.setattr("spcxr_hf.export_vit.export_vit", lambda *given, **named: calls.append((given, named)))
+    monkeypatch.setattr("spcxr_hf.hub.export_vit.export_vit", lambda *given, **named: calls.append((given, named)))
     assert run_main(monkeypatch, "export", "spcxr/base", flag, "vit", "--output", tmp_path, "--channels", 1) == 0
     assert calls == [(("spcxr/base", tmp_path), {"num_channels": 1})]
     assert run_main(monkeypatch, "export", "spcxr/base", flag, "pdf", "--output", tmp_path) == 1
@@ -320,9 +314,9 @@ def test_export_hands_everything_on(tmp_path, monkeypatch, flag):
 def test_export_in_eight_bits(tmp_path, monkeypatch, capsys, without):
     """Where 8 bits can overflow, a session's option and 7 bits are named."""
     calls = []
-    monkeypatch.setattr("spcxr_hf.export_onnx.export_onnx", lambda model, folder, **named: folder / "model.onnx")
-    monkeypatch.setattr("spcxr_hf.export_onnx.quantize_int8", lambda *given, **named: calls.append((given, named)))
-    monkeypatch.setattr("spcxr_hf.export_onnx.lacks_vnni", lambda: without)
+    monkeypatch.setattr("spcxr_hf.hub.export_onnx.export_onnx", lambda model, folder, **named: folder / "model.onnx")
+    monkeypatch.setattr("spcxr_hf.hub.export_onnx.quantize_int8", lambda *given, **named: calls.append((given, named)))
+    monkeypatch.setattr("spcxr_hf.hub.export_onnx.lacks_vnni", lambda: without)
     words = ("export", "spcxr/base", "--output", tmp_path, "--quantize")
     assert run_main(monkeypatch, *words) == 0
     told = capsys.readouterr().err
@@ -341,7 +335,7 @@ def test_export_says_what_a_plain_vit_cannot_be(classifier, tmp_path, monkeypatc
 
 def test_publish_hands_everything_on(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("spcxr_hf.publishing.publish", lambda *given, **named: calls.append((given, named)) or [])
+    monkeypatch.setattr("spcxr_hf.hub.publish.publish", lambda *given, **named: calls.append((given, named)) or [])
     assert run_main(monkeypatch, "publish", "base", "--namespace", "lab", "--dry-run", "--checkpoints", tmp_path) == 0
     assert calls == [((tmp_path, "lab", False, True), {"tag": None, "only": ["base"]})]
 

@@ -24,12 +24,12 @@ import typer
 from accelerate.commands.launch import launch_command_parser
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForImageClassification, SpcxrImageProcessor, cli
-from spcxr_hf.hub import install_checkpoints
-from spcxr_hf.recipe import parse_arguments, read_recipe
+from spcxr_hf.hub.install import install_checkpoints
+from spcxr_hf.training.arguments import parse_arguments, read_recipe
 from tests.common import TINY
 from tests.made_up import picture
 from tests.phantom import draw_chest
-from training_scripts import benchmark, benchmark_cli, benchmark_onnx, checkpoint_table, compat, evidence, explain_check
+from training_scripts.benchmarks import checkpoint_table, compat, evidence, explanations, speed, speed_cli, speed_onnx
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
@@ -98,7 +98,7 @@ def check_command(words: list[str]) -> None:
     elif words[:2] == ["accelerate", "launch"]:
         launch = launch_command_parser().parse_args(words[2:])
         assert launch.config_file is None or Path(launch.config_file).is_file(), launch.config_file
-        check_script([launch.training_script, *launch.training_script_args])
+        check_script([*(["-m"] if launch.module else []), launch.training_script, *launch.training_script_args])
     elif words[0] == "python":
         check_script(words[1:])
     elif words[0] in ("spcxr", "make", "pip"):
@@ -108,11 +108,17 @@ def check_command(words: list[str]) -> None:
 
 
 def check_script(words: list[str]) -> None:
-    script = Path(words[0])
-    assert script.is_file() and script.parent.name == "training_scripts", script
-    module = importlib.import_module(f"training_scripts.{script.stem}")
+    """`SCRIPT.py ...`, or `-m MODULE ...`."""
+    if words[0] == "-m":
+        name, words = words[1], words[1:]
+        assert name.startswith("training_scripts.benchmarks."), name
+    else:
+        script = Path(words[0])
+        assert script.is_file() and script.parent.name == "training_scripts", script
+        name = f"training_scripts.{script.stem}"
+    module = importlib.import_module(name)
     arguments = parse_arguments(module.Arguments, words[1:])
-    if script.stem.startswith(("pretrain", "finetune")) and hasattr(module, "check"):
+    if name.rpartition(".")[2].startswith(("pretrain", "finetune")) and hasattr(module, "check"):
         module.check(arguments)
 
 
@@ -201,13 +207,13 @@ def test_tables_are_what_their_results_say(tmp_path):
     page = tmp_path / "README.md"
     shutil.copyfile(README, page)
     checkpoint_table.main(["--render", str(page)])
-    benchmark.main(["--render", str(page), "--results", str(ROOT / "training_scripts" / "results")])
-    for results in sorted((ROOT / "training_scripts" / "results").glob("evidence_*.json")):
+    speed.main(["--render", str(page), "--results", str(ROOT / "training_scripts" / "benchmarks" / "results")])
+    for results in sorted((ROOT / "training_scripts" / "benchmarks" / "results").glob("evidence_*.json")):
         evidence.main(["--results", str(results), "--render", str(page)])
     compat.main(["--render", str(page)])
     assert page.read_text(encoding="utf-8") == README.read_text(encoding="utf-8")
     shutil.copyfile(GUIDES, page)
-    for script in (benchmark_onnx, benchmark_cli, explain_check):
+    for script in (speed_onnx, speed_cli, explanations):
         script.main(["--render", str(page)])
     assert page.read_text(encoding="utf-8") == GUIDES.read_text(encoding="utf-8")
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from spcxr_hf.corruption import GroupMasking
+from spcxr_hf.transforms.group_masking import GroupMasking
 from tests.made_up import write_set
-from training_scripts import finetune_classification, finetune_segmentation, pretrain, pretrain_mae
+from training_scripts import finetune_classification, finetune_segmentation, pretrain
+from training_scripts.benchmarks import pretrain_mae
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,12 +13,12 @@ from safetensors import safe_open
 
 from spcxr_hf import SpcxrForImageClassification, SpcxrForPreTraining, SpcxrForSemanticSegmentation, cli
 from tests.common import SIDE
+from tests.inference.test_pipeline import save_model
 from tests.made_up import picture
-from tests.test_inference import save_model
 from training_scripts import finetune_classification
 
 pytest.importorskip("pydicom")
-from tests.test_dicom import MARKS, dataset, raw, seeded, seeded_files
+from tests.images.test_dicom import MARKS, dataset, raw, seeded, seeded_files
 
 PATIENTS = 10
 

@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
 import spcxr_hf
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
-from spcxr_hf.recorded_outputs import check_outputs
+from spcxr_hf.hub.expected_outputs import check_outputs
 from tests.made_up import write_set
 from tests.phantom import draw_chest
-from training_scripts import count_sources, prepare_checkpoint
+from training_scripts import prepare_checkpoint
+from training_scripts.benchmarks import count_sources
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 FOLDERS = sorted(path for path in CARDS.iterdir() if path.is_dir())

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrForSemanticSegmentation
-from spcxr_hf.augment import RADIOGRAPH_MEAN, RADIOGRAPH_STD
-from spcxr_hf.corruption import GroupMasking
-from spcxr_hf.run import Run
+from spcxr_hf.training.engine import Run
+from spcxr_hf.transforms.augment import RADIOGRAPH_MEAN, RADIOGRAPH_STD
+from spcxr_hf.transforms.group_masking import GroupMasking
 from tests.made_up import write_set
 from training_scripts import finetune_classification, finetune_segmentation, linear_probe, pretrain
 

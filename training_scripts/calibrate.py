@@ -30,8 +30,9 @@ import torch
 from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.bootstrap import bootstrap_draws, patient_groups
-from spcxr_hf.calibration import (
+from spcxr_hf.data.labels import parse_classes
+from spcxr_hf.evaluation.bootstrap import bootstrap_draws, patient_groups
+from spcxr_hf.evaluation.calibration import (
     JOIN,
     POINTS,
     Calibration,
@@ -44,13 +45,11 @@ from spcxr_hf.calibration import (
     target_values,
     to_probabilities,
 )
-from spcxr_hf.checkpoints import written_aside
-from spcxr_hf.curves import Curve, Reliability, roc_curve
-from spcxr_hf.curves import reliability as reliability_diagram
-from spcxr_hf.figures import STYLES, draw_reliability, draw_roc, save_figure
-from spcxr_hf.labels import parse_classes
-from spcxr_hf.metrics import classification_report, multilabel_report
-from spcxr_hf.predicting import (
+from spcxr_hf.evaluation.curves import Curve, Reliability, roc_curve
+from spcxr_hf.evaluation.curves import reliability as reliability_diagram
+from spcxr_hf.evaluation.metrics import classification_report, multilabel_report
+from spcxr_hf.evaluation.plots import STYLES, draw_reliability, draw_roc, save_figure
+from spcxr_hf.evaluation.predict import (
     LabelledRows,
     class_names,
     is_multi_label,
@@ -61,9 +60,9 @@ from spcxr_hf.predicting import (
     predict_logits,
     select_rows,
 )
-from spcxr_hf.recipe import parse_arguments, read_recipe
-from spcxr_hf.results import write_results
-from spcxr_hf.sets import SetArguments, read_rows, report_skipped
+from spcxr_hf.files import write_results, written_aside
+from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
+from spcxr_hf.training.arguments import parse_arguments, read_recipe
 
 RECIPE = "recipe.yaml"
 DECISIONS = ("sensitivity", "specificity", "accuracy")

@@ -28,14 +28,19 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.calibration import fit_temperature, to_probabilities
-from spcxr_hf.data import OnError, RadiographTable, check_broken, open_image
-from spcxr_hf.labels import names_in, parse_classes, targets_of
-from spcxr_hf.metrics import brier_score, classification_report, expected_calibration_error, multilabel_report
-from spcxr_hf.predicting import class_names, forward, is_multi_label, load_judged, match_classes
-from spcxr_hf.recipe import parse_arguments
-from spcxr_hf.results import write_results
-from spcxr_hf.sets import SetArguments, read_rows, report_skipped
+from spcxr_hf.data.labels import names_in, parse_classes, targets_of
+from spcxr_hf.data.table import OnError, RadiographTable, check_broken, open_image
+from spcxr_hf.evaluation.calibration import fit_temperature, to_probabilities
+from spcxr_hf.evaluation.metrics import (
+    brier_score,
+    classification_report,
+    expected_calibration_error,
+    multilabel_report,
+)
+from spcxr_hf.evaluation.predict import class_names, forward, is_multi_label, load_judged, match_classes
+from spcxr_hf.files import write_results
+from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
+from spcxr_hf.training.arguments import parse_arguments
 
 
 @dataclass

@@ -22,13 +22,13 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.bootstrap import patient_groups
-from spcxr_hf.data import RadiographTable, decode_masks, decode_set, open_image, open_mask
-from spcxr_hf.metrics import segmentation_report
-from spcxr_hf.precision import bf16_autocast
-from spcxr_hf.recipe import parse_arguments
-from spcxr_hf.results import write_results
-from spcxr_hf.sets import SetArguments, read_rows, report_skipped
+from spcxr_hf.data.table import RadiographTable, decode_masks, decode_set, open_image, open_mask
+from spcxr_hf.evaluation.bootstrap import patient_groups
+from spcxr_hf.evaluation.metrics import segmentation_report
+from spcxr_hf.files import write_results
+from spcxr_hf.models.precision import bf16_autocast
+from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
+from spcxr_hf.training.arguments import parse_arguments
 
 
 @dataclass

@@ -29,10 +29,17 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.augment import AugmentationArguments, resize
-from spcxr_hf.checkpoints import list_checkpoints, written_aside
-from spcxr_hf.classification import METRICS, MULTI_LABEL_METRICS, class_weights, classification_loss, measure
-from spcxr_hf.classifiers import (
+from spcxr_hf.data.batches import MicroBatch, RadiographSet, balanced, draw_rows, select
+from spcxr_hf.data.labels import names_in, parse_classes, targets_of
+from spcxr_hf.data.table import RadiographTable, decode_set
+from spcxr_hf.evaluation.metrics import check_packages
+from spcxr_hf.evaluation.shortcuts import lungs_alone
+from spcxr_hf.files import write_results, written_aside
+from spcxr_hf.models.lungs import Segmenter, find_lungs, load_segmenter
+from spcxr_hf.quality.checks import SplitArguments, check_split, list_skipped, read_rows, sketch, tell_skipped
+from spcxr_hf.training.arguments import parse_arguments, save_recipe
+from spcxr_hf.training.checkpoints import list_checkpoints
+from spcxr_hf.training.classifiers import (
     ClassifierArguments,
     Pixels,
     attend_by,
@@ -41,18 +48,10 @@ from spcxr_hf.classifiers import (
     merge_adapters,
     set_training,
 )
-from spcxr_hf.data import MicroBatch, RadiographSet, RadiographTable, decode_set
-from spcxr_hf.labels import names_in, parse_classes, targets_of
-from spcxr_hf.metrics import check_packages
-from spcxr_hf.mixing import mix
-from spcxr_hf.probing import choose_linear_head, head_input, put_head
-from spcxr_hf.recipe import parse_arguments, save_recipe
-from spcxr_hf.results import write_results
-from spcxr_hf.run import Run, learning_rate_schedule
-from spcxr_hf.sampling import balanced, draw_rows, select
-from spcxr_hf.segmenter import Segmenter, find_lungs, load_segmenter
-from spcxr_hf.sets import SplitArguments, check_split, list_skipped, read_rows, sketch, tell_skipped
-from spcxr_hf.shortcuts import lungs_alone
+from spcxr_hf.training.engine import Run, learning_rate_schedule
+from spcxr_hf.training.head_init import choose_linear_head, head_input, put_head
+from spcxr_hf.training.losses import METRICS, MULTI_LABEL_METRICS, class_weights, classification_loss, measure
+from spcxr_hf.transforms.augment import AugmentationArguments, mix, resize
 
 CURVES = {"loss": "loss", "loss on val": "val_loss", "AUROC on val": "val_auroc"}  # name -> column of the log
 

@@ -18,16 +18,17 @@ from typing import Any, Literal, cast
 import torch
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForSemanticSegmentation, SpcxrImageProcessor
-from spcxr_hf.augment import AugmentationArguments, normalise, resize
-from spcxr_hf.checkpoints import written_aside
-from spcxr_hf.convert import change_image_size
-from spcxr_hf.data import MicroBatch, RadiographSet, RadiographTable, decode_set
-from spcxr_hf.metrics import dice
-from spcxr_hf.pictures import overlay, save_grid
-from spcxr_hf.recipe import parse_arguments, save_recipe
-from spcxr_hf.run import Run, RunArguments, learning_rate_schedule
-from spcxr_hf.sets import SplitArguments, check_split, list_skipped, read_rows, sketch, tell_skipped
-from spcxr_hf.training import layerwise_groups, new_config
+from spcxr_hf.data.batches import MicroBatch, RadiographSet
+from spcxr_hf.data.table import RadiographTable, decode_set
+from spcxr_hf.drawing import overlay, save_grid
+from spcxr_hf.evaluation.metrics import dice
+from spcxr_hf.files import written_aside
+from spcxr_hf.models.convert import change_image_size
+from spcxr_hf.quality.checks import SplitArguments, check_split, list_skipped, read_rows, sketch, tell_skipped
+from spcxr_hf.training.arguments import parse_arguments, save_recipe
+from spcxr_hf.training.engine import Run, RunArguments, learning_rate_schedule
+from spcxr_hf.training.optim import layerwise_groups, new_config
+from spcxr_hf.transforms.augment import AugmentationArguments, normalise, resize
 
 LABELS = {0: "background", 1: "lung"}
 CURVES = {"cross-entropy + Dice loss": "loss", "Dice on val": "val_dice"}  # name -> column of the log

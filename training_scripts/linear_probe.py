@@ -28,11 +28,11 @@ import torch
 from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.bootstrap import bootstrap_draws, patient_groups
-from spcxr_hf.data import RadiographTable, decode_set
-from spcxr_hf.encoders import Encoder, check_pooling, load_encoder
-from spcxr_hf.recipe import parse_arguments
-from spcxr_hf.sets import SplitArguments, check_split, read_rows, report_skipped
+from spcxr_hf.data.table import RadiographTable, decode_set
+from spcxr_hf.evaluation.bootstrap import bootstrap_draws, patient_groups
+from spcxr_hf.models.encoders import Encoder, check_pooling, load_encoder
+from spcxr_hf.quality.checks import SplitArguments, check_split, read_rows, report_skipped
+from spcxr_hf.training.arguments import parse_arguments
 
 NORMAL, ABNORMAL = "normal", "abnormal"  # what a list of findings counts as: empty, or not
 

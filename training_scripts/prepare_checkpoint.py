@@ -24,10 +24,10 @@ from transformers import AutoConfig
 
 import spcxr_hf
 from spcxr_hf import SpcxrError, SpcxrImageProcessor
-from spcxr_hf.evidence_results import read_cost
-from spcxr_hf.recipe import parse_arguments, read_recipe
-from spcxr_hf.recorded_outputs import RECORD, record_outputs
-from spcxr_hf.results import write_results
+from spcxr_hf.files import write_results
+from spcxr_hf.hub.expected_outputs import RECORD, record_outputs
+from spcxr_hf.training.arguments import parse_arguments, read_recipe
+from training_scripts.benchmarks.lib.results import read_cost
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CARDS = Path(__file__).resolve().parent / "cards"

@@ -13,19 +13,19 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
-from spcxr_hf.augment import AugmentationArguments, normalise, resize
-from spcxr_hf.checkpoints import written_aside
-from spcxr_hf.convert import change_image_size
-from spcxr_hf.corruption import Corrupted, GroupMasking
-from spcxr_hf.data import MicroBatch, RadiographSet, decode_set
+from spcxr_hf.data.batches import MicroBatch, RadiographSet
+from spcxr_hf.data.streaming import StreamingRadiographs
+from spcxr_hf.data.table import decode_set
+from spcxr_hf.drawing import save_grid, to_grey
+from spcxr_hf.files import written_aside
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
-from spcxr_hf.pictures import save_grid, to_grey
-from spcxr_hf.recipe import parse_arguments, save_recipe
-from spcxr_hf.run import Run, RunArguments, StepSource, learning_rate_schedule
-from spcxr_hf.sets import SetArguments, for_pretraining, list_skipped, read_rows, tell_skipped
-from spcxr_hf.streaming import StreamingRadiographs
-from spcxr_hf.targets import as_pixels, normalise_patches
-from spcxr_hf.training import CosineSchedule, new_config, parameter_groups
+from spcxr_hf.models.convert import change_image_size
+from spcxr_hf.quality.checks import SetArguments, for_pretraining, list_skipped, read_rows, tell_skipped
+from spcxr_hf.training.arguments import parse_arguments, save_recipe
+from spcxr_hf.training.engine import Run, RunArguments, StepSource, learning_rate_schedule
+from spcxr_hf.training.optim import CosineSchedule, new_config, parameter_groups
+from spcxr_hf.transforms.augment import AugmentationArguments, normalise, resize
+from spcxr_hf.transforms.group_masking import Corrupted, GroupMasking, as_pixels, normalise_patches
 
 CURVES = {"L1 over corrupted pixels": "loss"}  # name -> column of the log
 VIEWS = {one.name: one.metadata for one in fields(AugmentationArguments)}  # their help; milder by default here

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.publishing import NAMESPACE, publish
-from spcxr_hf.recipe import parse_arguments
+from spcxr_hf.hub.publish import NAMESPACE, publish
+from spcxr_hf.training.arguments import parse_arguments
 
 
 @dataclass

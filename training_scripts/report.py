@@ -1,7 +1,7 @@
 """Report a classifier on splits of a set, with figures: one HTML file that holds everything, and its pictures as PNG.
 
     python training_scripts/report.py --model model_cards/pneumonia --data ../shared/data --splits val test \
-        --label_efficiency training_scripts/results/evidence_cpu_112.json --output reports/pneumonia
+        --label_efficiency training_scripts/benchmarks/results/evidence_cpu_112.json --output reports/pneumonia
 
 ROC and precision-recall curves with 95 % bands by patient, reliability diagrams, confusion matrices, label efficiency
 (from the results of `evidence.py`, or rows with fraction, seed, init and the metric), and the most confident errors.
@@ -21,13 +21,12 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.calibration import to_probabilities
-from spcxr_hf.curves import read_rows as read_result_rows
-from spcxr_hf.data import open_image
-from spcxr_hf.evaluation_report import Evaluated, ReportOptions, write_evaluation_report
-from spcxr_hf.figures import grey_picture
-from spcxr_hf.labels import parse_classes
-from spcxr_hf.predicting import (
+from spcxr_hf.data.labels import parse_classes
+from spcxr_hf.data.table import open_image
+from spcxr_hf.evaluation.calibration import to_probabilities
+from spcxr_hf.evaluation.curves import read_rows as read_result_rows
+from spcxr_hf.evaluation.plots import grey_picture
+from spcxr_hf.evaluation.predict import (
     LabelledRows,
     class_names,
     is_multi_label,
@@ -38,8 +37,9 @@ from spcxr_hf.predicting import (
     predict_logits,
     select_rows,
 )
-from spcxr_hf.recipe import fill_from_recipe, parse_arguments
-from spcxr_hf.sets import SetArguments, read_rows, report_skipped
+from spcxr_hf.evaluation.report import Evaluated, ReportOptions, write_evaluation_report
+from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
+from spcxr_hf.training.arguments import fill_from_recipe, parse_arguments
 
 
 @dataclass

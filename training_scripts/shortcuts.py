@@ -35,12 +35,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.bootstrap import bootstrap_draws, patient_groups
-from spcxr_hf.calibration import JOIN, target_columns, target_values, thresholds, to_probabilities
-from spcxr_hf.data import decode_images
-from spcxr_hf.labels import parse_classes
-from spcxr_hf.metrics import classification_report
-from spcxr_hf.predicting import (
+from spcxr_hf.data.labels import parse_classes
+from spcxr_hf.data.table import decode_images
+from spcxr_hf.evaluation.bootstrap import bootstrap_draws, patient_groups
+from spcxr_hf.evaluation.calibration import JOIN, target_columns, target_values, thresholds, to_probabilities
+from spcxr_hf.evaluation.metrics import classification_report
+from spcxr_hf.evaluation.predict import (
     LabelledRows,
     class_names,
     is_multi_label,
@@ -50,11 +50,19 @@ from spcxr_hf.predicting import (
     predict_logits,
     select_rows,
 )
-from spcxr_hf.recipe import parse_arguments, read_recipe
-from spcxr_hf.results import write_results
-from spcxr_hf.segmenter import load_segmenter
-from spcxr_hf.sets import SetArguments, read_rows, report_skipped
-from spcxr_hf.shortcuts import FEATURES, SMALLEST_LUNGS, Features, aurocs, boxes, choose_probe, filled
+from spcxr_hf.evaluation.shortcuts import (
+    FEATURES,
+    SMALLEST_LUNGS,
+    Features,
+    aurocs,
+    boxes,
+    choose_probe,
+    filled,
+)
+from spcxr_hf.files import write_results
+from spcxr_hf.models.lungs import load_segmenter
+from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
+from spcxr_hf.training.arguments import parse_arguments, read_recipe
 
 AGAINST = " / "  # between two classes whose images alone are compared
 LUNGS = Path(__file__).resolve().parent.parent / "model_cards" / "lung-segmentation"

@@ -424,7 +424,7 @@ class SpcxrForPreTraining(SpcxrPreTrainedModel):
     ) -> MaskedImageModelingOutput:
         """Reconstruct images.
 
-        Two ways of use. With `labels`, `pixel_values` is already corrupted (`spcxr_hf.corruption` does it) and
+        Two ways of use. With `labels`, `pixel_values` is already corrupted (`GroupMasking` does it) and
         `bool_masked_pos` says where. Without `labels`, `pixel_values` is clean, the patches in `bool_masked_pos` are
         filled with zeros (mid-grey) here, and the loss compares with `pixel_values`: the convention of the masked image
         modelling scripts of transformers.

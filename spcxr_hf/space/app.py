@@ -1,6 +1,6 @@
 """The Space: the demo of spcxr_hf, with checkpoints from the Hub; what is not there is left out of the page."""
 
-from spcxr_hf.app import serve
+from spcxr_hf.app.server import serve
 
 NAMES = ["base", "lung-segmentation", "pneumonia", "screening", "covid"]
 

@@ -1,0 +1,1 @@
+"""Readers of public archives by their published layout."""

@@ -1,0 +1,270 @@
+"""Public archives of chest radiographs in the layout they are published in, all in one schema.
+
+    read_set      -> read_archive, or a reader of `spcxr_hf.data.manifests`, by what lies there
+    read_archive  -> which archive? -> its reader (`archives_findings`, `archives_classes`) -> Rows (`archive_rows`)
+                  -> files that must exist -> RadiographTable
+
+| column | holds |
+|---|---|
+| `image` | struct of `bytes` and `path`; the encoded file, or where it is |
+| `id` | name of the image, unique in the set; in archives `archive/path or name` |
+| `patient`, `study` | who and which visit, in archives after the archive's name, as in a union; null: unknown |
+| `view` | PA, AP, lateral; null: unknown, or another one |
+| `sex`, `age` | F, M; years, to 120; null: unknown |
+| `split` | train, val, test: the official split; null: there is none |
+| `label` | the one class of the image, where the set is one of classes, in the set's words |
+| `labels` | struct, a field per label as `spcxr_hf.data.labels` names it: 1, 0, null (NaN in `label_matrix`) missing |
+| `terms` | the findings in the set's own words, before they are mapped |
+| `masks` | list of `name` and a file, `path`, or a run-length code, `rle` |
+| `boxes` | list of `name`, `x`, `y` (upper left corner), `width`, `height` in pixels of the image |
+| `report`, `report_path` | text of the report, or the file that holds it |
+| `source` | the archive, and after a slash the origin that it names |
+| `licence` | of the archive, or of the image, where the archive names one; to be checked at the source |
+
+Where torchxrayvision has a reader of an archive (the extra `xrv`), `reader="torchxrayvision"` takes its rows and labels
+in place of those that are read here, which keep uncertain labels and what a set did not say;
+`spcxr_hf.data.archives.xrv` has a
+table of where the two differ. The other columns are read here in either case: it does not tell them.
+
+Nothing is decoded and no header is read: images are looked for, not opened. What each archive gives, and where a label
+is missing rather than absent, is said at its reader.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spcxr_hf.data.archives.classes import (
+    OF_EACH_IMAGE,
+    read_cohen,
+    read_covid_radiography,
+    read_covidx,
+    read_jsrt,
+    read_kermany,
+    read_montgomery,
+    read_shenzhen,
+)
+from spcxr_hf.data.archives.findings import (
+    read_chexpert,
+    read_mimic,
+    read_nih,
+    read_padchest,
+    read_rsna,
+    read_siim,
+    read_vindr,
+)
+from spcxr_hf.data.archives.rows import Rows
+from spcxr_hf.data.archives.xrv import as_torchxrayvision, is_torchxrayvision, read_torchxrayvision
+from spcxr_hf.data.labels import LABELS_COLUMN, Uncertain, label_struct
+from spcxr_hf.data.manifests import (
+    DELIMITERS,
+    Missing,
+    find_files,
+    radiographs,
+    read_dataset,
+    read_folder,
+    read_manifest,
+    read_shards,
+)
+from spcxr_hf.data.table import RadiographTable, read_table
+from spcxr_hf.errors import SpcxrError
+
+LabelReader = Literal["own", "torchxrayvision"]
+
+# ---- any set -----------------------------------------------------------------------------------------------------
+
+
+def read_set(source: Any, **options: Any) -> RadiographTable:
+    """Read whatever is given, in the schema above where the source does not bring another.
+
+    Args:
+        source: A manifest (.csv, .tsv, .parquet with a column `path`); a Parquet shard or a folder of them; a .tar or
+            a folder of them; a public archive; a folder that `datasets` saved; a folder of pictures; a
+            `datasets.Dataset` or `DatasetDict`; a data set of torchxrayvision; the id of a set of the Hub
+            (`owner/name`).
+        **options: For the reader that it comes to: `read_manifest`, `read_archive`, `read_folder`, `read_shards` or
+            `read_dataset`.
+
+    Raises:
+        SpcxrError: nothing is there, or the reader refuses it.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return read_torchxrayvision(source) if is_torchxrayvision(source) else read_dataset(source, **options)
+    path = Path(source)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.suffix:
+        return read_dataset(str(source), **options)
+    return (_reader_of_folder(path) if path.is_dir() else _reader_of_file(path))(path, **options)
+
+
+def _reader_of_file(path: Path) -> Callable[..., RadiographTable]:
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix in DELIMITERS:
+        return read_manifest
+    if suffix == ".tar":
+        return read_shards
+    if suffix == ".parquet" and path.is_file() and "path" in _parquet_columns(path):
+        return read_manifest
+    return read_table
+
+
+def _parquet_columns(path: Path) -> list[str]:
+    """The columns of a manifest; none for a shard, which has `image`, or a damaged file, for `read_table` to refuse."""
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        return []
+    return [] if "image" in names else names
+
+
+def _reader_of_folder(path: Path) -> Callable[..., RadiographTable]:
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return read_dataset
+    if any(path.glob("*.tar")):
+        return read_shards
+    if any(path.glob("*.parquet")):
+        return read_table
+    return read_archive if _recognised(path) else read_folder
+
+
+# ---- archives ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A public archive.
+
+    Attributes:
+        title: Its name in full.
+        licence: What it may be used for, in short.
+        markers: What must lie in its folder: patterns, `a|b` for either.
+        read: Its folder -> its rows.
+    """
+
+    title: str
+    licence: str
+    markers: tuple[str, ...]
+    read: Callable[[Path], Rows]
+
+
+def read_archive(
+    folder: str | os.PathLike,
+    name: str | None = None,
+    *,
+    uncertain: Uncertain = "ignore",
+    missing: Missing = "error",
+    reader: LabelReader = "own",
+) -> RadiographTable:
+    """Read a public archive in its published layout.
+
+    Args:
+        folder: Where it lies: its own folder, or the one above.
+        name: A key of `ARCHIVES`; None: recognised by its files.
+        uncertain: What becomes of labels that are uncertain: `ignore` (missing), `zero`, `one`.
+        missing: `error`: every image that the archive's tables name must be there; `skip`: those that are not are left
+            out with a warning, as after a partial download.
+        reader: `own`: all is read here; `torchxrayvision`: its rows and labels, of the archives that it has a reader
+            of (see above). It makes uncertain labels missing.
+
+    Returns:
+        A row per image, in the order of the archive's tables.
+
+    Raises:
+        SpcxrError: it is none of the archives, or not the named one (the message says what was expected); a table
+            cannot be read, lacks a column or names an image twice; an image is missing; there is no such reader, or
+            torchxrayvision cannot read the archive.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise SpcxrError(f"{root}: no such folder")
+    if reader not in get_args(LabelReader):
+        raise SpcxrError(f"reader must be {' or '.join(get_args(LabelReader))}; got {reader!r}")
+    if reader != "own" and uncertain != "ignore":
+        raise SpcxrError(f"{reader} makes uncertain labels missing; got uncertain={uncertain!r}")
+    key, place = _find_archive(root, name)
+    table = _table_of(key, ARCHIVES[key].read(place), uncertain, missing)
+    return table if reader == "own" else as_torchxrayvision(table, key, place)
+
+
+def _find_archive(root: Path, name: str | None) -> tuple[str, Path]:
+    """The archive in this folder, or the one of this name, and where its tables lie."""
+    if name is not None and name not in ARCHIVES:
+        raise SpcxrError(f"no archive is called {name!r}; there are {', '.join(ARCHIVES)}")
+    found = _recognised(root, name)
+    if found is None:
+        wanted = ARCHIVES if name is None else {name: ARCHIVES[name]}
+        expected = "; ".join(f"{key}: {', '.join(archive.markers)}" for key, archive in wanted.items())
+        raise SpcxrError(
+            f"{root}: {'none of the known archives' if name is None else f'not {name}'}; expected {expected}"
+        )
+    return found
+
+
+def _recognised(root: Path, name: str | None = None) -> tuple[str, Path] | None:
+    """The archive in this folder, or in the one of its subfolders that holds one, and where."""
+    keys = list(ARCHIVES) if name is None else [name]
+    places = [root, *sorted(child for child in root.iterdir() if child.is_dir())]
+    found = [(key, place) for place in places for key in keys if _has_markers(place, ARCHIVES[key].markers)]
+    # a folder of several archives is none of them; one that is packed twice (Kermany's) is the outer one
+    return found[0] if len({key for key, _ in found}) == 1 else None
+
+
+def _has_markers(place: Path, markers: Iterable[str]) -> bool:
+    return all(any(any(place.glob(pattern)) for pattern in marker.split("|")) for marker in markers)
+
+
+def _table_of(name: str, rows: Rows, uncertain: Uncertain, missing: Missing) -> RadiographTable:
+    if not rows.paths:
+        raise SpcxrError(f"{rows.file}: no images of {ARCHIVES[name].title}")
+    ids = rows.columns["id"]
+    twice = next((own for own, seen in zip(sorted(ids), sorted(ids)[1:], strict=False) if own == seen), None)
+    if twice is not None:
+        raise SpcxrError(f"{rows.file}: image {twice} stands twice")
+    kept = find_files(rows.paths, lambda row: f"{rows.file}: image {rows.paths[row] or ids[row]}", missing)
+    columns = {"licence": ARCHIVES[name].licence, "source": name, **rows.columns}
+    for column in ("id", "patient", "study"):
+        if (values := columns.get(column)) is not None:
+            columns[column] = [None if value is None else f"{name}/{value}" for value in values]
+    if "source" in rows.columns:
+        columns["source"] = [f"{name}/{origin}" if origin else name for origin in rows.columns["source"]]
+    try:
+        columns[LABELS_COLUMN] = label_struct(rows.labels, uncertain)
+    except SpcxrError as error:
+        raise SpcxrError(f"{rows.file}: {error}") from error
+    table = radiographs(name, rows.paths, columns)
+    return table if kept.all() else RadiographTable(table.rows.filter(pa.array(kept)), name)
+
+
+PHYSIONET = "PhysioNet Credentialed Health Data License 1.5.0"
+RESEARCH = "research only; see the terms of the challenge"
+NLM = "NLM: free use with attribution"
+EACH = "that of each source"
+ARCHIVES: Mapping[str, Archive] = {
+    "nih": Archive("NIH ChestX-ray14", "NIH: free use with attribution", ("Data_Entry_2017*.csv",), read_nih),
+    "chexpert": Archive(
+        "CheXpert", "Stanford research use agreement", ("train.csv|valid.csv", "train|valid"), read_chexpert
+    ),
+    "mimic": Archive("MIMIC-CXR-JPG", PHYSIONET, ("mimic-cxr-2.*-metadata.csv*", "files"), read_mimic),
+    "padchest": Archive("PadChest", "PadChest research use agreement", ("PADCHEST*.csv*",), read_padchest),
+    "vindr": Archive(
+        "VinDr-CXR", PHYSIONET, ("annotations/image_labels_*.csv|image_labels_*.csv", "train|test"), read_vindr
+    ),
+    "rsna": Archive("RSNA pneumonia", RESEARCH, ("stage_2_train_labels.csv", "stage_2_train_images"), read_rsna),
+    "siim": Archive("SIIM-ACR pneumothorax", RESEARCH, ("train-rle.csv", "dicom-images-train"), read_siim),
+    "covidx": Archive("COVIDx CXR-2, -3, -4", EACH, ("train.txt", "test.txt", "train"), read_covidx),
+    "covid_radiography": Archive(
+        "COVID-19 Radiography Database", EACH, ("COVID", "Normal", "Viral Pneumonia"), read_covid_radiography
+    ),
+    "kermany": Archive("Kermany", "CC BY 4.0", ("train/NORMAL", "train/PNEUMONIA"), read_kermany),
+    "montgomery": Archive("Montgomery County", NLM, ("CXR_png/MCUCXR_*",), read_montgomery),
+    "shenzhen": Archive("Shenzhen", NLM, ("CXR_png/CHNCXR_*",), read_shenzhen),
+    "jsrt": Archive("JSRT, with SCR masks", "JSRT: research only", ("JPC*.*|*/JPC*.*",), read_jsrt),
+    "cohen": Archive("COVID-19 image data collection", OF_EACH_IMAGE, ("metadata.csv", "images"), read_cohen),
+}

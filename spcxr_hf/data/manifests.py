@@ -1,0 +1,639 @@
+"""One's own sets: manifests (CSV, TSV, Parquet), folders of pictures, WebDataset shards, `datasets` of Hugging Face.
+
+    read_manifest   -> read_rows -> the columns of SCHEMA, labels, files that must exist -> radiographs
+    read_folder, read_shards, read_dataset                                               -> radiographs
+    unite           several sets as one
+
+All give a `RadiographTable` in the schema of `spcxr_hf.data.archives.registry` (see the table there).
+Nothing is decoded: an image is looked for, not read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+
+from spcxr_hf.data.labels import (
+    LABELS_COLUMN,
+    Uncertain,
+    canonical_name,
+    label_matrix,
+    label_names,
+    label_struct,
+)
+from spcxr_hf.data.shards import ShardIndex, read_index
+from spcxr_hf.data.table import PICTURE_SUFFIXES, RadiographTable, pictures_below, read_parquet
+from spcxr_hf.errors import SpcxrError
+
+Missing = Literal["error", "skip"]
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+MASKS = pa.list_(pa.struct([("name", pa.string()), ("path", pa.string()), ("rle", pa.string())]))
+BOXES = pa.list_(pa.struct([("name", pa.string()), *((side, pa.float32()) for side in ("x", "y", "width", "height"))]))
+SCHEMA = {
+    "image": IMAGE,
+    "id": pa.string(),
+    "patient": pa.string(),
+    "study": pa.string(),
+    "view": pa.string(),
+    "sex": pa.string(),
+    "age": pa.float32(),
+    "split": pa.string(),
+    "label": pa.string(),
+    "terms": pa.list_(pa.string()),
+    "masks": MASKS,
+    "boxes": BOXES,
+    "report": pa.string(),
+    "report_path": pa.string(),
+    "source": pa.string(),
+    "licence": pa.string(),
+}
+OWN_COLUMNS = ("path", "id", "patient", "study", "view", "sex", "age", "split", "label", "mask", "report", "source")
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+LARGEST_TABLE = 2**33  # bytes of encoded images that `read_shards` takes into memory
+OLDEST = 120  # years; NIH has patients of 411
+VIEWS = {
+    "PA": ("pa",),
+    "AP": ("ap", "ap supine", "ap erect", "ap horizontal", "ap semi erect"),
+    "lateral": ("l", "ll", "rl", "lat", "lateral", "left lateral", "right lateral"),
+}
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validate", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+_VIEW_OF = {spelling: view for view, spellings in VIEWS.items() for spelling in spellings}
+_SPLIT_OF = {spelling: split for split, spellings in SPLITS.items() for spelling in spellings}
+_logger = logging.getLogger(__name__)
+
+
+# ---- values in one spelling ------------------------------------------------------------------------------------
+
+
+def view_of(text: str | None) -> str | None:
+    """PA, AP, lateral, or None: unknown, or neither (oblique, decubitus, ribs)."""
+    return _VIEW_OF.get(" ".join((text or "").replace("_", " ").replace("-", " ").casefold().split()))
+
+
+def split_of(text: str | None) -> str | None:
+    """train, val or test in any of their spellings; another name as it is; None where there is none."""
+    text = (text or "").strip()
+    return _SPLIT_OF.get(text.casefold(), text) or None
+
+
+def sex_of(text: str | None) -> str | None:
+    """F, M or None."""
+    letter = (text or "").strip()[:1].upper()
+    return {"F": "F", "W": "F", "M": "M"}.get(letter)
+
+
+def age_of(text: str | None) -> float | None:
+    """Years: of a number, or of one with a unit (`058Y`, `11M`, `45yrs`, `6 months`); None if unknown or above 120."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]?)[a-z]*\s*", (text or "").casefold())
+    if not match or match[2] not in ("", "y", "m", "w", "d"):
+        return None
+    years = float(match[1]) / {"m": 12, "w": 52.18, "d": 365.25}.get(match[2], 1)
+    return years if years <= OLDEST else None
+
+
+# ---- tables of text ----------------------------------------------------------------------------------------------
+
+
+def read_rows(path: str | os.PathLike, required: Sequence[str] = (), delimiter: str | None = None) -> pa.Table:
+    """A CSV, TSV (also .gz) or Parquet file. The columns of a text file are strings; an empty cell is null.
+
+    Args:
+        path: The file.
+        required: Columns that must be there.
+        delimiter: Between cells; None: by the name, a tab for .tsv and .tab, else a comma.
+
+    Raises:
+        SpcxrError: no such file, not UTF-8, a row of another length, two columns of one name, or a column that is not
+            there; the message names the file, and the row (the header is row 1).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SpcxrError(f"{path}: no such file")
+    table = read_parquet(path) if path.suffix.lower() == ".parquet" else _read_text(path, delimiter)
+    absent = [name for name in required if name not in table.column_names]
+    if absent:
+        raise SpcxrError(f"{path}: no column {', '.join(map(repr, absent))}; there are {', '.join(table.column_names)}")
+    return table
+
+
+def _read_text(path: Path, delimiter: str | None) -> pa.Table:
+    suffix = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
+    wrong_rows: list[str] = []
+
+    def refuse(row: Any) -> str:
+        found = f"row {row.number} has {row.actual_columns} cells, the header {row.expected_columns}"
+        wrong_rows.append(found)
+        return "error"
+
+    parse = pacsv.ParseOptions(
+        delimiter=delimiter or DELIMITERS.get(suffix.lower(), ","),
+        newlines_in_values=True,  # clinical notes
+        invalid_row_handler=refuse,
+    )
+    read = pacsv.ReadOptions(use_threads=False)  # in order, so that a wrong row has its number
+    try:
+        # the header alone: without types, a cell that looks like a number would lose its leading zeros
+        names = pacsv.open_csv(path, read_options=read, parse_options=parse).schema.names
+        convert = pacsv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
+        )
+        table = pacsv.read_csv(path, read_options=read, parse_options=parse, convert_options=convert)
+    except (OSError, ValueError, pa.ArrowException) as error:  # UnicodeDecodeError is a ValueError
+        cause = wrong_rows[0] if wrong_rows else str(error).replace("\n", " ")
+        raise SpcxrError(f"{path}: not readable as a table in UTF-8: {cause}") from error
+    stripped = [name.strip() for name in table.column_names]
+    twice = sorted({name for name in stripped if name and stripped.count(name) > 1})
+    if twice:
+        raise SpcxrError(f"{path}: two columns are called {twice[0]!r}")
+    named = [number for number, name in enumerate(stripped) if name]  # some headers end in a comma
+    return table.select(named).rename_columns([stripped[number] for number in named])
+
+
+def texts(table: pa.Table, column: str) -> list[str | None]:
+    """A column as text without spaces around it; None where there is none, or no such column."""
+    if column not in table.column_names:
+        return [None] * table.num_rows
+    values = table[column]
+    if not pa.types.is_string(values.type):
+        values = values.cast(pa.string())
+    return [(text and text.strip()) or None for text in values.to_pylist()]
+
+
+def numbers(table: pa.Table, column: str, path: str | os.PathLike) -> np.ndarray:
+    """A column as (n,) float64, NaN where there is none.
+
+    Raises:
+        SpcxrError: a cell is no number; the message names the file and the row.
+    """
+    values = table[column]
+    if pa.types.is_nested(values.type):
+        raise SpcxrError(f"{path}: {column} must be a column of numbers; it holds {values.type}")
+    try:
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
+        if pa.types.is_large_string(values.type):  # as polars and pandas write it
+            values = values.cast(pa.string())
+        if pa.types.is_string(values.type):
+            values = pc.utf8_trim_whitespace(values)
+            values = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
+        return values.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
+    except (pa.ArrowException, ValueError) as error:
+        wrong = ((row, text) for row, text in enumerate(texts(table, column)) if not _is_number(text))
+        row, text = next(wrong, (0, str(values.type)))
+        raise SpcxrError(f"{path}: row {row_number(path, row)}: {column} is {text!r}, no number") from error
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        return text is None or float(text) is not None
+    except ValueError:
+        return False
+
+
+def row_number(path: str | os.PathLike, row: int) -> int:
+    """What an editor calls a row, counted from 0 here: from 1, after the header that a text file has."""
+    return row + (1 if Path(path).suffix.lower() == ".parquet" else 2)
+
+
+def check_unique(values: Sequence[str], path: str | os.PathLike, what: str) -> None:
+    """Refuse a value that stands twice.
+
+    Raises:
+        SpcxrError: one does; the message names the file, the value and both rows.
+    """
+    if len(set(values)) == len(values):
+        return
+    first: dict[str, int] = {}
+    for row, value in enumerate(values):
+        if value in first:
+            rows = f"rows {row_number(path, first[value])} and {row_number(path, row)}"
+            raise SpcxrError(f"{path}: {rows} are the same {what}, {value}")
+        first[value] = row
+
+
+# ---- the schema --------------------------------------------------------------------------------------------------
+
+
+def radiographs(name: str, paths: Sequence[str], columns: Mapping[str, Any]) -> RadiographTable:
+    """A table in the schema, of image files.
+
+    Args:
+        name: What to call the set in messages.
+        paths: (n,) image files.
+        columns: (n,) values per column; those of SCHEMA that are left out are null. A string counts for every row.
+    """
+    image = pa.StructArray.from_arrays(
+        [pa.nulls(len(paths), pa.binary()), pa.array(paths, pa.string())], fields=list(IMAGE)
+    )
+    return RadiographTable(in_schema(image, columns), name)
+
+
+def in_schema(image: pa.Array | pa.ChunkedArray, columns: Mapping[str, Any]) -> pa.Table:
+    """The columns of SCHEMA in their types and order, then all others."""
+    built: dict[str, Any] = {"image": image}
+    for column, kind in SCHEMA.items():
+        if column != "image":
+            values = columns.get(column)
+            values = [values] * len(image) if isinstance(values, str) else values
+            built[column] = pa.nulls(len(image), kind) if values is None else _as_type(values, kind)
+    built |= {column: values for column, values in columns.items() if column not in SCHEMA}
+    return pa.table(built)
+
+
+def _as_type(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    return values.cast(kind) if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, kind)
+
+
+def find_files(paths: Sequence[str], where: Callable[[int], str], missing: Missing) -> np.ndarray:
+    """Which of these files exist, (n,) booleans: all of them, or those that `skip` leaves.
+
+    Args:
+        paths: (n,) files; one that is nowhere is "".
+        where: row -> how messages name what asks for its file.
+        missing: `error`: all must exist; `skip`: those that do not are left out, and logged as a warning.
+
+    Raises:
+        SpcxrError: one does not exist, or, with `skip`, none does; or there is no such rule.
+    """
+    if missing not in get_args(Missing):
+        raise SpcxrError(f"missing must be {' or '.join(get_args(Missing))}; got {missing!r}")
+    found = np.fromiter((os.path.isfile(path) for path in paths), dtype=bool, count=len(paths))  # noqa: PTH113 (three times as fast)
+    if found.all():
+        return found
+    absent = np.flatnonzero(~found)
+    said = f"{where(int(absent[0]))}: no such file ({len(absent)} of {len(found)} are missing)"
+    if missing == "error" or not found.any():
+        raise SpcxrError(said)
+    _logger.warning("%s; they are left out", said)
+    return found
+
+
+# ---- manifests ---------------------------------------------------------------------------------------------------
+
+
+def read_manifest(
+    path: str | os.PathLike,
+    columns: Mapping[str, str] | None = None,
+    labels: Sequence[str] | None = None,
+    *,
+    folder: str | os.PathLike | None = None,
+    uncertain: Uncertain = "ignore",
+    missing: Missing = "error",
+    delimiter: str | None = None,
+) -> RadiographTable:
+    """Read a CSV, TSV or Parquet file with a row per image file.
+
+    Args:
+        path: The manifest. Its column `path` holds the image files; `id`, `patient`, `study`, `view`, `sex`, `age`,
+            `split`, `label` (one class), `mask` (a file), `report` and `source` are taken where they are there; other
+            columns stay as they are.
+        columns: Name in that list -> its name in the manifest, where it is another.
+        labels: Columns of 1, 0, -1 (uncertain) and empty cells (missing). None: the column `labels`, where there is
+            one, as lists (`Mass|Nodule` in text): a list is complete, so what it does not name is absent; an empty
+            cell is not labelled.
+        folder: Where relative paths begin; None: in the manifest's folder.
+        uncertain: What becomes of -1: `ignore`, `zero` or `one` (see `spcxr_hf.data.labels`).
+        missing: `error`: every image and mask must exist; `skip`: rows whose files do not are left out with a warning.
+        delimiter: As for `read_rows`.
+
+    Returns:
+        The rows in the schema of `data.archives.registry`; `id` is the path as the manifest writes it, if it gives none.
+
+    Raises:
+        SpcxrError: the manifest cannot be read, lacks a column, names a file twice or one that does not exist, or
+            holds a label that is none; the message names the manifest and the row.
+    """
+    path = Path(path)
+    rows = read_rows(path, delimiter=delimiter)
+    if not rows.num_rows:
+        raise SpcxrError(f"{path}: there are no rows")
+    names = _find_columns(rows, columns or {}, path)
+    given = texts(rows, names["path"])
+    empty = next((row for row, text in enumerate(given) if text is None), None)
+    if empty is not None:
+        raise SpcxrError(f"{path}: row {row_number(path, empty)}: no path")
+    written = [str(text) for text in given]
+    check_unique(written, path, "image")
+    base = Path(folder) if folder is not None else path.parent
+    built = _own_columns(rows, names, base) | _label_columns(rows, labels, uncertain, path)
+    used = {*names.values(), *(labels or ()), LABELS_COLUMN, *SCHEMA}
+    built |= {name: rows[name] for name in rows.column_names if name not in used}
+    built["id"] = built["id"] or written
+    table = radiographs(path.name, [str(base / text) for text in written], built)
+    return _with_files(table, path, missing)
+
+
+def _find_columns(rows: pa.Table, columns: Mapping[str, str], path: Path) -> dict[str, str]:
+    """Name in OWN_COLUMNS -> name in the manifest, of those that it has."""
+    unknown = sorted(set(columns) - set(OWN_COLUMNS))
+    if unknown:
+        raise SpcxrError(f"{path}: columns cannot map {', '.join(unknown)}; it maps {', '.join(OWN_COLUMNS)}")
+    there = ", ".join(rows.column_names)
+    for own, name in columns.items():
+        if name not in rows.column_names:
+            raise SpcxrError(f"{path}: no column {name!r} for {own}; there are {there}")
+    names = {own: columns.get(own, own) for own in OWN_COLUMNS}
+    if names["path"] not in rows.column_names:
+        raise SpcxrError(f"{path}: no column 'path'; there are {there}; columns={{'path': NAME}} says which it is")
+    for name in names.values():
+        if name in rows.column_names and pa.types.is_nested(kind := rows.schema.field(name).type):
+            raise SpcxrError(f"{path}: {name} must be a column of text or numbers; it holds {kind}")
+    return {own: name for own, name in names.items() if name in rows.column_names}
+
+
+def _own_columns(rows: pa.Table, names: Mapping[str, str], base: Path) -> dict[str, Any]:
+    """The columns of SCHEMA that a manifest gives."""
+    text = {own: texts(rows, names[own]) if own in names else None for own in OWN_COLUMNS}
+    spell: dict[str, Callable] = {"view": view_of, "split": split_of, "sex": sex_of, "age": age_of}
+    built: dict[str, Any] = {
+        own: values and [spell[own](value) for value in values] if own in spell else values
+        for own, values in text.items()
+        if own not in ("path", "mask")
+    }
+    if text["mask"] is not None:
+        built["masks"] = [mask and [{"name": "mask", "path": str(base / mask), "rle": None}] for mask in text["mask"]]
+    return built
+
+
+def _label_columns(
+    rows: pa.Table, labels: Sequence[str] | None, uncertain: Uncertain, path: Path
+) -> dict[str, pa.StructArray]:
+    if labels is not None:
+        absent = [name for name in labels if name not in rows.column_names]
+        if absent:
+            raise SpcxrError(f"{path}: no column {absent[0]!r} of labels; there are {', '.join(rows.column_names)}")
+        values = {name: numbers(rows, name, path) for name in labels}
+    elif LABELS_COLUMN not in rows.column_names:
+        return {}
+    elif pa.types.is_struct(rows.schema.field(LABELS_COLUMN).type):
+        values = dict(zip(label_names(rows), label_matrix(rows).T, strict=True))
+    else:
+        values = listed_labels(_lists(rows[LABELS_COLUMN], path))
+    try:
+        return {LABELS_COLUMN: label_struct(values, uncertain)} if values else {}
+    except SpcxrError as error:
+        raise SpcxrError(f"{path}: {error}") from error
+
+
+def _lists(column: pa.ChunkedArray, path: Path) -> list[list[str] | None]:
+    """Lists, of a column of lists or of text as `Mass|Nodule`."""
+    values = column.to_pylist()
+    if not all(value is None or isinstance(value, str | list) for value in values):
+        raise SpcxrError(f"{path}: labels must hold lists, or text as Mass|Nodule; it holds {column.type}")
+    return [value.split("|") if isinstance(value, str) and value.strip() else value or None for value in values]
+
+
+def listed_labels(lists: Sequence[Sequence[str] | None]) -> dict[str, np.ndarray]:
+    """Lists of the labels that are present -> name -> (n,) 1 or 0, NaN where a row has no list."""
+    sets = [None if names is None else {canonical_name(name) for name in names if name.strip()} for names in lists]
+    known = sorted(set().union(*(names for names in sets if names)))
+    return {
+        name: np.array([np.nan if names is None else name in names for names in sets], np.float32) for name in known
+    }
+
+
+def _with_files(table: RadiographTable, path: Path, missing: Missing) -> RadiographTable:
+    """The rows whose image and masks exist."""
+    kept = np.ones(len(table), dtype=bool)
+    images = [cell["path"] for cell in table.column("image")]
+    masks = [(cell or [{}])[0].get("path") for cell in table.column("masks")]
+    for what, files in (("image", images), ("mask", masks)):
+        rows = [row for row, file in enumerate(files) if file is not None]
+        if rows or what == "image":
+
+            def where(place: int, rows: list[int] = rows, files: list = files) -> str:
+                return f"{path}: row {row_number(path, rows[place])}: {files[rows[place]]}"
+
+            kept[rows] &= find_files([files[row] for row in rows], where, missing)
+    return table if kept.all() else RadiographTable(table.rows.filter(pa.array(kept)), table.name)
+
+
+# ---- folders and shards --------------------------------------------------------------------------------------------
+
+
+def read_folder(folder: str | os.PathLike, classes: bool | None = None) -> RadiographTable:
+    """Read a folder of pictures: `[train|val|test/][class/]...picture`.
+
+    Args:
+        folder: Its pictures, and those of its subfolders.
+        classes: True: the first subfolder (below that of the split) is the class; False: it is not; None: it is, if
+            every picture has one and there are at least two of them.
+
+    Returns:
+        The rows in the schema of `data.archives.registry`, in the order of their paths; `id` is the path in the folder.
+
+    Raises:
+        SpcxrError: no such folder, no pictures, or a picture without a class where `classes` asks for one.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise SpcxrError(f"{root}: no such folder")
+    names = sorted(file.relative_to(root).as_posix() for file in pictures_below(root))
+    if not names:
+        raise SpcxrError(f"{root}: no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) in this folder")
+    folders = [name.split("/")[:-1] for name in names]
+    splits = [_SPLIT_OF.get(parts[0].casefold()) if parts else None for parts in folders]
+    below = [parts[1:] if split else parts for parts, split in zip(folders, splits, strict=True)]
+    found = [parts[0] if parts else None for parts in below]
+    if classes and None in found:
+        raise SpcxrError(f"{root}: {names[found.index(None)]} lies in no folder of a class")
+    if classes is None:
+        classes = None not in found and len(set(found)) > 1
+    built = {"id": names, "split": splits, "label": found if classes else None}
+    return radiographs(root.name, [str(root / name) for name in names], built)
+
+
+def read_shards(source: Any, columns: Sequence[str] | None = None) -> RadiographTable:
+    """Read a small set of WebDataset shards into memory, its images encoded; larger ones are for `streaming`.
+
+    Args:
+        source: As for `spcxr_hf.data.shards.read_index`: a .tar, a folder of them, or several of either.
+        columns: Entries of the samples' .json, and `cls`; None: all that any sample has.
+
+    Returns:
+        A column per entry, after those of the schema; entries called as these are taken for them.
+
+    Raises:
+        SpcxrError: a shard is damaged, or holds no images; the images take more than 8 GiB; two samples have one key;
+            or an entry has values of different kinds. The message names the shard or the entry.
+    """
+    index = read_index(source)
+    size = int(index.units["bytes"].sum())
+    if size > LARGEST_TABLE:
+        raise SpcxrError(f"{index.name}: {size / 2**30:.1f} GiB of images are too many for a table; stream the set")
+    wanted = _shard_columns(index) if columns is None else list(columns)
+    rows = [
+        row for unit in range(len(index.units)) for row in index.read(unit, 0, int(index.units[unit]["rows"]), wanted)
+    ]
+    problem = next((row.problem for row in rows if row.problem), None)
+    if problem:
+        raise SpcxrError(problem)
+    check_unique([row.id for row in rows], index.name, "sample")
+    built: dict[str, Any] = {"id": [row.id for row in rows]}
+    for column in wanted:
+        try:
+            values = [row.columns[column] for row in rows]
+            built[column] = _as_type(values, SCHEMA[column]) if column in SCHEMA else pa.array(values)
+        except (pa.ArrowException, TypeError) as error:
+            raise SpcxrError(f"{index.name}: entry {column!r} has values of different kinds ({error})") from error
+    return RadiographTable(in_schema(pa.array([row.image for row in rows], IMAGE), built), index.name)
+
+
+def _shard_columns(index: ShardIndex) -> list[str]:
+    """What a sample's .json can hold: in a tar no header says it. The key is the `id`, the picture the `image`."""
+    if index.columns is not None:
+        return sorted(index.columns - {"id", "image"})
+    found: dict[str, None] = {}
+    for path in index.files:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.name.endswith(".cls"):
+                    found["cls"] = None
+                elif member.name.endswith(".json") and (file := archive.extractfile(member)) is not None:
+                    try:
+                        found |= dict.fromkeys(json.load(file))
+                    except (ValueError, TypeError) as error:
+                        raise SpcxrError(f"{path}: {member.name} cannot be read ({error})") from error
+    return [name for name in found if name not in ("id", "image")]
+
+
+# ---- datasets ----------------------------------------------------------------------------------------------------
+
+
+def read_dataset(source: Any, split: str | None = None, image_column: str = "image") -> RadiographTable:
+    """Read a `datasets.Dataset` or `DatasetDict`, a folder that `save_to_disk` wrote, or a set of the Hub by its id.
+
+    Args:
+        source: The object, the folder, or the id (`owner/name`).
+        split: Only this split; None: all, named in the column `split` where there are several.
+        image_column: The feature of type `Image`; it is not decoded.
+
+    Returns:
+        Features called as a column of the schema are taken for it, others stay; a `ClassLabel` becomes its name.
+
+    Raises:
+        SpcxrError: `datasets` is not installed, the set cannot be read or reached, or has no such split or images.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise SpcxrError(f'{source}: reading it needs datasets: pip install "spcxr-hf[train]"') from error
+    is_loaded = isinstance(source, datasets.Dataset | datasets.DatasetDict)
+    name = "the dataset" if is_loaded else str(source)
+    loaded = source if is_loaded else _load_dataset(name)
+    if not isinstance(loaded, datasets.Dataset | datasets.DatasetDict):
+        raise SpcxrError(f"{name}: a {type(loaded).__name__}, no Dataset or DatasetDict")
+    parts = {None: loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+    if split is not None:
+        if split not in parts:
+            raise SpcxrError(f"{name}: no split {split!r}; there are {', '.join(map(str, parts))}")
+        parts = {split: parts[split]}
+    tables = [_dataset_part(part, key, image_column, name) for key, part in parts.items()]
+    return unite(tables, name)
+
+
+def _load_dataset(name: str) -> Any:
+    import datasets
+
+    if Path(name).exists():
+        try:
+            return datasets.load_from_disk(name)
+        except Exception as error:  # many types, by what is damaged
+            raise SpcxrError(f"{name}: not a set that save_to_disk wrote ({_one_line(error)})") from error
+    try:
+        return datasets.load_dataset(name)
+    except Exception as error:  # no network, offline mode, no such set, no access: each its own type, by version
+        raise SpcxrError(
+            f"{name}: no such folder, and as a set of the Hub it cannot be loaded: not reachable (offline?), not "
+            f"there, or access must be asked for ({_one_line(error)})"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _dataset_part(part: Any, split: str | None, image_column: str, name: str) -> RadiographTable:
+    """One `datasets.Dataset` as a table in the schema."""
+    import datasets
+
+    if image_column not in part.features or not isinstance(part.features[image_column], datasets.Image):
+        raise SpcxrError(f"{name}: no feature {image_column!r} of type Image; there are {', '.join(part.features)}")
+    rows = part.cast_column(image_column, datasets.Image(decode=False)).with_format("arrow")[:]
+    rows = rows.replace_schema_metadata(None)
+    built: dict[str, Any] = {column: rows[column] for column in rows.column_names if column != image_column}
+    for column, feature in part.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            built[column] = [
+                None if number is None or number < 0 else feature.int2str(number) for number in rows[column].to_pylist()
+            ]
+    if split is not None:
+        built["split"] = split_of(split)
+    try:
+        return RadiographTable(in_schema(rows[image_column].cast(IMAGE), _unlike_left_out(built)), name)
+    except pa.ArrowException as error:
+        raise SpcxrError(f"{name}: a feature has another type than the schema's ({error})") from error
+
+
+def _unlike_left_out(columns: dict[str, Any]) -> dict[str, Any]:
+    """Without a column that has a name of the schema and a list or struct where that has none, or the reverse."""
+
+    def fits(name: str, values: Any) -> bool:
+        if name not in SCHEMA or not isinstance(values, pa.ChunkedArray):
+            return True
+        return pa.types.is_nested(values.type) == pa.types.is_nested(SCHEMA[name])
+
+    return {name if fits(name, values) else f"{name}_": values for name, values in columns.items()}
+
+
+# ---- several sets ------------------------------------------------------------------------------------------------
+
+
+def unite(tables: Sequence[RadiographTable], name: str | None = None) -> RadiographTable:
+    """Several sets as one: what a set did not label, or has no column for, is missing (null) in its rows.
+
+    Args:
+        tables: Sets; their patients and ids stay as they are (readers of archives put the set's name before them).
+        name: What to call the union in messages; None: their names.
+
+    Raises:
+        SpcxrError: there are none, or a column has types that do not go together.
+    """
+    if not tables:
+        raise SpcxrError("there are no sets to unite")
+    names = label_names(list(tables))
+    parts = []
+    for table in tables:
+        rows = table.rows
+        if names:
+            matrix = np.full((len(table), len(names)), np.nan, np.float32)
+            own = label_names(table)
+            matrix[:, [names.index(label) for label in own]] = label_matrix(table)
+            struct = label_struct(dict(zip(names, matrix.T, strict=True)))
+            if LABELS_COLUMN in rows.column_names:
+                if not pa.types.is_struct(rows.schema.field(LABELS_COLUMN).type):
+                    raise SpcxrError(f"{table.name}: the column labels is no struct with a field per label")
+                rows = rows.drop_columns([LABELS_COLUMN])
+            rows = rows.append_column(LABELS_COLUMN, struct)
+        parts.append(rows)
+    try:
+        united = pa.concat_tables(parts, promote_options="default")
+    except pa.ArrowException as error:
+        raise SpcxrError(f"the sets do not go together: {error}") from error
+    return RadiographTable(united, name or " + ".join(table.name for table in tables))

@@ -1,0 +1,448 @@
+"""What lies where in Parquet and WebDataset shards, and how to read some rows of them.
+
+`read_index` makes one small record per unit (a Parquet row group, or a run of tar members), without reading an image;
+`ShardIndex.read` reads rows of one unit.
+
+Parquet counts come from the footers (a few milliseconds a file): they grow with the files, not their rows. A tar has no
+footer: its headers are walked once, without its data (10 seconds per million members), in every process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from spcxr_hf.errors import SpcxrError, one_line
+
+IMAGE_EXTENSIONS = {"png", "jpg", "jpeg", "tif", "tiff", "webp", "bmp", "dcm", "dicom"}  # what `read_radiograph` reads
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+SAMPLES_PER_UNIT, BYTES_PER_UNIT = 256, 2**26  # a tar's unit is closed at whichever comes first
+LARGEST_ROW_GROUP = 2**30  # bytes; a lane holds several of them
+PARQUET_BATCH = 64  # rows that are decoded at once; more of them could overflow Arrow's 32-bit offsets
+REGULAR_FILES = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
+EXTRA_HEADERS = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE}
+
+UNIT = np.dtype(
+    [
+        ("file", np.int32),  # number of the shard in `ShardIndex.files`
+        ("place", np.int64),  # Parquet: number of the row group; tar: byte offset of the first header
+        ("first_row", np.int64),  # in the shard, for messages
+        ("rows", np.int64),  # those that the filter keeps
+        ("bytes", np.int64),  # of its images and of what belongs to them, unfiltered
+        ("kept_at", np.int64),  # where its row numbers begin in `ShardIndex.kept`
+    ]
+)
+
+Source = str | os.PathLike | Sequence[str | os.PathLike]
+
+
+# ---- what lies where -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """What lies where in a set of shards: a record per unit, the smallest piece that is read at once. No images.
+
+    Attributes:
+        name: What to call the set in messages.
+        files: The shards, sorted by name within each folder.
+        units: (n,) records of the type `UNIT`.
+        columns: The columns that Parquet shards have besides `image`; None for tars, which do not say.
+        kept: With a filter, (rows,) uint32: each kept row's number within its unit. None: every row is kept.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    units: np.ndarray
+    columns: frozenset[str] | None
+    kept: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """The rows of all units."""
+        return int(self.units["rows"].sum())
+
+    def read(self, unit: int, start: int, stop: int, columns: Sequence[str]) -> list[Row]:
+        """The kept rows number `start` up to `stop` (excluded) of a unit, encoded; nothing else stays in memory.
+
+        Raises:
+            SpcxrError: the shard is gone, or damaged; the message names it.
+        """
+        record = self.units[unit]
+        path = self.files[record["file"]]
+        at = int(record["kept_at"])
+        wanted = np.arange(start, stop) if self.kept is None else self.kept[at + start : at + stop].astype(np.int64)
+        read = _read_tar_rows if path.suffix == ".tar" else _read_parquet_rows
+        with _naming(path):
+            return read(path, int(record["place"]), int(record["first_row"]), wanted, columns)
+
+
+class Row(NamedTuple):
+    """A radiograph and what is known of it, nothing decoded."""
+
+    id: str
+    name: str  # for messages: shard, row and id
+    image: dict | None  # `bytes` and `path`, as in the column `image`
+    columns: dict[str, Any]
+    problem: str | None = None
+
+
+class _Scan(NamedTuple):
+    """What one shard holds."""
+
+    units: list[tuple[int, int, int, int]]  # place, first row, kept rows, bytes
+    kept: list[np.ndarray]  # for each unit, with a filter
+    columns: set[str]
+
+
+def read_index(source: Source, where: tuple[str, Any] | None = None) -> ShardIndex:
+    """Find the units of Parquet shards (`*.parquet`) or WebDataset shards (`*.tar`), and count their rows.
+
+    Parquet shards have a column `image` (a struct of `bytes` and `path`, as `datasets` writes it). In a tar,
+    consecutive members whose names agree up to the first dot are one sample: `key.jpg` (or png, jpeg, dcm, dicom),
+    and beside it `key.json` (its entries are the columns) and `key.cls` (the column `cls`). Samples without a picture
+    are passed over.
+
+    Args:
+        source: A folder (its subfolders are not searched), a shard, or several of either.
+        where: Only rows that hold this value in this column, as (column, value); an entry of the .json in a tar.
+
+    Raises:
+        SpcxrError: nothing is there; a shard is damaged, compressed or cut short, or holds no images; no row has the
+            value. The message names the file.
+    """
+    name, files = _find_shards(source)
+    units: list[np.ndarray] = []
+    kept: list[np.ndarray] = []
+    columns: set[str] = set()
+    for number, path in enumerate(files):
+        with _naming(path):
+            scan = _scan_tar(path, where) if path.suffix == ".tar" else _scan_parquet(path, where)
+        units.append(np.array([(number, *unit, 0) for unit in scan.units], UNIT))
+        kept += scan.kept
+        columns |= scan.columns
+    if where is not None and where[0] not in columns:
+        raise SpcxrError(f"{name}: no column {where[0]!r}; there are {', '.join(sorted(columns)) or 'none'}")
+    records = np.concatenate(units)
+    records["kept_at"] = np.cumsum(records["rows"]) - records["rows"]
+    records = records[records["rows"] > 0]
+    if not len(records):
+        raise SpcxrError(f"{name}: no rows" if where is None else f"{name}: no row has {where[0]} = {where[1]!r}")
+    told = frozenset(columns) if files[0].suffix == ".parquet" else None
+    return ShardIndex(name, tuple(files), records, told, None if where is None else np.concatenate(kept))
+
+
+def _find_shards(source: Source) -> tuple[str, list[Path]]:
+    """What to call the set, and its shards, all of one kind."""
+    places = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(place) for place in source]
+    files = [file for place in places for file in _shards_in(place)]
+    name = str(places[0]) if len(places) == 1 else f"{len(places)} shards or folders"
+    if len({file.suffix for file in files}) > 1:
+        raise SpcxrError(f"{name}: Parquet and tar shards together; name those of one kind")
+    if not files:
+        raise SpcxrError("no shards: the list is empty")
+    if len(set(files)) < len(files):
+        raise SpcxrError(f"{name}: a shard is named twice")
+    return name, files
+
+
+def _shards_in(place: Path) -> list[Path]:
+    if place.is_file():
+        found = [place]
+    elif place.is_dir():
+        found = sorted(path for path in place.iterdir() if path.is_file())
+        found = [path for path in found if path.suffix in (".parquet", ".tar") or _is_compressed(path)]
+    else:
+        raise SpcxrError(f"{place}: no such file or folder")
+    for path in found:
+        if _is_compressed(path):
+            raise SpcxrError(f"{path}: a compressed tar cannot be read from its middle; decompress it")
+        if path.suffix not in (".parquet", ".tar"):
+            raise SpcxrError(f"{path}: neither a Parquet (.parquet) nor a WebDataset (.tar) shard")
+    if not found:
+        raise SpcxrError(f"{place}: no Parquet (.parquet) and no WebDataset (.tar) shards in this folder")
+    return found
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.name.lower().endswith(COMPRESSED_SUFFIXES)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns what reading a shard raises into one line that names the shard."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise SpcxrError(f"{path}: not a readable {path.suffix} shard ({one_line(error)})") from error
+
+
+# ---- Parquet ---------------------------------------------------------------------------------------------------
+
+
+def _scan_parquet(path: Path, where: tuple[str, Any] | None) -> _Scan:
+    with pq.ParquetFile(path) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+        image = schema.field("image").type if "image" in schema.names else None
+        if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+            raise SpcxrError(f"{path}: no column `image` with the bytes of a picture")
+        units, kept, first_row = [], [], 0
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            size = (
+                group.total_byte_size
+            )  # of all columns: asked for one of them, pyarrow ends the process if it is damaged
+            if size > LARGEST_ROW_GROUP:
+                raise SpcxrError(
+                    f"{path}: row group {number} holds {size / 2**30:.1f} GiB, which is too much to read at once; "
+                    "write the shard with smaller row groups (row_group_size=256)"
+                )
+            rows = group.num_rows
+            if where is not None:
+                kept.append(_kept_rows(path, file, number, where))
+                rows = len(kept[-1])
+            units.append((number, first_row, rows, size))
+            first_row += group.num_rows
+    return _Scan(units, kept, set(schema.names) - {"image"})
+
+
+def _kept_rows(path: Path, file: pq.ParquetFile, group: int, where: tuple[str, Any]) -> np.ndarray:
+    """The numbers of the rows of a group that hold the value, uint32."""
+    column, value = where
+    if column not in file.schema_arrow.names:
+        return np.empty(0, np.uint32)
+    try:
+        values = file.read_row_group(group, columns=[column], use_threads=False)[column]
+        is_kept = pc.fill_null(pc.equal(values, pa.scalar(value)), False)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise SpcxrError(f"{path}: column {column!r} cannot be compared with {value!r}") from error
+    return np.flatnonzero(is_kept.to_numpy()).astype(np.uint32)
+
+
+def _read_parquet_rows(path: Path, group: int, first_row: int, wanted: np.ndarray, columns: Sequence[str]) -> list[Row]:
+    """These rows of a row group, in this (ascending) order."""
+    rows: list[Row] = []
+    with pq.ParquetFile(path) as file:
+        names = [name for name in dict.fromkeys(["image", "id", *columns]) if name in file.schema_arrow.names]
+        done = 0
+        for batch in file.iter_batches(PARQUET_BATCH, row_groups=[group], columns=names, use_threads=False):
+            here = wanted[(wanted >= done) & (wanted < done + batch.num_rows)] - done
+            for number, cells in zip(here + first_row + done, batch.take(pa.array(here)).to_pylist(), strict=True):
+                key = str(cells["id"]) if cells.get("id") is not None else f"{path.name}:{number}"
+                values = {column: cells.get(column) for column in columns}
+                rows.append(Row(key, f"{path}: row {number}: {key}", cells["image"], values))
+            done += batch.num_rows
+    if len(rows) < len(wanted):
+        raise SpcxrError(f"{path}: row group {group} has lost rows since the start")
+    return rows
+
+
+# ---- WebDataset ------------------------------------------------------------------------------------------------
+
+
+class _Member(NamedTuple):
+    """A regular file in a tar."""
+
+    name: str
+    header: int  # byte offset of its first header
+    data: int
+    size: int
+
+
+class _Sample(NamedTuple):
+    """The members of one key, a picture among them."""
+
+    key: str
+    members: dict[str, _Member]  # by extension, in lower case
+
+
+def _scan_tar(path: Path, where: tuple[str, Any] | None) -> _Scan:
+    with path.open("rb", buffering=0) as file:
+        if file.read(8).startswith(COMPRESSED_STARTS):
+            raise SpcxrError(f"{path}: a compressed tar cannot be read from its middle; decompress it")
+        units, kept, columns, first_row = [], [], set(), 0
+        for run in _runs(_samples(file, path, 0)):
+            rows, size = len(run), sum(member.size for sample in run for member in sample.members.values())
+            if where is not None:
+                values = [_tar_columns(file, sample, f"{path}: {sample.key}") for sample in run]
+                columns |= set().union(*values)
+                matches = [where[0] in cells and cells[where[0]] == where[1] for cells in values]
+                kept.append(np.flatnonzero(matches).astype(np.uint32))
+                rows = len(kept[-1])
+            first = next(iter(run[0].members.values()))
+            units.append((first.header, first_row, rows, size))
+            first_row += len(run)
+    if not first_row:
+        raise SpcxrError(f"{path}: no pictures ({', '.join(sorted(IMAGE_EXTENSIONS))}) in this tar")
+    return _Scan(units, kept, columns)
+
+
+def _runs(samples: Iterable[_Sample]) -> Iterator[list[_Sample]]:
+    """Consecutive samples, as many as make a unit."""
+    run: list[_Sample] = []
+    size = 0
+    for sample in samples:
+        run.append(sample)
+        size += sum(member.size for member in sample.members.values())
+        if len(run) == SAMPLES_PER_UNIT or size >= BYTES_PER_UNIT:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
+
+
+def _samples(file: BinaryIO, path: Path, offset: int) -> Iterator[_Sample]:
+    """The samples that have a picture, from the header at `offset` to the end."""
+    named = ((*_split_name(member.name), member) for member in _members(file, path, offset))
+    visible = (entry for entry in named if entry[0] and not entry[0].endswith("/"))  # some systems add `._key.jpg`
+    for key, group in itertools.groupby(visible, key=lambda entry: entry[0]):
+        members: dict[str, _Member] = {}
+        for _, extension, member in group:
+            if extension in members:
+                raise SpcxrError(f"{path}: two members in a row are called {member.name}")
+            members[extension] = member
+        pictures = members.keys() & IMAGE_EXTENSIONS
+        if len(pictures) > 1:
+            raise SpcxrError(f"{path}: sample {key} has several pictures ({', '.join(sorted(pictures))})")
+        if pictures:
+            yield _Sample(key, members)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """A member's name -> (key, extension): its folder and its name up to the first dot; the rest in lower case."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _members(file: BinaryIO, path: Path, offset: int) -> Iterator[_Member]:
+    """The regular files of a tar, by their headers alone.
+
+    `tarfile` would take a damaged header for the end of the archive, and remember every member.
+    """
+    end = file.seek(0, os.SEEK_END)
+    at = header = offset
+    said: dict[str, str] = {}  # by extra headers before the file's own: a long name, a large size
+    while (found := _tar_header(file, path, at)) is not None:
+        name, size, kind = found
+        data, is_extra = at + tarfile.BLOCKSIZE, kind in EXTRA_HEADERS
+        if not is_extra:
+            size = int(said.get("size", size))
+        if data + size > end:
+            raise SpcxrError(f"{path}: the tar is cut short, within the member at byte {header}")
+        at = data + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if is_extra:
+            said |= _extra_header(file, path, kind, data, size)
+            continue
+        if kind in REGULAR_FILES:
+            yield _Member(said.get("path", name), header, data, size)
+        header, said = at, {}
+
+
+def _tar_header(file: BinaryIO, path: Path, at: int) -> tuple[str, int, bytes] | None:
+    """Name, size and type in the header at this offset (POSIX.1-1988 ustar, GNU); None where the archive ends.
+
+    `tarfile.TarInfo.frombuf` reads every field, and takes twice as long as all the rest of the walk.
+    """
+    file.seek(at)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise SpcxrError(f"{path}: the tar is cut short, it ends at byte {at + len(block)} without an end marker")
+    if block.count(0) == tarfile.BLOCKSIZE:
+        return None
+    try:
+        is_whole = _tar_number(block[148:156]) == sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
+        size = _tar_number(block[124:136])
+    except ValueError:
+        is_whole = False
+    if not is_whole:
+        raise SpcxrError(f"{path}: not a tar, or damaged: no header at byte {at}")
+    name, kind = block[:100].partition(b"\0")[0], block[156:157]
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = block[345:500].partition(b"\0")[0] + b"/" + name
+    if kind == tarfile.AREGTYPE and name.endswith(b"/"):  # before ustar
+        kind = tarfile.DIRTYPE
+    return os.fsdecode(name), size, kind
+
+
+def _tar_number(field: bytes) -> int:
+    """Octal digits; or, marked by its first bit, a binary number too large for them (GNU)."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.strip(b" \0") or b"0", 8)
+
+
+def _extra_header(file: BinaryIO, path: Path, kind: bytes, data: int, size: int) -> dict[str, str]:
+    """What a GNU long name or a pax header (POSIX.1-2001) says of the next member: its path, its size."""
+    file.seek(data)
+    text = file.read(size)
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": os.fsdecode(text.rstrip(b"\0"))}
+    said = {}
+    while kind == tarfile.XHDTYPE and text:
+        length, _, _ = text.partition(b" ")  # "27 path=folder/picture.png\n", its own digits counted
+        if not length.isdigit() or not len(length) + 3 <= int(length) <= len(text):
+            raise SpcxrError(f"{path}: not a tar, or damaged: no pax header at byte {data}")
+        keyword, _, value = text[len(length) + 1 : int(length) - 1].partition(b"=")
+        said[os.fsdecode(keyword)] = os.fsdecode(value)
+        text = text[int(length) :]
+    if not said.get("size", "0").isdecimal():
+        raise SpcxrError(f"{path}: not a tar, or damaged: no size in the pax header at byte {data}")
+    return {keyword: said[keyword] for keyword in ("path", "size") if keyword in said}
+
+
+def _read_member(file: BinaryIO, member: _Member) -> bytes:
+    file.seek(member.data)
+    return file.read(member.size)
+
+
+def _tar_columns(file: BinaryIO, sample: _Sample, name: str) -> dict[str, Any]:
+    """The entries of a sample's .json, and its class from .cls."""
+    columns: dict[str, Any] = {}
+    if "json" in sample.members:
+        try:
+            columns = json.loads(_read_member(file, sample.members["json"]))
+        except ValueError as error:
+            raise SpcxrError(f"{name}: its .json cannot be read ({error})") from error
+        if not isinstance(columns, dict):
+            raise SpcxrError(f"{name}: its .json is no object with a value per column")
+    if "cls" in sample.members:
+        try:
+            columns["cls"] = int(_read_member(file, sample.members["cls"]))
+        except ValueError as error:
+            raise SpcxrError(f"{name}: its .cls is not the number of a class") from error
+    return columns
+
+
+def _read_tar_rows(path: Path, offset: int, first_row: int, wanted: np.ndarray, columns: Sequence[str]) -> list[Row]:
+    """These samples of the run at a byte offset, in this (ascending) order; the data of others are not read."""
+    rows: list[Row] = []
+    numbers = {int(number) for number in wanted}
+    with path.open("rb", buffering=0) as file:
+        for number, sample in enumerate(itertools.islice(_samples(file, path, offset), max(numbers, default=-1) + 1)):
+            if number not in numbers:
+                continue
+            (picture,) = (sample.members[extension] for extension in sample.members.keys() & IMAGE_EXTENSIONS)
+            name = f"{path}: row {first_row + number}: {picture.name}"
+            values, problem = {}, None
+            try:
+                values = _tar_columns(file, sample, name) if columns else {}
+            except SpcxrError as error:
+                problem = str(error)
+            image = {"bytes": _read_member(file, picture), "path": None}
+            rows.append(Row(sample.key, name, image, {column: values.get(column) for column in columns}, problem))
+    if len(rows) < len(numbers):
+        raise SpcxrError(f"{path}: the tar has lost samples since the start")
+    return rows

@@ -1,0 +1,318 @@
+"""The numbers behind the figures of a report: curves with 95 % bands, reliability, confusion, label efficiency.
+
+Bands are percentile bootstraps (Efron and Tibshirani, 1993, chapter 13), point by point, drawn by patient where
+patients are known, as the intervals of `spcxr_hf.evaluation.metrics` are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spcxr_hf.errors import SpcxrError
+from spcxr_hf.evaluation.bootstrap import bootstrap_draws, patient_groups
+from spcxr_hf.evaluation.calibration import reliability_bins
+from spcxr_hf.evaluation.metrics import expected_calibration_error
+
+GRID = np.linspace(0, 1, 101)  # where bands are drawn
+WILSON = 1.959964  # the normal deviate of a two-sided 95 %
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve in the unit square and its band.
+
+    Attributes:
+        x, y: (points,) the curve of the whole set, in 0 .. 1.
+        grid: (101,) where the band was drawn.
+        low, high: (101,) its pointwise 95 % interval; NaN where no resample defines it.
+        area: Under the curve: AUROC, or average precision.
+        interval: The area's 95 % interval, low and high.
+        base: What a score without information gives: 0.5 for AUROC, the share of positives for precision.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    grid: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    area: float
+    interval: tuple[float, float]
+    base: float
+
+
+def roc_curve(
+    scores: Sequence[float] | np.ndarray,
+    targets: Sequence[float] | np.ndarray,
+    patients: Sequence[Hashable] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Curve:
+    """Receiver operating characteristic: sensitivity over 1 - specificity (Fawcett 2006), with a vertical band.
+
+    Args:
+        scores: (n,) higher means more likely positive.
+        targets: (n,) 1, 0, or NaN where unknown, which leaves the row out.
+        patients: (n,) whose image each row is; None, NaN or "" where unknown, then the row is a patient of its own.
+        resamples: Draws of the bootstrap.
+        seed: Of the bootstrap.
+
+    Raises:
+        SpcxrError: the lengths differ, or there are no positives or no negatives.
+    """
+    counts = _Levels(scores, targets, patients)
+    false, true = counts.cumulative(np.arange(counts.rows))
+    draws = bootstrap_draws(
+        lambda rows: _roc_row(*counts.cumulative(rows)), counts.rows, counts.groups, resamples, seed
+    )
+    x, y = false / false[-1], true / true[-1]
+    return _curve(x, y, draws, _trapezium(y, x), base=0.5)
+
+
+def precision_recall_curve(
+    scores: Sequence[float] | np.ndarray,
+    targets: Sequence[float] | np.ndarray,
+    patients: Sequence[Hashable] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Curve:
+    """Precision over recall, and the average precision, which does not interpolate (Davis and Goadrich, ICML 2006).
+
+    Args and errors are those of `roc_curve`. Precision at a recall is that of the highest threshold that reaches it.
+    """
+    counts = _Levels(scores, targets, patients)
+    false, true = counts.cumulative(np.arange(counts.rows))
+    draws = bootstrap_draws(
+        lambda rows: _precision_row(*counts.cumulative(rows)), counts.rows, counts.groups, resamples, seed
+    )
+    precision = true[1:] / (true + false)[1:]
+    area = float((np.diff(true) * precision).sum() / true[-1])
+    return _curve(true[1:] / true[-1], precision, draws, area, base=float(true[-1] / (true[-1] + false[-1])))
+
+
+class _Levels:
+    """Rows by their level of score, so that a resample is a count."""
+
+    def __init__(self, scores: Any, targets: Any, patients: Sequence[Hashable] | None):
+        values, truth = np.asarray(scores, dtype=np.float64), np.asarray(targets, dtype=np.float64)
+        if values.ndim != 1 or values.shape != truth.shape:
+            raise SpcxrError(f"scores and targets must be (n,) both; got {values.shape} and {truth.shape}")
+        groups = patient_groups(patients, len(values))
+        known = np.nonzero(~np.isnan(truth))[0]
+        if np.isnan(values[known]).any() or not set(np.unique(truth[known])) <= {0.0, 1.0}:
+            raise SpcxrError("scores must be numbers, and targets 1, 0 or NaN")
+        truth = truth[known]
+        if not (truth == 1).any() or not (truth == 0).any():
+            raise SpcxrError(
+                f"a curve needs positives and negatives; of {len(truth)} rows {int(truth.sum())} are positive"
+            )
+        levels, level = np.unique(-values[known], return_inverse=True)  # level 0 has the highest score
+        self.levels, self.rows = len(levels), len(known)
+        self.cells = level + self.levels * (truth == 1)
+        self.groups = None if groups is None else [groups[row] for row in known]
+
+    def cumulative(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Negatives and positives at or above each level, a 0 before them: (levels + 1,) both."""
+        counts = np.bincount(self.cells[rows], minlength=2 * self.levels)
+        false, true = counts[: self.levels].cumsum(), counts[self.levels :].cumsum()
+        return np.concatenate([[0], false]), np.concatenate([[0], true])
+
+
+def _roc_row(false: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Sensitivity on the grid, then the area: (102,)."""
+    if not false[-1] or not true[-1]:
+        return np.full(len(GRID) + 1, np.nan)
+    x, y = false / false[-1], true / true[-1]
+    # Where the curve rises straight up, its upper end counts; the area is exact.
+    last = np.append(np.diff(x) > 0, True)
+    return np.append(np.interp(GRID, x[last], y[last]), _trapezium(y, x))
+
+
+def _precision_row(false: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Precision on the grid of recalls, then the average precision: (102,)."""
+    if not false[-1] or not true[-1]:
+        return np.full(len(GRID) + 1, np.nan)
+    precision = true[1:] / np.maximum((true + false)[1:], 1)
+    reached = np.searchsorted(true[1:], np.maximum(GRID * true[-1] - 1e-9, 1e-9))
+    return np.append(precision[reached], (np.diff(true) * precision).sum() / true[-1])
+
+
+def _curve(x: np.ndarray, y: np.ndarray, draws: np.ndarray, area: float, base: float) -> Curve:
+    defined = draws[~np.isnan(draws[:, -1])]
+    low, high = np.quantile(defined, [0.025, 0.975], axis=0) if len(defined) else np.full((2, len(GRID) + 1), np.nan)
+    return Curve(x, y, GRID, low[:-1], high[:-1], area, (float(low[-1]), float(high[-1])), base)
+
+
+def _trapezium(y: np.ndarray, x: np.ndarray) -> float:
+    return float((np.diff(x) * (y[1:] + y[:-1])).sum() / 2)
+
+
+# ---- calibration and confusion -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A reliability diagram; bins without rows are left out.
+
+    Attributes:
+        confidence: (bins,) mean probability of the bin's rows.
+        observed: (bins,) share of them that are positive (of classes: right).
+        low, high: (bins,) 95 % Wilson interval of `observed`, each image counted as independent.
+        counts: (bins,) rows.
+        error: Expected calibration error, 0 .. 1.
+    """
+
+    confidence: np.ndarray
+    observed: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    counts: np.ndarray
+    error: float
+
+
+def reliability(
+    probabilities: Sequence[float] | np.ndarray, targets: Sequence[float] | np.ndarray, bins: int = 10
+) -> Reliability:
+    """Compare probabilities with what came true (Guo et al., ICML 2017, arXiv 1706.04599, section 2).
+
+    The intervals are Wilson's (1927): unlike the bootstrap's they have a width where every row of a bin agrees.
+
+    Args:
+        probabilities: (n,) of one label; for classes that exclude each other, of the most probable one.
+        targets: (n,) 1, 0 or NaN (left out): whether the label holds, or the most probable class is right.
+        bins: Number of bins of equal width.
+
+    Raises:
+        SpcxrError: the lengths differ, a value is out of range, or no target is known.
+    """
+    error = expected_calibration_error(probabilities, targets, bins)
+    values, truth = np.asarray(probabilities, dtype=np.float64), np.asarray(targets, dtype=np.float64)
+    if np.isnan(truth).all():
+        raise SpcxrError("a reliability diagram needs rows whose label is known")
+    points = reliability_bins(values, truth, bins)
+    confidence, observed, counts = (
+        np.array([point[key] for point in points]) for key in ("confidence", "share", "images")
+    )
+    low, high = wilson_interval(observed, counts)
+    return Reliability(confidence, observed, low, high, counts, error)
+
+
+def wilson_interval(shares: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % Wilson score interval of shares of `counts` rows each; both (n,)."""
+    square = WILSON**2
+    centre = (shares + square / (2 * counts)) / (1 + square / counts)
+    half = WILSON / (1 + square / counts) * np.sqrt(shares * (1 - shares) / counts + square / (4 * counts**2))
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+
+
+def confusion(truths: Sequence[int] | np.ndarray, predictions: Sequence[int] | np.ndarray, classes: int) -> np.ndarray:
+    """(classes, classes) counts: row, the true class; column, the predicted one.
+
+    Raises:
+        SpcxrError: the lengths differ, or a number is no class.
+    """
+    true, predicted = np.asarray(truths), np.asarray(predictions)
+    if true.shape != predicted.shape or true.ndim != 1:
+        raise SpcxrError(f"truths and predictions must be (n,) both; got {true.shape} and {predicted.shape}")
+    both = np.concatenate([true, predicted])
+    if both.size and not ((both >= 0) & (both < classes)).all():
+        raise SpcxrError(f"classes are 0 .. {classes - 1}; got {both.min()} .. {both.max()}")
+    cells = true.astype(int) * classes + predicted.astype(int)
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+
+
+# ---- label efficiency --------------------------------------------------------------------------------------------
+
+
+class Efficiency(NamedTuple):
+    """A metric over the share of the labels, for one way to start: (fractions,) each.
+
+    `mean`, `low` and `high` are the mean, least and largest value over the seeds; `seeds` says how many there are.
+    """
+
+    fractions: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    seeds: np.ndarray
+
+
+def label_efficiency(rows: Sequence[dict], metric: str) -> dict[str, Efficiency]:
+    """Put the rows of a results file together: one curve for each `init`, in the order of their first rows.
+
+    Args:
+        rows: Each with `fraction` (of the labels, in (0, 1]), `seed`, `init` ("pretrained", "scratch", ...) and the
+            metric.
+        metric: The key of the value to draw.
+
+    Raises:
+        SpcxrError: there are no rows, one lacks a key, a value is no number, or the same run stands there twice.
+    """
+    if not rows:
+        raise SpcxrError("label efficiency: there are no rows")
+    found: dict[str, dict[float, dict[Any, float]]] = {}
+    for number, row in enumerate(rows):
+        fraction, value = (_number(row, key, number) for key in ("fraction", metric))
+        if not 0 < fraction <= 1:
+            raise SpcxrError(f"label efficiency, row {number}: fraction must lie in (0, 1]; got {fraction}")
+        seeds = found.setdefault(str(row.get("init", "model")), {}).setdefault(fraction, {})
+        if row.get("seed") in seeds:
+            raise SpcxrError(f"label efficiency, row {number}: the same init, fraction and seed stand there twice")
+        seeds[row.get("seed")] = value
+    return {name: _efficiency(by_fraction) for name, by_fraction in found.items()}
+
+
+def _number(row: Any, key: str, number: int) -> float:
+    value = row.get(key) if isinstance(row, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise SpcxrError(f"label efficiency, row {number}: {key} must be a number; got {value!r}")
+    return float(value)
+
+
+def _efficiency(by_fraction: dict[float, dict[Any, float]]) -> Efficiency:
+    fractions = sorted(by_fraction)
+    values = [list(by_fraction[fraction].values()) for fraction in fractions]
+    columns = [np.array([pick(one) for one in values]) for pick in (np.mean, min, max, len)]
+    return Efficiency(np.array(fractions), *columns)
+
+
+def read_rows(path: Path, task: str | None = None) -> list[dict]:
+    """The rows of a results file: a JSON list, an object with a list under "rows", or what `evidence.py` writes.
+
+    Args:
+        path: The file.
+        task: Whose rows to take from the results of `evidence.py`; those of other files are of one task.
+
+    Raises:
+        SpcxrError: the file cannot be read, or holds no such rows.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpcxrError(f"{path}: no results file ({error})") from error
+    if isinstance(content, dict) and isinstance(content.get("fine_tuning"), dict):
+        return _rows_of_evidence(content["fine_tuning"], task, path)
+    rows = content.get("rows") if isinstance(content, dict) else content
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SpcxrError(f'{path}: holds no list of rows, nor one under "rows"')
+    return rows
+
+
+def _rows_of_evidence(tasks: dict[str, Any], task: str | None, path: Path) -> list[dict]:
+    """A row for each training of a task: what it reached on the split that the task is judged on."""
+    if task not in tasks:
+        raise SpcxrError(f"{path}: no task {task!r}; there are {', '.join(tasks)}")
+    rows: dict[tuple, dict] = {}
+    for fraction, cell in tasks[task]["fractions"].items():
+        for init, found in cell["inits"].items():
+            for metric, figure in found["reports"].get(tasks[task]["main"], {}).items():
+                for seed, value in figure["seeds"].items():
+                    row = {"fraction": float(fraction), "init": init, "seed": seed}
+                    rows.setdefault((fraction, init, seed), row)[metric] = value
+    return list(rows.values())

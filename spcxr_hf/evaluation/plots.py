@@ -1,0 +1,410 @@
+"""Figures of a report, for screen, print and colour-blind readers.
+
+Colours are Okabe and Ito's (Color Universal Design, 2008), in an order in which neighbours differ in brightness too;
+every line has a style and a marker of its own besides, every word is at least 8 points. Each function takes numbers and
+returns a matplotlib figure; `save_figure` writes it. The contact sheet and the reconstructions show radiographs: they
+belong on the user's disk, not into a repository.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from spcxr_hf.drawing import to_grey
+from spcxr_hf.errors import SpcxrError
+from spcxr_hf.evaluation.curves import Curve, Efficiency, Reliability
+from spcxr_hf.files import NOTE
+from spcxr_hf.transforms.group_masking import FILLS, GroupMasking, as_pixels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class Style(NamedTuple):
+    """How one line is drawn."""
+
+    colour: str
+    line: str
+    marker: str
+
+
+STYLES = (
+    Style("#000000", "-", "o"),
+    Style("#009E73", "--", "s"),
+    Style("#0072B2", "-.", "^"),
+    Style("#CC79A7", ":", "D"),
+    Style("#D55E00", (0, (5, 1, 1, 1, 1, 1)), "v"),  # type: ignore[arg-type]
+)
+BASE = "#707070"  # of chance and perfect calibration
+FONT_SIZE = 9  # points; nothing is smaller than 8
+DOTS_PER_INCH = 150
+MOST_COLUMNS = 3
+PANEL = 3.0  # inches
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG; its folders are made.
+
+    Raises:
+        SpcxrError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(to_png(figure))
+    except OSError as error:
+        raise SpcxrError(f"{path}: the figure could not be written ({error})") from error
+    return path
+
+
+def to_png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG; the same figure gives the same bytes."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None, "Comment": NOTE})
+    return stream.getvalue()
+
+
+# ---- curves --------------------------------------------------------------------------------------------------------
+
+
+def draw_roc(
+    panels: Mapping[str, Mapping[str, Curve]],
+    points: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+) -> Figure:
+    """Receiver operating characteristics with their 95 % bands.
+
+    Args:
+        panels: Title (the target) -> name (the split, the model) -> its curve.
+        points: Title -> name of an operating point -> (1 - specificity, sensitivity), marked on that panel.
+    """
+    return _draw_curves(panels, points or {}, "1 - specificity", "sensitivity", "AUROC", "lower right")
+
+
+def draw_precision_recall(panels: Mapping[str, Mapping[str, Curve]]) -> Figure:
+    """Precision over recall with 95 % bands; the grey line is the share of positives, what chance gives.
+
+    Args:
+        panels: Title (the target) -> name (the split, the model) -> its curve.
+    """
+    return _draw_curves(panels, {}, "recall (sensitivity)", "precision", "AP", "lower left")
+
+
+def _draw_curves(
+    panels: Mapping[str, Mapping[str, Curve]],
+    points: Mapping[str, Mapping[str, tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    area: str,
+    place: Any,
+) -> Figure:
+    figure, grid = _panels(list(panels), extra_height=0.0)
+    for (title, curves), axes in zip(panels.items(), grid, strict=True):
+        for style, (name, curve) in zip(_styles(len(curves)), curves.items(), strict=True):
+            low, high = curve.interval
+            label = f"{name}: {area} {curve.area:.3f}\n[{low:.3f}, {high:.3f}]"
+            axes.fill_between(curve.grid, curve.low, curve.high, color=style.colour, alpha=0.15, linewidth=0)
+            axes.plot(
+                curve.x,
+                curve.y,
+                color=style.colour,
+                linestyle=style.line,
+                linewidth=1.6,
+                label=label,
+                drawstyle="steps-pre" if area == "AP" else "default",
+            )  # precision does not interpolate
+            if area == "AP":
+                axes.axhline(curve.base, color=BASE, linestyle=(0, (1, 2)), linewidth=1)
+        if area == "AUROC":
+            axes.plot([0, 1], [0, 1], color=BASE, linestyle=(0, (1, 2)), linewidth=1)
+        for marker, (name, point) in zip("*PX^sD", points.get(title, {}).items(), strict=False):
+            axes.plot(*point, marker=marker, markersize=9, color="#E69F00", markeredgecolor="black", linestyle="none",
+                      label=name)  # fmt: skip
+        _unit_square(axes, x_label, y_label)
+        # Low curves of precision lie where the words of high ones stand.
+        low_down = area == "AP" and max(curve.area for curve in curves.values()) < 0.5
+        axes.legend(loc="upper right" if low_down else place, fontsize=8, framealpha=0.85, handlelength=2.4)
+    return figure
+
+
+def draw_reliability(panels: Mapping[str, Reliability]) -> Figure:
+    """Reliability diagrams: what came true over what was predicted, with 95 % intervals, and how many rows there are.
+
+    Args:
+        panels: Title -> its diagram.
+    """
+    figure, grid = _panels(list(panels), extra_height=0.6)
+    for (title, found), axes in zip(panels.items(), grid, strict=True):
+        axes.plot([0, 1], [0, 1], color=BASE, linestyle=(0, (1, 2)), linewidth=1, label="perfect")
+        errors = np.clip([found.observed - found.low, found.high - found.observed], 0, 1)
+        axes.bar(found.confidence, found.counts / found.counts.sum(), width=0.03, color="#56B4E9", edgecolor="black",
+                 linewidth=0.4, label="share of the images")  # fmt: skip
+        axes.errorbar(found.confidence, found.observed, yerr=errors, color="black", marker="o", markersize=4,
+                      linewidth=1.4, elinewidth=1, capsize=2.5, label="observed, 95 %")  # fmt: skip
+        axes.set_title(f"{title}\nECE {found.error:.3f}, {found.counts.sum()} images", fontsize=FONT_SIZE)
+        _unit_square(axes, "predicted probability", "observed share")
+        _legend_below(axes)
+    return figure
+
+
+def draw_confusion(panels: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> Figure:
+    """Confusion matrices: counts, and the share of the true class, which the shade shows.
+
+    Args:
+        panels: Title -> counts (classes, classes), rows the true class, and the classes' names.
+    """
+    largest = max((len(names) for _, names in panels.values()), default=1)
+    figure, grid = _panels(list(panels), side=max(PANEL, 0.75 * largest + 1.2), extra_height=-0.2)
+    for (_, (counts, names)), axes in zip(panels.items(), grid, strict=True):
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(counts):
+            axes.text(column, row, f"{count}\n{shares[row, column]:.0%}", ha="center", va="center", fontsize=FONT_SIZE,
+                      color="white" if shares[row, column] > 0.5 else "black")  # fmt: skip
+        labels = [_wrapped(name, 14) for name in names]
+        axes.set_xticks(range(len(names)), labels, fontsize=8, rotation=0 if len(names) < 4 else 45,
+                        ha="center" if len(names) < 4 else "right", rotation_mode="anchor")  # fmt: skip
+        axes.set_yticks(range(len(names)), labels, fontsize=8)
+        if len(names) < 4:
+            for label in axes.get_xticklabels():
+                label.set_verticalalignment("top")
+        axes.set_xlabel("predicted", fontsize=FONT_SIZE)
+        axes.set_ylabel("true", fontsize=FONT_SIZE)
+    return figure
+
+
+def draw_label_efficiency(curves: Mapping[str, Efficiency], metric: str) -> Figure:
+    """A metric over the share of the labels, one line for each way to start; the band is the range of the seeds.
+
+    Args:
+        curves: As `curves.label_efficiency` gives them.
+        metric: What to call the metric.
+    """
+    figure, (axes,) = _panels([""], side=4.2, extra_height=-0.8)
+    for style, (name, found) in zip(_styles(len(curves)), curves.items(), strict=True):
+        label = f"{name} (seeds: {_range(found.seeds)})"
+        axes.fill_between(found.fractions, found.low, found.high, color=style.colour, alpha=0.15, linewidth=0)
+        axes.plot(found.fractions, found.mean, color=style.colour, linestyle=style.line, marker=style.marker,
+                  markersize=5, linewidth=1.6, label=label)  # fmt: skip
+    ticks = sorted({float(fraction) for found in curves.values() for fraction in found.fractions})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("share of the training labels (logarithmic)", fontsize=FONT_SIZE)
+    axes.set_ylabel(metric.replace("_", " "), fontsize=FONT_SIZE)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, framealpha=0.85, handlelength=3)
+    return figure
+
+
+def draw_perturbation(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], fractions: np.ndarray) -> Figure:
+    """Deletion and insertion curves, the mean over the images, one line for each kind of map.
+
+    Args:
+        curves: Name -> mean deletion and mean insertion curve, (steps + 1,) each.
+        fractions: (steps + 1,) share of the patches.
+    """
+    figure, grid = _panels(["deletion (lower is better)", "insertion (higher is better)"], side=3.6, extra_height=-0.3)
+    for number, axes in enumerate(grid):
+        for style, (name, pair) in zip(_styles(len(curves)), curves.items(), strict=True):
+            axes.plot(fractions, pair[number], color=style.colour, linestyle=style.line, marker=style.marker,
+                      markersize=4, linewidth=1.5, label=name)  # fmt: skip
+        axes.set_xlabel(f"share of the patches that are {('deleted', 'inserted')[number]}", fontsize=FONT_SIZE)
+        axes.set_ylabel("probability of the target", fontsize=FONT_SIZE)
+        axes.set_ylim(-0.02, 1.02)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, framealpha=0.85, handlelength=3)
+    return figure
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def draw_contact_sheet(tiles: Sequence[tuple[np.ndarray, str]], columns: int = 4, title: str = "") -> Figure:
+    """Pictures with a few words under each.
+
+    Args:
+        tiles: (H, W) grey or (H, W, 3) colour, 0 .. 1, of any sizes, and the words, at most three short lines.
+        columns: How many stand in a row.
+        title: Over the sheet.
+
+    Raises:
+        SpcxrError: there are no pictures.
+    """
+    if not tiles:
+        raise SpcxrError("a contact sheet needs at least one picture")
+    lines = max(words.count("\n") + 1 for _, words in tiles)
+    tallest = max(np.shape(picture)[0] / np.shape(picture)[1] for picture, _ in tiles)
+    height = 2.2 * (tallest - 1) + 0.19 * lines  # beyond a square of 2.2 inches
+    figure, grid = _panels([""] * len(tiles), side=2.2, columns=columns, extra_height=height)
+    for axes, (picture, words) in zip(grid, tiles, strict=True):
+        axes.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=1)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_xlabel(words, fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=FONT_SIZE + 1)
+    return figure
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    model: Any,
+    images: torch.Tensor,
+    generator: torch.Generator | None = None,
+    mean: float = 0.5,
+    std: float = 0.5,
+    fills: Sequence[str] = FILLS,
+) -> Figure:
+    """What the model makes of corrupted radiographs: a row for each image and kind of corruption.
+
+    Args:
+        model: `SpcxrForPreTraining`; its mode stays as it is.
+        images: (B, C, H, W) normalised pixel values. "replace" takes pixels from the next image, so of a single one
+            that fill is left out.
+        generator: Where the corruption comes from, on the CPU.
+        mean: What the image processor takes off, so that the pictures are grey values in 0 .. 1.
+        std: What it divides by.
+        fills: Kinds of corruption (`spcxr_hf.transforms.group_masking`).
+
+    Returns:
+        Columns clean, corrupted, reconstructed (all of the picture) and absolute error, which is white from a quarter
+        of the range of grey values on. Words beside each row give the mean error over the corrupted pixels.
+
+    Raises:
+        SpcxrError: the model does not reconstruct, or the images or fills are refused.
+    """
+    if not hasattr(model, "reconstruction_head"):
+        raise SpcxrError(f"{type(model).__name__} has no reconstruction head")
+    kinds = [fill for fill in fills if fill != "replace" or len(images) > 1]
+    if not kinds:
+        raise SpcxrError('the fill "replace" needs a second image to take pixels from')
+    images = images.detach().cpu()
+    found = [(fill, *_reconstruct(model, images, fill, generator)) for fill in kinds]
+    clean = to_grey(images, mean, std)
+    rows = []
+    for number in range(len(images)):
+        for fill, corrupted, mask, restored in found:
+            grey = [
+                clean[number],
+                *(to_grey(part[number : number + 1], mean, std)[0] for part in (corrupted, restored)),
+            ]
+            error = (grey[2] - grey[0]).abs()
+            share, missed = mask[number].float().mean().item(), error[mask[number, 0]].mean().item()
+            rows.append((f"{fill}\n{share:.0%} corrupted\nerror {missed:.3f}", [*grey, (4 * error).clamp(max=1)]))
+    return _draw_rows(rows, ("clean", "corrupted", "reconstructed", "error (x 4)"))
+
+
+def save_reconstructions(
+    model: Any, images: torch.Tensor, path: Path, generator: torch.Generator | None = None, **options: Any
+) -> Path:
+    """Write `draw_reconstructions` as PNG; arguments, options and errors are those."""
+    return save_figure(draw_reconstructions(model, images, generator, **options), Path(path))
+
+
+def _reconstruct(
+    model: Any, images: torch.Tensor, fill: str, generator: torch.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Corrupted images, mask (B, 1, H, W) and reconstruction, on the CPU."""
+    corrupted, mask = GroupMasking(fills=(fill,))(images, generator)
+    was_training = model.training
+    model.eval()
+    try:
+        restored = as_pixels(model.config, model(corrupted.to(model.device)).reconstruction.float().cpu(), images)
+    finally:
+        model.train(was_training)
+    return corrupted, mask, restored
+
+
+def _draw_rows(rows: Sequence[tuple[str, list[torch.Tensor]]], titles: Sequence[str]) -> Figure:
+    figure_class = _figure_class()
+    height, width = rows[0][1][0].shape
+    side = 1.7
+    size = (side * len(titles) + 1.1, side * len(rows) * height / width + 0.4)
+    figure = figure_class(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    for line, (words, pictures) in zip(grid, rows, strict=True):
+        for axes, picture in zip(line, pictures, strict=True):
+            axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        line[0].set_ylabel(words, fontsize=8, rotation=0, ha="right", va="center")
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=FONT_SIZE)
+    return figure
+
+
+def grey_picture(image: Image.Image, side: int = 256) -> np.ndarray:
+    """A radiograph of 8 or 16 bits as grey values 0 .. 1, (H, W) float32, its longer side at most `side` pixels."""
+    white = 255 if image.mode == "L" else 65535
+    values = Image.fromarray(np.asarray(image, dtype=np.float32) / white)
+    values.thumbnail((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(values).clip(0, 1)
+
+
+# ---- common --------------------------------------------------------------------------------------------------------
+
+
+def _figure_class() -> Callable[..., Figure]:
+    try:
+        from matplotlib.figure import Figure  # a figure of its own touches no global state
+    except ImportError as error:
+        raise SpcxrError('figures need matplotlib: pip install "spcxr-hf[demo]"') from error
+    return Figure
+
+
+def _panels(
+    titles: Sequence[str], side: float = PANEL, columns: int = MOST_COLUMNS, extra_height: float = 0.3
+) -> tuple[Figure, list[Axes]]:
+    """A figure with one square panel for each title; places of the last row that are left over stay empty."""
+    if not titles:
+        raise SpcxrError("a figure needs at least one panel")
+    columns = min(columns, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    figure = _figure_class()(figsize=(side * columns, (side + extra_height) * rows + 0.3), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[len(titles) :]:
+        axes.set_visible(False)
+    for axes, title in zip(grid, titles, strict=False):
+        axes.set_title(_wrapped(title, 34), fontsize=FONT_SIZE)
+    return figure, grid[: len(titles)]
+
+
+def _styles(count: int) -> list[Style]:
+    if count > len(STYLES):
+        raise SpcxrError(f"a panel takes at most {len(STYLES)} lines; got {count}")
+    return list(STYLES[:count])
+
+
+def _legend_below(axes: Axes) -> None:
+    """Under the panel, where it hides no point."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8, frameon=False, ncols=1)
+
+
+def _range(numbers: np.ndarray) -> str:
+    low, high = numbers.min(), numbers.max()
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _unit_square(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_aspect("equal")
+    axes.set_xlabel(x_label, fontsize=FONT_SIZE)
+    axes.set_ylabel(y_label, fontsize=FONT_SIZE)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width)) or text

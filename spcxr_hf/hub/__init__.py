@@ -1,0 +1,1 @@
+"""Checkpoint folders: checks, installation, publishing, export."""

@@ -1,0 +1,175 @@
+"""The folder of a checkpoint: what may lie in it, checked before it is installed or published, and what names it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import sha256
+
+BUNDLED = Path(__file__).resolve().parents[2] / "model_cards"
+WEIGHTS = "model.safetensors"
+REQUIRED = ("config.json", WEIGHTS)
+# Formats that are pickles, or may hold one: loading them can run code.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
+# How such files begin, whatever their name: a pickle of protocol 2 to 5, and the ZIP archive that torch.save writes.
+PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+# The header of a ViT-L with a head has 60,000 bytes; a reader allocates what a header claims.
+LARGEST_HEADER = 10_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked folder: `hashes` has the SHA-256 (64 hex digits) of each file by its path in the folder."""
+
+    repo_id: str
+    folder: Path
+    hashes: dict[str, str]
+
+    @property
+    def revision(self) -> str:
+        """The name of this content; see `content_revision`."""
+        return content_revision(self.hashes)
+
+
+def read_checkpoint(folder: Path, namespace: str) -> Checkpoint:
+    """Check a folder and hash what is in it; files whose name begins with a dot are left out.
+
+    Args:
+        folder: Its name is the last part of the id.
+        namespace: What stands before the `/` of the id.
+
+    Raises:
+        SpcxrError: the name makes no Hub id, a file is missing, damaged, a link, or may hold a pickle.
+    """
+    try:
+        validate_repo_id(f"{namespace}/{folder.name}")
+    except HFValidationError as error:
+        raise SpcxrError(f"{folder}: its name makes no Hub id: {error}") from error
+    try:
+        names = file_names(folder)
+        check_files(folder, names)
+        hashes = {name: sha256(folder / name) for name in names}
+    except OSError as error:
+        raise SpcxrError(f"{error.filename}: {error.strerror or type(error).__name__}") from error
+    return Checkpoint(f"{namespace}/{folder.name}", folder, hashes)
+
+
+def bundled_checkpoints() -> Path:
+    """The folder `model_cards/` of the source tree that this package was installed from.
+
+    Raises:
+        SpcxrError: the package stands alone, as it does where it was installed from a wheel.
+    """
+    if not BUNDLED.is_dir():
+        raise SpcxrError(
+            "no checkpoints lie beside the installed package. They are in the folder model_cards of its source tree: "
+            "clone that and install from it (pip install -e .), or name the folder with --checkpoints FOLDER"
+        )
+    return BUNDLED
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The folders in `folder`, by name, hidden ones left out.
+
+    Raises:
+        SpcxrError: there is none, or `folder` is a checkpoint itself.
+    """
+    if not folder.is_dir():
+        raise SpcxrError(f"{folder}: no such folder")
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    if (folder / "config.json").is_file():
+        raise SpcxrError(f"{folder}: a checkpoint itself; give the folder that it lies in")
+    if not folders:
+        raise SpcxrError(f"{folder}: holds no checkpoints; each is a folder with {' and '.join(REQUIRED)}")
+    return folders
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
+
+
+def file_names(folder: Path) -> list[str]:
+    """Every file that is not hidden, by its path in the folder, `/` between the parts."""
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [path.as_posix() for path in paths if not any(_is_hidden(part) for part in path.parts)]
+
+
+def check_files(folder: Path, names: Sequence[str]) -> None:
+    """Refuse a folder that is no checkpoint, or not a safe one.
+
+    Raises:
+        SpcxrError: a link (it may lead out of the folder), a file that may hold a pickle, `config.json` or the weights
+            missing or damaged; the message names the file.
+    """
+    links = [path for path in [folder, *folder.rglob("*")] if path.is_symlink()]
+    if links:
+        raise SpcxrError(f"{links[0]}: a symbolic link; a checkpoint's files lie in its own folder")
+    pickles = [name for name in names if name.lower().endswith(PICKLES) or _begins_as_pickle(folder / name)]
+    if pickles:
+        raise SpcxrError(f"{folder}: only safetensors are installed, and {', '.join(pickles)} can be a pickle")
+    missing = [name for name in REQUIRED if name not in names]
+    if missing:
+        raise SpcxrError(f"{folder}: no checkpoint, {' and '.join(missing)} missing")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SpcxrError(f"{folder / 'config.json'}: not valid JSON ({error})") from error
+    for name in names:
+        if name.endswith(".safetensors"):
+            check_safetensors(folder / name)
+
+
+def _begins_as_pickle(path: Path) -> bool:
+    if path.suffix == ".safetensors":  # begins with the length of its header, which may be any number
+        return False
+    with path.open("rb") as file:
+        return file.read(4).startswith(PICKLE_STARTS)
+
+
+def check_safetensors(path: Path) -> None:
+    """Refuse a safetensors file whose header is oversized, malformed, or does not fit the file.
+
+    Raises:
+        SpcxrError: it is so.
+    """
+    words = f"{path}: damaged, cut short or no safetensors file"
+    size = header_size(path)
+    if size > LARGEST_HEADER:
+        raise SpcxrError(f"{words} (a header of {size} bytes; at most {LARGEST_HEADER} are read)")
+    try:
+        with safe_open(path, framework="numpy"):  # reads the header and compares it with the file's size
+            pass
+    except SafetensorError as error:
+        raise SpcxrError(f"{words} ({error})") from error
+
+
+def header_size(path: Path) -> int:
+    """How many bytes a safetensors file says that its header has: its first 8 bytes, little-endian."""
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(8), "little")
+
+
+def git_blob_id(content: bytes) -> str:
+    """The name that git gives to this content: what the Hub lists for small files. 40 hex digits."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def content_revision(hashes: dict[str, str]) -> str:
+    """The name of a folder's content: 40 hex digits, as a commit's has, which is what the Hub's cache asks for."""
+    listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(listing.encode()).hexdigest()[:40]
+
+
+def given_or_bundled(folder: str | os.PathLike | None) -> Path:
+    """`folder`, or `model_cards/` of the source tree."""
+    return bundled_checkpoints() if folder is None else Path(folder)

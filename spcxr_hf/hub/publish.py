@@ -1,0 +1,480 @@
+"""Publishes the checkpoints of a folder, each as a repository on the Hub.
+
+publish -> _prepare  checks a folder (see `publishing_checks`, `recorded_outputs`) and says what its files are
+        -> _compare  with the repository's files: what would change
+        -> _send     creates the repository where there is none; one commit; then a tag
+
+Nothing is sent before every folder has passed. A commit is one request, so a repository is at its old or its new
+commit whatever breaks, and the same command goes on from there: what is on the Hub already is not sent again.
+
+* The repository becomes what the folder is: files that the folder has no longer are deleted (and stay in its history),
+  `.gitattributes` and other hidden ones left alone. A repository of another model type is refused.
+* The tag is `v<version of this package>`. Where that one stands at another commit, the next is `v<version>-2`, and so
+  on: a tag never moves. A tag that the caller names is refused where it stands elsewhere, before anything is sent.
+* With another namespace the card's `spcxr/<name>` become `<namespace>/<name>`, in front matter and text, for every
+  checkpoint that is published by the same command; those left out keep their ids.
+* A repository that exists keeps its visibility; `private` refuses one that is public.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
+
+from spcxr_hf.errors import SpcxrError
+from spcxr_hf.hub.expected_outputs import check_outputs
+from spcxr_hf.hub.folder import (
+    Checkpoint,
+    checkpoint_folders,
+    file_names,
+    git_blob_id,
+    given_or_bundled,
+    header_size,
+    read_checkpoint,
+)
+from spcxr_hf.modeling import configuration_spcxr
+from spcxr_hf.modeling.configuration_spcxr import SpcxrConfig
+
+NAMESPACE = "spcxr"
+# What the client raises: huggingface_hub 1.x stands on httpx, 2.x on httpx2, so their base is asked for, not imported.
+HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError, ValueError, RuntimeError)
+REASONS = {
+    401: "the token is missing, wrong or expired: log in with `hf auth login`, or set HF_TOKEN",
+    403: "the token may not do this, or a quota is used up",
+    409: "something of this name is there already, or another change is under way: run the same command again",
+    412: "the repository has changed meanwhile: run the same command again",
+    413: "it is too large, or a quota is used up",
+    429: "too many requests: wait, then run the same command again",
+}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What publishing a checkpoint changes, or has changed.
+
+    Attributes:
+        repo_id: The repository.
+        is_new: Whether the repository is created.
+        added: Files that it did not have; `updated`: had with another content; `deleted`: has no longer.
+        unchanged: Files that are not sent.
+        size: Bytes in the files that are added and updated.
+        tag: The name of the version; None where the commit carries one already.
+        commit: The commit that `main` stands at afterwards, 40 hex digits; None where nothing was sent (a dry run).
+    """
+
+    repo_id: str
+    is_new: bool
+    added: tuple[str, ...] = ()
+    updated: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
+    unchanged: tuple[str, ...] = ()
+    size: int = 0
+    tag: str | None = None
+    commit: str | None = None
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The files that a commit would touch."""
+        return (*self.added, *self.updated, *self.deleted)
+
+    def describe(self) -> str:
+        """What changes, a line per file."""
+        marks = (("+", self.added), ("~", self.updated), ("-", self.deleted))
+        files = [f"  {mark} {name}" for mark, names in marks for name in names]
+        what = "new repository" if self.is_new else "changed" if files else "nothing to send"
+        counted = f"{len(self.unchanged)} files unchanged, {self.size / 1e6:.1f} MB to send"
+        ends = [f"tag {self.tag}"] if self.tag else []
+        ends += [f"commit {self.commit}"] if self.commit else []
+        return "\n".join([f"{self.repo_id}: {what}; " + ", ".join([counted, *ends]), *files])
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A checked checkpoint: files by path; `rewritten` has those whose content is not the folder's."""
+
+    checkpoint: Checkpoint
+    rewritten: dict[str, bytes] = field(default_factory=dict)
+
+    def content(self, name: str) -> bytes | Path:
+        return self.rewritten.get(name, self.checkpoint.folder / name)
+
+    def bytes(self, name: str) -> bytes:
+        content = self.content(name)
+        return content if isinstance(content, bytes) else content.read_bytes()
+
+    def is_as(self, name: str, remote: RepoFile) -> bool:
+        """Whether the Hub has this very file: large ones are known by SHA-256, small ones by git's id."""
+        if remote.lfs is not None:
+            return name not in self.rewritten and remote.lfs.sha256 == self.checkpoint.hashes[name]
+        return remote.blob_id == git_blob_id(self.bytes(name))
+
+
+def publish(
+    folder: str | PathLike | None = None,
+    namespace: str = NAMESPACE,
+    private: bool = False,
+    dry_run: bool = False,
+    token: str | None = None,
+    tag: str | None = None,
+    only: Sequence[str] | None = None,
+) -> list[Publication]:
+    """Create or update a Hub repository for every checkpoint in a folder; see the module's text for the rules.
+
+    Args:
+        folder: Holds one folder per checkpoint; by default the source tree's `model_cards`.
+        namespace: The user or organisation that the repositories belong to.
+        private: Create repositories that only the namespace's members see.
+        dry_run: Check everything and say what would change; send nothing but the card's text for validation.
+        token: By default the one of `hf auth login` or `HF_TOKEN`, which keeps it out of command lines and logs.
+        tag: The name of this version; by default `v<version of this package>`.
+        only: The names of the checkpoints to publish; by default all.
+
+    Returns:
+        One entry per checkpoint, by name.
+
+    Raises:
+        SpcxrError: a folder does not pass a check, a tag is taken, or the Hub refuses or cannot be reached.
+    """
+    token = token or get_token()
+    if token is None and not dry_run:
+        raise SpcxrError("no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
+    folders = _chosen(checkpoint_folders(given_or_bundled(folder)), only)
+    names = [path.name for path in folders]
+    prepared = [_prepare(path, namespace, names, token) for path in folders]
+    api = HfApi(token=token or False, library_name="spcxr-hf")
+    plans = []
+    for one in prepared:
+        with hub_errors(one.checkpoint.repo_id, token, "Every folder passed the checks here; nothing was sent"):
+            _validate_card(api, one)
+            plans.append(_compare(api, one, tag, private))
+    if dry_run:
+        return [plan for plan, _ in plans]
+    published = []
+    for one, (plan, head) in zip(prepared, plans, strict=True):
+        with hub_errors(plan.repo_id, token):
+            published.append(_send(api, one, plan, head, tag, private))
+    return published
+
+
+# ---- the folder ----------------------------------------------------------------------------------------------------
+
+
+def _chosen(folders: list[Path], only: Sequence[str] | None) -> list[Path]:
+    unknown = set(only or ()) - {path.name for path in folders}
+    if unknown:
+        raise SpcxrError(f"no checkpoint {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in folders)}")
+    return [path for path in folders if not only or path.name in only]
+
+
+def _prepare(folder: Path, namespace: str, names: Sequence[str], token: str | None) -> _Prepared:
+    """Check a folder, and name the namespace in its card."""
+    checkpoint = read_checkpoint(folder, namespace)
+    check_publishable(folder, token)
+    check_outputs(folder)
+    if namespace == NAMESPACE:
+        return _Prepared(checkpoint)
+    return _Prepared(checkpoint, {CARD: in_namespace((folder / CARD).read_text("utf-8"), namespace, names).encode()})
+
+
+def in_namespace(card: str, namespace: str, names: Sequence[str]) -> str:
+    """A card with `spcxr/<name>` as `<namespace>/<name>` for these names, where it is an id and not part of a path."""
+    ids = "|".join(re.escape(name) for name in names)
+    begins = r"(?:(?<![\w./-])|(?<=huggingface\.co/)|(?<=hf\.co/))"
+    return re.sub(rf"{begins}{NAMESPACE}/({ids})(?![\w-])", rf"{namespace}/\1", card)
+
+
+# ---- the repository ------------------------------------------------------------------------------------------------
+
+
+def _validate_card(api: HfApi, prepared: _Prepared) -> None:
+    """Let the Hub read the front matter, as it does again at the commit, before a repository is made for it.
+
+    `ModelCard.validate` would do, but in huggingface_hub 1.x it asks huggingface.co whatever `HF_ENDPOINT` says.
+    """
+    body = {"repoType": "model", "content": prepared.bytes(CARD).decode("utf-8")}
+    response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body)
+    if response.status_code == 400:
+        said = "; ".join(str(error.get("message")) for error in response.json().get("errors", []))
+        raise SpcxrError(f"{prepared.checkpoint.folder / CARD}: the Hub refuses its front matter ({one_line(said)})")
+    hf_raise_for_status(response)
+
+
+def _compare(api: HfApi, prepared: _Prepared, tag: str | None, private: bool) -> tuple[Publication, str | None]:
+    """What would change, and the commit that this was compared with; None where there is no repository."""
+    repo_id, names = prepared.checkpoint.repo_id, set(prepared.checkpoint.hashes)
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        plan = Publication(repo_id, True, added=tuple(sorted(names)))
+        return replace(plan, size=_size(prepared, plan.added), tag=tag or _default_tag()), None
+    if private and info.private is False:
+        raise SpcxrError(f"{repo_id}: public on the Hub, and --private was asked for; change that there first")
+    model_type = (info.config or {}).get("model_type", SpcxrConfig.model_type)
+    if model_type != SpcxrConfig.model_type:
+        raise SpcxrError(f"{repo_id}: holds a model of type {model_type!r} on the Hub; it stays as it is")
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=info.sha)
+    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    same = {name for name in names & there.keys() if prepared.is_as(name, there[name])}
+    plan = Publication(
+        repo_id,
+        False,
+        added=tuple(sorted(names - there.keys())),
+        updated=tuple(sorted(names & there.keys() - same)),
+        deleted=tuple(sorted(name for name in there.keys() - names if not _is_hidden(name))),
+        unchanged=tuple(sorted(same)),
+    )
+    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+    head = None if plan.changed else info.sha
+    size = _size(prepared, (*plan.added, *plan.updated))
+    return replace(plan, size=size, tag=_free_tag(repo_id, tag, tags, head)), info.sha
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _size(prepared: _Prepared, names: Sequence[str]) -> int:
+    contents = [prepared.content(name) for name in names]
+    return sum(len(item) if isinstance(item, bytes) else item.stat().st_size for item in contents)
+
+
+def _default_tag() -> str:
+    try:
+        return f"v{version('spcxr-hf')}"
+    except PackageNotFoundError:
+        raise SpcxrError("the package is not installed, so it has no version: name the tag with --tag") from None
+
+
+def _free_tag(repo_id: str, tag: str | None, tags: dict[str, str], head: str | None) -> str | None:
+    """The tag to set, or None where `head` carries one already; `head` is None where a commit is about to follow."""
+    if tag is not None:
+        if tag in tags and tags[tag] != head:
+            raise SpcxrError(f"{repo_id}: the tag {tag} stands at another commit, {tags[tag]}; a tag never moves")
+        return None if tag in tags else tag
+    first = _default_tag()
+    number, name = 1, first
+    while name in tags:
+        if tags[name] == head:
+            return None
+        number += 1
+        name = f"{first}-{number}"
+    return name
+
+
+def _send(
+    api: HfApi, prepared: _Prepared, plan: Publication, head: str | None, tag: str | None, private: bool
+) -> Publication:
+    """Create the repository if there is none, commit what differs, set the tag."""
+    is_new = plan.is_new
+    if is_new:
+        api.create_repo(plan.repo_id, private=private, exist_ok=True)
+        plan, head = _compare(api, prepared, tag, private)  # with what the Hub has put into it
+    commit = head
+    if plan.changed:
+        changed = (*plan.added, *plan.updated)
+        operations: list[Any] = [
+            *(CommitOperationAdd(name, _uploadable(prepared.content(name))) for name in changed),
+            *(CommitOperationDelete(name, is_folder=False) for name in plan.deleted),
+        ]
+        # With the parent named, a change by somebody else in between is refused, not written over.
+        commit = api.create_commit(
+            plan.repo_id, operations, commit_message=f"Publish {tag or plan.tag}", parent_commit=head
+        ).oid
+    if plan.tag:
+        api.create_tag(plan.repo_id, tag=plan.tag, revision=commit)
+    return replace(plan, is_new=is_new, commit=commit)
+
+
+def _uploadable(content: bytes | Path) -> bytes | str:
+    return content if isinstance(content, bytes) else str(content)
+
+
+# ---- when it goes wrong --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hub_errors(
+    repo_id: str, token: str | None, state: str = "The repository is whole; the same command goes on from there"
+) -> Iterator[None]:
+    """Say what the Hub, or the way to it, refused, in one line and without the token, and how things stand.
+
+    Raises:
+        SpcxrError: for whatever the client raises.
+    """
+    try:
+        yield
+    except HUB_ERRORS as error:
+        if isinstance(error, SpcxrError):
+            raise
+        words = without_token(f"{repo_id}: {_reason(error)}", token)
+        # `from None`: a traceback would show the client's own words, the token among them if the Hub repeats it.
+        raise SpcxrError(f"{words}. {state}") from None
+
+
+def _reason(error: BaseException) -> str:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__
+    if cause is None or getattr(cause, "response", None) is None:
+        return f"the Hub cannot be reached, or refuses: {type(error).__name__}: {one_line(str(error))}"
+    status = cause.response.status_code
+    said = one_line(cause.server_message or "")
+    reason = REASONS.get(status, "the Hub is in trouble" if status >= 500 else "the Hub refuses")
+    return f"{reason} ({status}{': ' if said else ''}{said})"
+
+
+def one_line(words: str) -> str:
+    """Words with their line breaks taken out, at most 300 characters."""
+    words = " ".join(words.split())
+    return words if len(words) <= 300 else words[:299] + "…"
+
+
+def without_token(words: str, token: str | None) -> str:
+    """Words in which no token stands, neither this one nor another that looks like one."""
+    if token:
+        words = words.replace(token, "<token>")
+    return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "<token>", words)
+
+
+CODE = Path(configuration_spcxr.__file__).parent
+CARD = "README.md"
+
+SECRETS = {
+    "a Hugging Face token": rb"\b(hf|api_org)_[A-Za-z0-9]{30,}",
+    "an AWS key": rb"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
+    "an AWS secret": rb"(?i)aws_?secret_?(access_?)?key['\"]?\s*[=:]\s*['\"]?[A-Za-z0-9/+]{40}",
+    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY",
+    "a GitHub token": rb"\b(gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{22})",
+    "a Google key": rb"\bAIza[0-9A-Za-z_-]{35}",
+    "a Slack token": rb"\bxox[abprs]-[0-9A-Za-z-]{10}",
+    "a secret key": rb"\bsk-[A-Za-z0-9_-]{32}",
+}
+# Folders at a machine's root, not within an address (https://host/home) or a longer path; drives; file addresses.
+PLACES = re.compile(
+    rb"(?<![\w.:/~>-])/(home|root|Users|work|workspace|mnt|media|tmp|var|opt|srv|scratch|data|content|private|etc)/[\w.-]"
+    rb"|\b[A-Z]:\\{1,2}[A-Za-z_]\w+\\"
+    rb"|\bfile://"
+)
+
+
+def check_publishable(folder: Path, token: str | None = None) -> None:
+    """Refuse a checkpoint's folder that should not be shown to others.
+
+    Args:
+        token: The token in use, which is looked for too.
+
+    Raises:
+        SpcxrError: a file holds a secret or an absolute path; its code is not the installed package's; `auto_map`
+            leads out of the folder; the card is missing or its front matter not valid. A secret is not repeated.
+    """
+    names = file_names(folder)
+    for name in names:
+        for line, words in find_unwanted(folder / name, token):
+            raise SpcxrError(f"{folder / name}, line {line}: holds {words}; nothing was sent")
+    check_code(folder, names)
+    if CARD not in names:
+        raise SpcxrError(f"{folder / CARD}: missing; a repository has a card")
+    check_card(folder / CARD)
+
+
+def find_unwanted(path: Path, token: str | None = None) -> Iterator[tuple[int, str]]:
+    """The line and the kind of each secret in a file, and of each absolute path where it is text."""
+    content = _searched_part(path)
+    for words, pattern in SECRETS.items():
+        for match in re.finditer(pattern, content):
+            yield content.count(b"\n", 0, match.start()) + 1, words
+    if token and (place := content.find(token.encode())) >= 0:
+        yield content.count(b"\n", 0, place) + 1, "the token that is in use"
+    if b"\0" not in content:
+        for match in PLACES.finditer(content):
+            yield content.count(b"\n", 0, match.start()) + 1, "an absolute path"
+
+
+def _searched_part(path: Path) -> bytes:
+    """Of weights the header: the rest is numbers."""
+    if path.suffix != ".safetensors":
+        return path.read_bytes()
+    with path.open("rb") as file:
+        return file.read(8 + header_size(path))[8:]
+
+
+def check_code(folder: Path, names: list[str]) -> None:
+    """Refuse code for `trust_remote_code` that is not what the installed package runs, or that is not all there.
+
+    Raises:
+        SpcxrError: it is so; the message names the file.
+    """
+    for source in sorted(CODE.glob("*_spcxr.py")):
+        if source.name not in names or (folder / source.name).read_bytes() != source.read_bytes():
+            raise SpcxrError(
+                f"{folder / source.name}: missing or not the installed package's; renew it with "
+                f"training_scripts/prepare_checkpoint.py --name {folder.name} --card_only true"
+            )
+    for config in ("config.json", "preprocessor_config.json"):
+        if config not in names:
+            raise SpcxrError(f"{folder / config}: missing")
+        classes = json.loads((folder / config).read_text(encoding="utf-8")).get("auto_map") or {}
+        if not classes:
+            raise SpcxrError(f"{folder / config}: no auto_map, so it does not load without the package")
+        for reference in _leaves(classes):
+            if not re.fullmatch(r"\w+\.\w+", reference) or f"{reference.split('.')[0]}.py" not in names:
+                raise SpcxrError(f"{folder / config}: auto_map names {reference!r}, which is not in the folder")
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from _leaves(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _leaves(part)
+    elif value is not None:
+        yield str(value)
+
+
+def check_card(path: Path) -> None:
+    """Refuse a card whose front matter the Hub would not take, as far as that can be told without it.
+
+    Raises:
+        SpcxrError: the front matter cannot be read or lacks what a model's card has; or the text does not say that the
+            model is not for clinical use.
+    """
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise SpcxrError(f"{path}: front matter not valid ({' '.join(str(error).split())})") from error
+    data = card.data.to_dict()
+    if wrong := list(_complaints(data)):
+        raise SpcxrError(f"{path}: front matter not valid ({'; '.join(wrong)})")
+    if "not for clinical use" not in " ".join(card.text.lower().split()):
+        raise SpcxrError(f"{path}: does not say that the model is not for clinical use")
+
+
+def _complaints(data: dict[str, Any]) -> Iterator[str]:
+    needed = ["license", "library_name", "pipeline_tag"]
+    if data.get("license") == "other":
+        needed += ["license_name", "license_link"]
+    for name in needed:
+        if not isinstance(data.get(name), str):
+            yield f"no {name}"
+    if not all(isinstance(tag, str) for tag in data.get("tags") or []):
+        yield "tags are words"
+    bases = data.get("base_model") or []
+    for base in [bases] if isinstance(bases, str) else bases:
+        try:
+            validate_repo_id(base)
+        except HFValidationError:
+            yield f"base_model {base!r} is no id"

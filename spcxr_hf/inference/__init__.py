@@ -1,0 +1,1 @@
+"""From image files to answers, records and pictures."""

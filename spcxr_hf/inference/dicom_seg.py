@@ -1,0 +1,135 @@
+"""A lung mask as a DICOM segmentation object (PS3.3 A.51) that refers to the radiograph it was made of.
+
+By `highdicom`, which the extra `seg` brings. The object takes over the patient, the study and the geometry of its
+source, so that a viewer lays it over it; it holds what the source holds about the patient.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import NOTE, aside
+from spcxr_hf.images.dicom import quiet
+
+INSTALL = 'pip install "spcxr-hf[seg]"'
+SERIES_NUMBER = 9000  # far from what a modality numbers its own series
+# What a segmentation takes over and some radiographs lack; type 2 attributes of PS3.3 C.7, which may be empty.
+MAY_BE_EMPTY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime",
+                "AccessionNumber", "ReferringPhysicianName")  # fmt: skip
+
+
+class SourceError(SpcxrError):
+    """The radiograph is nothing that a segmentation can refer to; other files are."""
+
+
+def check_highdicom() -> None:
+    """Refuse early where the packages are missing.
+
+    Raises:
+        SpcxrError: `highdicom` is not installed.
+    """
+    try:
+        import highdicom  # noqa: F401
+    except ImportError as error:
+        raise SpcxrError(f"DICOM segmentation objects need highdicom: {INSTALL}") from error
+
+
+def write_segmentation(mask: np.ndarray, source: Path, output: Path, model: str) -> None:
+    """Write a mask as a binary DICOM segmentation with one segment, "Lung", whole or not at all.
+
+    Args:
+        mask: (rows, columns) booleans of the source's size; true on the lungs.
+        source: The DICOM radiograph.
+        output: The file to write.
+        model: What made the mask: an id with its revision, or a folder.
+
+    Raises:
+        SourceError: the source is no DICOM file with the identifiers that an object must refer to. The text holds
+            nothing of the source's header.
+        SpcxrError: the output cannot be written, or `highdicom` is not installed.
+    """
+    check_highdicom()
+    dataset = _read_source(source)
+    try:
+        with quiet():
+            segmentation = _segmentation(mask, dataset, model)
+    except Exception as error:  # its text can quote the header
+        raise SourceError(f"{source}: no segmentation can refer to this DICOM file ({type(error).__name__})") from None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with aside(output) as partial:
+            segmentation.save_as(partial)
+    except OSError as error:
+        raise SpcxrError(f"{output}: {error.strerror or type(error).__name__}") from error
+
+
+def _read_source(source: Path) -> Any:
+    import pydicom
+    from pydicom.errors import InvalidDicomError
+
+    try:
+        with quiet():
+            dataset = pydicom.dcmread(source, stop_before_pixels=True)
+    except (InvalidDicomError, OSError):
+        raise SourceError(
+            f"{source}: not a DICOM file, and a DICOM segmentation must refer to one; use PNG masks"
+        ) from None
+    missing = [name for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID") if name not in dataset]
+    if missing:
+        raise SourceError(f"{source}: a segmentation must refer to {', '.join(missing)}, which this DICOM file lacks")
+    for name in MAY_BE_EMPTY:
+        if name not in dataset:
+            setattr(dataset, name, "")
+    return dataset
+
+
+def _segmentation(mask: np.ndarray, source: Any, model: str) -> Any:
+    import highdicom
+    from highdicom.sr.coding import CodedConcept
+    from pydicom.sr.codedict import codes
+
+    software = _version()
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name="SPCXR lung segmentation",
+        version=software,
+        family=codes.DCM.ArtificialIntelligence,
+        parameters={"model": model},
+    )
+    lung = highdicom.seg.SegmentDescription(
+        segment_number=1,
+        segment_label="Lung",
+        segmented_property_category=CodedConcept("123037004", "SCT", "Anatomical Structure"),
+        segmented_property_type=CodedConcept("39607008", "SCT", "Lung"),
+        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=algorithm,
+    )
+    return highdicom.seg.Segmentation(
+        source_images=[source],
+        pixel_array=mask.astype(np.uint8),
+        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=[lung],
+        series_instance_uid=highdicom.UID(),
+        series_number=SERIES_NUMBER,
+        sop_instance_uid=highdicom.UID(),
+        instance_number=1,
+        manufacturer="SPCXR",
+        manufacturer_model_name="spcxr-hf",
+        software_versions=software,
+        device_serial_number="0",
+        content_label="RESEARCH_USE",
+        content_description=NOTE,
+        series_description=f"Lungs, {NOTE}",
+        omit_empty_frames=False,
+    )
+
+
+def _version() -> str:
+    try:
+        return version("spcxr-hf")
+    except PackageNotFoundError:  # a bare checkout
+        return "0"

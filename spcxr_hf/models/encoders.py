@@ -1,0 +1,320 @@
+"""Frozen encoders: any vision model that transformers loads, ours or another, behind one way from images to features.
+
+What differs between the families is told from the model itself, not from a list of names: how many tokens come before
+the patches (CLS, distillation, registers), whether the features are a map, what the image processor normalises with,
+and whether patches are masked (a masked autoencoder is run on all of them, in order).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+
+from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessor
+from spcxr_hf.models.precision import bf16_autocast
+
+POOLINGS = ("model", "mean", "cls")
+
+DEFAULT_IMAGE_SIZE = 224  # pixels; of a model that names none, as ResNet without an image processor
+
+# What the library raises for a folder, id or configuration that it cannot use.
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError,
+                  StrictDataclassError)  # fmt: skip
+
+
+@dataclass
+class Encoder:
+    """A frozen vision model that turns grey images into features.
+
+    Attributes:
+        model: In evaluation mode, on its device.
+        mean: (C) mean that the model's image processor takes off each channel, on the scale 0..1.
+        std: (C) standard deviation that it divides by.
+        image_size: Native side of the square input in pixels.
+        bf16: Whether the model runs in bfloat16 autocast. Features are float32 in any case.
+        random_pooler: Whether the checkpoint held no weights for the model's pooler, so that its output says nothing.
+        num_prefix_tokens: Tokens before the patch tokens; 0 for feature maps. Counted on a blank image.
+
+    Raises:
+        SpcxrError: the model takes no single images, or its features are neither tokens nor a map.
+    """
+
+    model: PreTrainedModel
+    mean: torch.Tensor
+    std: torch.Tensor
+    image_size: int
+    bf16: bool = False
+    random_pooler: bool = False
+    num_prefix_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        name, side = type(self.model).__name__, self.image_size
+        try:
+            tokens = _tokens(self._run(torch.zeros(1, self.num_channels, side, side)).last_hidden_state)
+        except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise SpcxrError(f"{name}: no features of a {side} px image ({one_line(error)})") from error
+        self.num_prefix_tokens = _count_prefix_tokens(self.model, tokens.shape[1], side)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the model's input; the grey channel is repeated."""
+        return getattr(self.model.config, "num_channels", 3)
+
+    def embed(self, images: torch.Tensor, pooling: str = "model", layer: int | None = None) -> torch.Tensor:
+        """One feature vector for each image.
+
+        Args:
+            images: (B, 1, S, S) uint8, grey. S need not be the native size where the model interpolates its positions.
+            pooling: "model" (its `pooler_output`), "mean" (of the patch tokens alone: a mean over CLS and registers
+                too would depend on their number) or "cls" (the first token).
+            layer: Pool this entry of `hidden_states`, 0 being the embeddings; by default the last hidden state.
+
+        Returns:
+            (B, D) float32 on the CPU.
+
+        Raises:
+            SpcxrError: the images are of another form, or the model has no such pooling or layer.
+        """
+        return self.embed_pixels(self.normalise(images), pooling, layer)
+
+    def patch_tokens(self, images: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+        """The features of each patch, row by row from the top left corner; those of a feature map in the same order.
+
+        Args:
+            images: (B, 1, S, S) uint8, grey.
+            layer: An entry of `hidden_states`, 0 being the embeddings; by default the last hidden state.
+
+        Returns:
+            (B, N, D) float32 on the CPU, without CLS, distillation and register tokens.
+
+        Raises:
+            SpcxrError: the images are of another form, or the model has no such layer.
+        """
+        outputs = self._run(self.normalise(images), layer is not None)
+        return self._hidden_state(outputs, layer)[:, self.num_prefix_tokens :].float().cpu()
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Grey images (B, 1, S, S) uint8 -> pixel values (B, C, S, S) float32, as the image processor makes them.
+
+        Raises:
+            SpcxrError: the images are of another type or shape.
+        """
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 1:
+            raise SpcxrError(f"images must be (B, 1, S, S) uint8; got {tuple(images.shape)} {images.dtype}")
+        pixels = (images.float() / 255).expand(-1, self.num_channels, -1, -1)
+        return (pixels - self.mean.reshape(1, -1, 1, 1)) / self.std.reshape(1, -1, 1, 1)
+
+    def embed_pixels(
+        self, pixel_values: torch.Tensor, pooling: str = "model", layer: int | None = None
+    ) -> torch.Tensor:
+        """As `embed`, for pixel values (B, C, S, S) float32 that are normalised already."""
+        check_pooling(pooling, layer)
+        outputs = self._run(pixel_values, layer is not None)
+        if pooling == "model":
+            return self._pooler_output(outputs).flatten(1).float().cpu()
+        tokens = self._hidden_state(outputs, layer)
+        if pooling == "cls" and not self.num_prefix_tokens:
+            raise SpcxrError(f"{type(self.model).__name__} has no CLS token: use pooling mean")
+        pooled = tokens[:, 0] if pooling == "cls" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        return pooled.float().cpu()
+
+    @torch.no_grad()
+    def _run(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> Any:
+        device = self.model.device
+        options: dict[str, Any] = {}
+        known = inspect.signature(self.model.forward).parameters
+        if "interpolate_pos_encoding" in known:
+            options["interpolate_pos_encoding"] = True  # this family's needs no asking
+        if _masks_patches(self.model.config, known):
+            # The library keeps the patches with the smallest noise, in its order: rising noise leaves them in theirs.
+            patches = _count_patches(self.model.config, pixel_values.shape[-2:])
+            options["noise"] = torch.arange(patches, dtype=torch.float32, device=device).repeat(len(pixel_values), 1)
+        with bf16_autocast(device, self.bf16):
+            return self.model(pixel_values.to(device), output_hidden_states=output_hidden_states, **options)
+
+    def _pooler_output(self, outputs: Any) -> torch.Tensor:
+        name = type(self.model).__name__
+        if getattr(outputs, "pooler_output", None) is None:
+            raise SpcxrError(f"{name} has no pooler_output: use pooling mean or cls")
+        if self.random_pooler:
+            raise SpcxrError(f"{name}: the checkpoint holds no weights for its pooler: use pooling mean or cls")
+        return outputs.pooler_output
+
+    def _hidden_state(self, outputs: Any, layer: int | None) -> torch.Tensor:
+        if layer is None:
+            return _tokens(outputs.last_hidden_state)
+        states = getattr(outputs, "hidden_states", None) or ()
+        if not 0 <= layer < len(states):
+            raise SpcxrError(
+                f"{type(self.model).__name__} has no hidden state {layer}; it has {len(states)}, from 0 on"
+            )
+        return _tokens(states[layer])
+
+
+def load_encoder(
+    model: str,
+    random_init: bool = False,
+    seed: int = 0,
+    attention: str = "sdpa",
+    device: str = "cpu",
+    bf16: bool = False,
+) -> Encoder:
+    """Load the encoder of any vision model of the library; the image half of a model of images and text.
+
+    Weights come from safetensors files alone: a pickle can run code.
+
+    Args:
+        model: Folder or Hub id of a checkpoint of any task.
+        random_init: Take the configuration alone, which may be all that the folder holds, and random weights.
+        seed: The random weights follow from it; the state of torch's generator is left as it was.
+        attention: Attention implementation: "sdpa", "eager", ... A model without "sdpa" runs as "eager".
+        device: "cpu", "cuda", ...
+        bf16: Run in bfloat16 autocast.
+
+    Returns:
+        The encoder; its features do not depend on dropout or, with a masked autoencoder, on masks.
+
+    Raises:
+        SpcxrError: there is no such model, it takes no images, its configuration is impossible, or its weights are
+            missing, damaged or not those of its configuration.
+    """
+    config = _load_config(model)
+    try:
+        network, missing = _load_network(model, config, seed if random_init else None, attention)
+    except LOADING_ERRORS as error:
+        raise SpcxrError(f"{model}: the encoder cannot be loaded ({one_line(error)})") from error
+    if network.main_input_name != "pixel_values":
+        raise SpcxrError(f"{model}: {type(network).__name__} takes {network.main_input_name}, no images")
+    pooler = [key for key in missing if "pooler" in key]
+    if len(missing) > len(pooler):
+        lost = sorted(set(missing) - set(pooler))
+        raise SpcxrError(f"{model}: no weights for {len(lost)} parameters of its configuration, {lost[0]} among them")
+    processor = _load_processor(model)
+    try:
+        mean, std = _pixel_statistics(processor or SpcxrImageProcessor(), getattr(config, "num_channels", 3))
+        network = network.to(device).float().eval()
+        size = _native_size(processor, config)
+        return Encoder(network, mean, std, size, bf16=bf16, random_pooler=bool(pooler))
+    except SpcxrError as error:
+        raise SpcxrError(f"{model}: {error}") from error
+
+
+def check_pooling(pooling: str, layer: int | None) -> None:
+    """Refuse a pooling that no model has.
+
+    Raises:
+        SpcxrError: `pooling` is none of "model", "mean", "cls", or is "model" together with a layer.
+    """
+    if pooling not in POOLINGS:
+        raise SpcxrError(f"pooling must be model, mean or cls; got {pooling!r}")
+    if layer is not None and pooling == "model":
+        raise SpcxrError("a layer needs pooling mean or cls: pooler_output is the last layer's")
+
+
+def _load_config(model: str) -> Any:
+    """The configuration; of a model of images and text, that of its image half."""
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise SpcxrError(f"{model}: no config.json in this folder")
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except LOADING_ERRORS as error:
+        raise SpcxrError(f"{model}: no model that transformers loads ({one_line(error)})") from error
+    return getattr(config, "vision_config", config)
+
+
+def _load_network(model: str, config: Any, seed: int | None, attention: str) -> tuple[Any, list[str]]:
+    """The network and the names of weights that the checkpoint lacks; random weights where a seed is given."""
+    if hasattr(config, "mask_ratio"):
+        config.mask_ratio = 0.0
+    if seed is None and Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
+        raise SpcxrError("no .safetensors weights in this folder; --random_init true needs none")
+    try:
+        return _build_network(model, config, seed, attention)
+    except ValueError as error:
+        if attention != "sdpa" or "attention implementation" not in str(error):
+            raise
+        return _build_network(model, config, seed, "eager")  # convolutions, for one, have no choice
+
+
+def _build_network(model: str, config: Any, seed: int | None, attention: str) -> tuple[Any, list[str]]:
+    if seed is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModel.from_config(config, attn_implementation=attention), []
+    network, loading = AutoModel.from_pretrained(
+        model, config=config, attn_implementation=attention, use_safetensors=True, output_loading_info=True
+    )
+    # The mask token stands in for masked patches in pretraining; features never hold it.
+    return network, [key for key in loading["missing_keys"] if not key.endswith("mask_token")]
+
+
+def _load_processor(model: str) -> Any:
+    """The checkpoint's image processor, None where there is none: a training checkpoint, or a bare configuration."""
+    try:
+        return AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError):
+        return None
+
+
+def _pixel_statistics(processor: Any, num_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation, (C) or (1) float32 each, that an image processor applies; 0 and 1 if it does not."""
+    if not getattr(processor, "do_normalize", True) or getattr(processor, "image_mean", None) is None:
+        return torch.zeros(1), torch.ones(1)
+    mean, std = (torch.tensor(values).float().flatten() for values in (processor.image_mean, processor.image_std))
+    if not {len(mean), len(std)} <= {1, num_channels}:
+        raise SpcxrError(f"the image processor normalises {len(mean)} channels, the model takes {num_channels}")
+    return mean, std
+
+
+def _native_size(processor: Any, config: Any) -> int:
+    """Side of the images in pixels that the processor makes, or else that the configuration names."""
+    # The processor comes first: DINOv2's positions are laid out for 518 px, but its images are cropped to 224.
+    names = ["crop_size", "size"] if getattr(processor, "do_center_crop", None) else ["size"]
+    for name in names:
+        sides = dict(getattr(processor, name, None) or {})
+        side = sides.get("height") or sides.get("shortest_edge")
+        if side:
+            return side
+    size = getattr(config, "image_size", None) or DEFAULT_IMAGE_SIZE
+    return size if isinstance(size, int) else size[0]
+
+
+def _masks_patches(config: Any, parameters: Any) -> bool:
+    """Whether the model shuffles and masks its patches by a noise that can be given (ViTMAE, arXiv 2111.06377)."""
+    return hasattr(config, "mask_ratio") and "noise" in parameters
+
+
+def _count_patches(config: Any, size: torch.Size) -> int:
+    """Patches of an image of this height and width in pixels."""
+    patch = config.patch_size
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    return (size[0] // height) * (size[1] // width)
+
+
+def _count_prefix_tokens(model: PreTrainedModel, tokens: int, side: int) -> int:
+    """How many of a square image's tokens are no patches."""
+    if getattr(model.config, "patch_size", None) is not None:
+        patches = _count_patches(model.config, torch.Size((side, side)))
+        if tokens >= patches:
+            return tokens - patches
+    if math.isqrt(tokens) ** 2 != tokens:  # hierarchical models merge patches and have no others
+        raise SpcxrError(f"{type(model).__name__}: {tokens} tokens of a {side} px image are no square of patches")
+    return 0
+
+
+def _tokens(features: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, N, D) as they are; a feature map (B, D, h, w) as tokens (B, h w, D)."""
+    if features.dim() == 4:
+        return features.flatten(2).transpose(1, 2)
+    if features.dim() != 3:
+        raise ValueError(f"features of shape {tuple(features.shape)} are neither tokens nor a map")
+    return features

@@ -1,0 +1,167 @@
+"""A segmentation model that finds the lungs of a set's images, for whatever hides or outlines them.
+
+load_segmenter -> Segmenter.find       decoded images (n, 1, S, S) -> lungs (n, S, S)
+find_lungs -> Segmenter.find           the same, kept in a folder for the next start
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
+
+from spcxr_hf.data.table import Decoded, fingerprint
+from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.files import write_aside
+from spcxr_hf.models.encoders import LOADING_ERRORS
+from spcxr_hf.models.precision import bf16_autocast
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A model with a label `lung`, on its device, its image processor, and the number of that label."""
+
+    model: PreTrainedModel
+    processor: Any
+    lung: int
+
+    @torch.no_grad()
+    def find(self, images: torch.Tensor, batch_size: int = 32, bf16: bool = False) -> torch.Tensor:
+        """The lungs of images (n, 1, S, S) uint8: (n, S, S) booleans on the CPU.
+
+        Args:
+            images: Whole radiographs, as `data.decode_images` gives them.
+            batch_size: Images per forward pass.
+            bf16: Run the model in bfloat16 autocast.
+        """
+        found = []
+        for part in tqdm(images.split(batch_size), desc="lungs", unit="batch"):
+            inputs = self.processor([Image.fromarray(image[0].numpy()) for image in part.cpu()], return_tensors="pt")
+            with bf16_autocast(self.model.device, bf16):
+                outputs = self.model(**inputs.to(self.model.device))
+            sizes = [tuple(part.shape[-2:])] * len(part)
+            labels = self.processor.post_process_semantic_segmentation(outputs, sizes)
+            found += [(one == self.lung).cpu() for one in labels]
+        return torch.stack(found)
+
+    def digest(self) -> str:
+        """Eight digits that name the weights and the size of the input."""
+        digest = hashlib.sha256(str(self.processor.size).encode())
+        for name, values in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + values.cpu().float().numpy().tobytes())
+        return digest.hexdigest()[:8]
+
+
+def load_segmenter(source: str, device: torch.device | str = "cpu") -> Segmenter:
+    """A segmentation model by its folder or Hub id.
+
+    Raises:
+        SpcxrError: it is none, has no image processor, or has no label `lung`.
+    """
+    try:
+        model = AutoModelForSemanticSegmentation.from_pretrained(source, use_safetensors=True)
+        processor = AutoImageProcessor.from_pretrained(source)
+    except LOADING_ERRORS as error:
+        raise SpcxrError(f"{source}: no segmentation model ({one_line(error)})") from error
+    labels = dict(model.config.label2id or {})
+    if "lung" not in labels:
+        raise SpcxrError(f"{source}: its labels are {', '.join(labels)}; there is no 'lung' among them")
+    return Segmenter(model.to(device).eval(), processor, labels["lung"])
+
+
+def find_lungs(
+    segmenter: Segmenter, decoded: Decoded, cache: str | os.PathLike | None = None, bf16: bool = False
+) -> torch.Tensor:
+    """The lungs of a decoded set: (n, S, S) booleans.
+
+    Args:
+        cache: A folder to keep them in, for the next start with the same rows and the same weights; 8 kB an image
+            of 256 x 256.
+        bf16: Run the model in bfloat16 autocast.
+    """
+    shape = (len(decoded.images), *decoded.images.shape[-2:])
+    file = None
+    if cache is not None:
+        file = Path(cache) / f"{fingerprint(decoded.table)}-lungs-{segmenter.digest()}-{shape[-1]}.npy"
+        if file.is_file():
+            return torch.from_numpy(np.unpackbits(np.load(file), count=int(np.prod(shape))).reshape(shape).astype(bool))
+    lungs = segmenter.find(decoded.images, bf16=bf16)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(file, lambda stream: np.save(stream, np.packbits(lungs.numpy())))
+    return lungs
+
+
+SMALLEST_LUNG = 0.1  # of the larger one; a second region below that is no lung but an island
+
+
+class LungAreas(NamedTuple):
+    """Shares of the image, 0..1: all that is lung, and the two lungs by the side of the image that they lie on."""
+
+    total: float
+    image_left: float
+    image_right: float
+
+
+def measure_lungs(mask: np.ndarray) -> LungAreas:
+    """The area of the mask (height, width), boolean, and of the two lungs in it.
+
+    The lungs are the two largest connected regions. Where there is one, or the second is a mere island, as when the two
+    have grown together, the column through the mask's centre of mass parts them instead.
+    """
+    total = int(mask.sum())
+    if total == 0:
+        return LungAreas(0.0, 0.0, 0.0)
+    areas, centres = connected_regions(mask)
+    largest = np.argsort(areas)[::-1][:2]
+    if len(largest) == 2 and areas[largest[1]] >= SMALLEST_LUNG * areas[largest[0]]:
+        first, second = sorted(largest, key=lambda region: centres[region])
+        left, right = areas[first], areas[second]
+    else:
+        middle = round((mask.sum(axis=0) * (np.arange(mask.shape[1]) + 0.5)).sum() / total)
+        left, right = mask[:, :middle].sum(), mask[:, middle:].sum()
+    return LungAreas(total / mask.size, float(left) / mask.size, float(right) / mask.size)
+
+
+def connected_regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Area in pixels and mean column of each region of a boolean mask (height, width) whose pixels touch by a side.
+
+    Row by row: a row is a few runs of true pixels, and a run belongs to the regions of the runs that it touches in the
+    row above.
+    """
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, starts = np.nonzero(edges == 1)
+    ends = np.nonzero(edges == -1)[1]  # exclusive; in the same order
+    regions = _join_runs(rows.tolist(), starts.tolist(), ends.tolist())
+    _, region = np.unique(regions, return_inverse=True)
+    lengths = ends - starts
+    areas = np.bincount(region, weights=lengths)
+    return areas, np.bincount(region, weights=lengths * (starts + ends) / 2) / areas
+
+
+def _join_runs(rows: list[int], starts: list[int], ends: list[int]) -> list[int]:
+    """For each run, sorted by row and start, the index of a run that stands for its region."""
+    parents = list(range(len(rows)))
+
+    def representative(run: int) -> int:
+        while parents[run] != run:
+            parents[run] = run = parents[parents[run]]
+        return run
+
+    above = 0  # the first run of the row above that is not wholly left of this one
+    for run, row in enumerate(rows):
+        while rows[above] < row - 1 or (rows[above] == row - 1 and ends[above] <= starts[run]):
+            above += 1
+        touching = above
+        while rows[touching] == row - 1 and starts[touching] < ends[run]:
+            parents[representative(touching)] = representative(run)
+            touching += 1
+    return [representative(run) for run in range(len(rows))]

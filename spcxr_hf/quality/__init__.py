@@ -1,0 +1,1 @@
+"""Whether a set can be trusted: duplicates, splits, audit."""

@@ -1,0 +1,177 @@
+"""Checkpoints that a killed run goes on from: whole or not there at all, and never believed when they are damaged.
+
+A checkpoint is a folder `checkpoint-<step>` that `from_pretrained` loads, with the optimiser's state (and the averaged
+weights, where the run keeps an average) beside the weights, all in safetensors, and the SHA-256 of each file. It is
+written under another name and renamed, so that a folder of that name is always whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import written_aside
+
+STATE_FILE = "training_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+AVERAGE_FILE = "average.safetensors"
+CHECKSUM_FILE = "checksums.json"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    keep: int = 2,
+    average: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write `folder/checkpoint-<step>` whole or not at all, then delete all but the newest `keep`.
+
+    Args:
+        state: What else the run needs to go on, as JSON; `step` is added.
+        average: Averaged weights by parameter name, where the run keeps them.
+
+    Raises:
+        SpcxrError: the disk is full or not writable; the checkpoints before it stay as they are.
+    """
+    target = folder / f"checkpoint-{step}"
+    with written_aside(target) as partial:
+        model.save_pretrained(partial)
+        if not (partial / "model.safetensors").is_file():
+            raise OSError("the model wrote no weights; is another process writing to the same folder?")
+        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER_FILE)
+        if average is not None:
+            save_file({name: value.cpu().contiguous() for name, value in average.items()}, partial / AVERAGE_FILE)
+        (partial / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
+        sums = {file.name: _checksum(file) for file in sorted(partial.iterdir())}
+        (partial / CHECKSUM_FILE).write_text(json.dumps(sums, indent=2), encoding="utf-8")
+    for old in list_checkpoints(folder)[:-keep]:
+        if old != target:  # a damaged one that a run went back from has a higher number
+            shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    numbered = [
+        (int(match[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(numbered)]
+
+
+def load_checkpoint(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict, dict[str, torch.Tensor] | None]:
+    """Give model and optimiser what `save_checkpoint` wrote, and return the rest: the state and the averaged weights.
+
+    Raises:
+        SpcxrError: a file is missing, damaged or changed, or belongs to another model; the message names it.
+    """
+    return _restore(checkpoint, _read_checkpoint(checkpoint), model, optimizer)
+
+
+def resume(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict, dict[str, torch.Tensor] | None] | None:
+    """Load the newest checkpoint of a folder that is whole; None where there is none to go on from.
+
+    A damaged one is named on the console and the one before it is used.
+
+    Raises:
+        SpcxrError: there are checkpoints and none is whole, or a whole one belongs to another model: somebody's work,
+            not to be written over.
+    """
+    checkpoints = list_checkpoints(folder)
+    for checkpoint in reversed(checkpoints):
+        try:
+            contents = _read_checkpoint(checkpoint)
+        except SpcxrError as error:
+            print(f"{error}; trying the one before it", flush=True)
+            continue
+        return _restore(checkpoint, contents, model, optimizer)
+    if checkpoints:
+        raise SpcxrError(f"{folder}: none of its checkpoints is whole; remove it, or train into another folder")
+    return None
+
+
+class _Contents(NamedTuple):
+    state: dict
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    average: dict[str, torch.Tensor] | None
+
+
+def _read_checkpoint(checkpoint: Path) -> _Contents:
+    try:
+        sums = json.loads((checkpoint / CHECKSUM_FILE).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            if _checksum(checkpoint / name) != expected:
+                raise ValueError(f"{name} is not what was written")
+        return _Contents(
+            json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")),
+            load_file(checkpoint / "model.safetensors"),
+            load_file(checkpoint / OPTIMIZER_FILE),
+            load_file(checkpoint / AVERAGE_FILE) if AVERAGE_FILE in sums else None,
+        )
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        raise SpcxrError(f"{checkpoint}: damaged checkpoint ({error})") from error
+
+
+def _checksum(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _restore(
+    checkpoint: Path, contents: _Contents, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict, dict[str, torch.Tensor] | None]:
+    try:
+        model.load_state_dict(contents.weights)
+        _restore_optimizer(model, optimizer, contents.moments)
+    except (RuntimeError, KeyError) as error:
+        raise SpcxrError(f"{checkpoint}: holds another model than this run's ({error})") from error
+    return contents.state, contents.average
+
+
+def _named_trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's moments and step counts by parameter name, since safetensors holds named tensors and nothing else."""
+    return {
+        f"{name}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        for name, parameter in _named_trainable(model)
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    for name, parameter in _named_trainable(model):
+        if f"{name}/step" not in tensors:  # it has had no gradient yet
+            continue
+        # A copy: a tensor that is mapped from the file would change when the file does.
+        moments = {key: tensors[f"{name}/{key}"].clone() for key in ("exp_avg", "exp_avg_sq", "step")}
+        on_device = {key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()}
+        if optimizer.defaults.get("fused"):  # the fused AdamW counts its steps on the device
+            on_device["step"] = moments["step"].to(parameter.device)
+        optimizer.state[parameter] = on_device

@@ -1,0 +1,303 @@
+"""Classifiers to fine-tune: SPCXR or another family, pretrained or new, whole, frozen or with adapters; their pixels.
+
+build_classifier -> _build_own, or _build_other -> _restrict (frozen encoder, add_adapters) -> set_training
+classifier_groups    AdamW's parameter groups, with layer-wise decay
+Pixels               grey images as the model's own image processor would hand them over
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, ViTConfig
+
+from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.modeling.configuration_spcxr import SpcxrConfig
+from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessor
+from spcxr_hf.modeling.modeling_spcxr import SpcxrForImageClassification
+from spcxr_hf.models.convert import change_image_size
+from spcxr_hf.models.encoders import LOADING_ERRORS
+from spcxr_hf.training.engine import RunArguments
+from spcxr_hf.training.optim import layerwise_groups, new_config, parameter_groups
+
+
+@dataclass
+class ClassifierArguments(RunArguments):
+    """What a command line says of the classifier."""
+
+    multi_label: bool = field(default=False, metadata={"help": "labels may hold together, and null is a missing one"})
+    model: str | None = field(
+        default=None, metadata={"help": "folder or Hub id of another family's model, in place of init_from"}
+    )
+    from_scratch: bool = field(
+        default=False, metadata={"help": "random weights; of `init_from` or `model` only the config is used"}
+    )
+    size: Literal["tiny", "small", "base"] = field(
+        default="small", metadata={"help": "tiny, small or base: from scratch, where there is no init_from"}
+    )
+    freeze_encoder: bool = field(default=False, metadata={"help": "train the head alone"})
+    lora_rank: int = field(default=0, metadata={"help": "rank of the adapters that are trained with the head; 0: none"})
+    lora_alpha: float = field(default=16.0, metadata={"help": "the adapters' output is scaled by this / lora_rank"})
+    layer_decay: float = field(default=0.75, metadata={"help": "learning rate of a block relative to the one above it"})
+
+
+# ---- models ----------------------------------------------------------------------------------------------------
+
+
+def build_classifier(arguments: ClassifierArguments, labels: list[str]) -> PreTrainedModel:
+    """The pretrained encoder, or a new one, under a new head, with what is not to be trained frozen.
+
+    Args:
+        arguments: What to start from, and what of it is trained.
+        labels: Names of the classes, in the order of the logits.
+
+    Raises:
+        SpcxrError: it is no such model, lacks weights, or has nothing to train; the message names it.
+    """
+    torch.manual_seed(arguments.seed)
+    values: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": "multi_label_classification" if arguments.multi_label else "single_label_classification",
+    }
+    model = (
+        _build_own(arguments, values) if arguments.model is None else _build_other(arguments, arguments.model, values)
+    )
+    attend_by(model, arguments.attention)
+    _restrict(arguments, model)
+    return set_training(model, arguments.freeze_encoder)
+
+
+def _build_own(arguments: ClassifierArguments, values: dict[str, Any]) -> PreTrainedModel:
+    """SPCXR, at this run's image size."""
+    values["drop_path_rate"] = arguments.drop_path_rate
+    if arguments.init_from is None:
+        return SpcxrForImageClassification(new_config(arguments.size, image_size=arguments.image_size, **values))
+    config = _load_config(arguments.init_from)
+    if config.model_type != SpcxrConfig.model_type:
+        raise SpcxrError(f"{arguments.init_from}: a model of type {config.model_type}, not spcxr; give it as --model")
+    if arguments.from_scratch:
+        values["image_size"] = arguments.image_size
+        return SpcxrForImageClassification(SpcxrConfig.from_pretrained(arguments.init_from, **values))
+    model = _load_weights(SpcxrForImageClassification, arguments.init_from, **values)
+    change_image_size(cast(SpcxrForImageClassification, model), arguments.image_size)
+    return model
+
+
+def _build_other(arguments: ClassifierArguments, source: str, values: dict[str, Any]) -> PreTrainedModel:
+    """A model of another family; one of this family is trained as `init_from` trains it."""
+    config = _load_config(source)
+    if config.model_type == SpcxrConfig.model_type:
+        return _build_own(dataclasses.replace(arguments, init_from=source, model=None), values)
+    if config.model_type == "vit_mae":  # a ViT: its encoder is fine-tuned under a ViT's classifier (arXiv 2111.06377)
+        shared = ViTConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+        config = ViTConfig(**{name: value for name, value in config.to_dict().items() if name in shared})
+    if hasattr(config, "drop_path_rate"):
+        values["drop_path_rate"] = arguments.drop_path_rate
+    if arguments.from_scratch and hasattr(config, "image_size"):
+        values["image_size"] = arguments.image_size
+    config.update(values)
+    model = _load_other(arguments, source, config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mask_token"):  # pretraining's alone: processes that share gradients would wait for its
+            parameter.requires_grad_(False)
+    # Checkpoints keep the names that the module has; the library would write those of its former releases.
+    cast(Any, model).save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    return model
+
+
+def _load_other(arguments: ClassifierArguments, source: str, config: Any) -> PreTrainedModel:
+    if not arguments.from_scratch:
+        return _load_weights(AutoModelForImageClassification, source, config=config)
+    try:
+        return AutoModelForImageClassification.from_config(config)
+    except LOADING_ERRORS as error:
+        raise SpcxrError(f"{source}: no classifier can be made of it ({one_line(error)})") from error
+
+
+def _load_config(source: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except LOADING_ERRORS as error:
+        raise SpcxrError(f"{source}: no model that transformers loads ({one_line(error)})") from error
+
+
+def _load_weights(model_class: Any, source: str, **values: Any) -> PreTrainedModel:
+    """The checkpoint's encoder in float32; a head of another number of classes is left aside.
+
+    Raises:
+        SpcxrError: it cannot be loaded, or holds no weights for a part of the encoder.
+    """
+    try:
+        model, loading = model_class.from_pretrained(
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,  # a pickle can run code
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **values,
+        )
+    except LOADING_ERRORS as error:
+        raise SpcxrError(f"{source}: no classifier can be made of it ({one_line(error)})") from error
+    encoder = {name for name in loading["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")}
+    lost = sorted(name for name in encoder if not name.endswith("mask_token"))
+    if lost:
+        raise SpcxrError(f"{source}: no weights for {len(lost)} parameters of the encoder, {lost[0]} among them")
+    return model
+
+
+def attend_by(model: PreTrainedModel, implementation: str) -> None:
+    """Choose the attention implementation; eager where a family has no fused one."""
+    try:
+        model.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        if implementation != "sdpa":
+            raise SpcxrError(f"attention {implementation!r} is refused ({one_line(error)})") from error
+        model.set_attn_implementation("eager")
+
+
+def _restrict(arguments: ClassifierArguments, model: PreTrainedModel) -> None:
+    """Freeze the encoder, or put adapters into it, where the command line says so."""
+    if not arguments.freeze_encoder and not arguments.lora_rank:
+        return
+    in_encoder = {id(parameter) for parameter in model.base_model.parameters()}
+    head = [parameter for parameter in model.parameters() if id(parameter) not in in_encoder]
+    if not head:
+        raise SpcxrError(f"{type(model).__name__} has no head apart from its encoder: nothing would be trained")
+    model.base_model.requires_grad_(False)
+    if arguments.lora_rank:
+        add_adapters(model, arguments.lora_rank, arguments.lora_alpha)
+    for parameter in head:
+        parameter.requires_grad_(True)
+
+
+def add_adapters(model: PreTrainedModel, rank: int, alpha: float) -> None:
+    """Put LoRA (arXiv 2106.09685) into every linear layer of the encoder, as QLoRA (arXiv 2305.14314) found it best.
+
+    Args:
+        model: Changed in place.
+        rank: Of every adapter, at least 1.
+        alpha: An adapter's output is scaled by this / rank.
+
+    Raises:
+        SpcxrError: peft is missing, or the encoder has no linear layer.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise SpcxrError('peft is missing: pip install "spcxr-hf[train]"') from error
+    names = [
+        f"{model.base_model_prefix}.{name}"
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    if not names:
+        raise SpcxrError(f"{type(model).__name__} has no linear layer in its encoder to adapt")
+    config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), target_modules=names)
+    inject_adapter_in_model(config, model)  # in place, and the model stays of its class
+
+
+def merge_adapters(model: PreTrainedModel) -> None:
+    """Add every adapter to the weight that it adapts, and leave plain layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+
+
+def set_training(model: PreTrainedModel, freeze_encoder: bool) -> PreTrainedModel:
+    """Training mode; a frozen encoder stays in evaluation mode, so that no running mean of it moves either."""
+    model.train()
+    if freeze_encoder:
+        model.base_model.eval()
+    return model
+
+
+def classifier_groups(model: PreTrainedModel, layer_decay: float) -> list[dict]:
+    """AdamW's parameter groups, with layer-wise decay where the blocks are `layer(s).<n>` or `encoder.layer(s).<n>`."""
+    blocks = re.compile(rf"^{model.base_model_prefix}\.(?:encoder\.)?layers?\.(\d+)\.")
+    if not any(blocks.search(name) for name, _ in model.named_parameters()):
+        return parameter_groups(model)
+    return layerwise_groups(cast(Any, _Renamed(model, blocks)), layer_decay)
+
+
+@dataclass
+class _Renamed:
+    """A model as `layerwise_groups` reads it, its blocks called as SPCXR's are."""
+
+    model: PreTrainedModel
+    blocks: re.Pattern
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.model.named_parameters():
+            yield self.blocks.sub(r"encoder.layers.\1.", name), parameter
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a model sees of a grey image.
+
+    Attributes:
+        size: Side of the input in pixels.
+        mean, std: (channels, 1, 1), on the scale of 0 to 1; those of the model's own image processor.
+        options: What its forward takes besides.
+    """
+
+    size: int
+    mean: torch.Tensor
+    std: torch.Tensor
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, arguments: ClassifierArguments, model: PreTrainedModel) -> Pixels:
+        """Those of a model, by the image processor that lies beside its checkpoint, or else SPCXR's."""
+        processor = _load_processor(arguments.init_from or arguments.model)
+        channels = getattr(model.config, "num_channels", 3)
+        mean, std = (
+            torch.as_tensor(values).float().flatten() for values in (processor.image_mean, processor.image_std)
+        )
+        if not {len(mean), len(std)} <= {1, channels}:
+            raise SpcxrError(f"the image processor normalises {len(mean)} channels, the model takes {channels}")
+        interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        options = {"interpolate_pos_encoding": True} if interpolates else {}
+        mean, std = (values.expand(channels).reshape(-1, 1, 1) for values in (mean, std))
+        return cls(arguments.image_size, mean, std, options)
+
+    def normalise(self, grey: torch.Tensor) -> torch.Tensor:
+        """(B, 1, S, S) in 0 .. 1 -> (B, channels, S, S)."""
+        return (grey - self.mean.to(grey.device)) / self.std.to(grey.device)
+
+    def processor(self) -> SpcxrImageProcessor:
+        """The image processor that makes the same of any picture."""
+        size = {"height": self.size, "width": self.size}
+        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        return SpcxrImageProcessor(size=size, image_mean=mean, image_std=std, num_output_channels=len(mean))
+
+
+def _load_processor(source: str | None) -> Any:
+    """The checkpoint's image processor; SPCXR's where there is none, or it does not normalise by numbers."""
+    if source is not None:
+        try:
+            processor = AutoImageProcessor.from_pretrained(source)
+            return processor if getattr(processor, "image_mean", None) is not None else SpcxrImageProcessor()
+        except LOADING_ERRORS:
+            pass
+    return SpcxrImageProcessor()

@@ -1,0 +1,1 @@
+"""What happens to batches of images: augmentation and group masking."""

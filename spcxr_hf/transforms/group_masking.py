@@ -1,0 +1,471 @@
+"""GMML: corrupt groups of neighbouring pixels of a whole batch at once, on its device.
+
+The algorithm (arXiv 2205.14986; SPCXR, arXiv 2211.12944): rectangles of random place and size ("groups") are added to
+an image until their union covers a target share of it. What they hold follows one of these fills, drawn per image:
+
+- "noise", "zeros", "block" (*drop*, target share drawn from `drop_share`): N(0, 1) noise, zeros, or, for each group, a
+  block from elsewhere in the same image;
+- "replace" (target share `replace_share`): the same place in another image of the batch.
+
+Every image needs another number of groups. A loop per image would add one, measure the union, and so on. Here a round
+of groups is drawn for every image at once, and two facts replace the loop:
+
+- Which group covers a pixel first? A group is (rows it spans) x (columns it spans), so a sum over the groups is a
+  matrix product. Weigh group k with 2^-k, and the exponent of the sum is the first group. From the first groups follows
+  the union after every group, hence how many to keep. It is measured on a lattice of pixels, which is unbiased.
+- Where is the union of the kept groups? A rectangle is +1 or -1 at its four corners, summed up down the columns and
+  along the rows; the sum counts the groups over a pixel. Eight neighbouring counts share a word of 64 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from spcxr_hf.errors import SpcxrError
+
+FILLS = ("noise", "zeros", "block", "replace")
+
+# Groups drawn per round: enough for nearly every image at the usual shares. Fewer than 128, so that a byte counts them,
+# and than 250, the number of exponents that float32 tells apart.
+GROUPS_PER_ROUND = 96
+
+# Noise is drawn for this many images; in a larger batch each takes another stretch of the same numbers. Within an image
+# they are independent, and to draw all anew would take more than half of the whole corruption's time on a CPU.
+NOISE_SHEET = 4
+
+# A CPU fills the groups of this many images at a time, which fit its cache; other devices, of the whole batch.
+CPU_PART = 8
+
+# It measures the union of this many images at a time, for the same reason.
+CPU_UNION_PART = 32
+
+# Times this, a word of eight counts becomes a word of their running sums.
+EVERY_BYTE = 0x0101010101010101
+
+# The union is measured on a lattice of at least this many rows and columns, or on every cell of a smaller grid.
+LATTICE = 32
+
+
+class Corrupted(NamedTuple):
+    """`pixel_values` (B, C, H, W) after corruption, and `mask` (B, 1, H, W), true where a pixel was corrupted."""
+
+    pixel_values: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True)
+class GroupMasking:
+    """The corruption of group-masked model learning. Call it with a batch of normalised images.
+
+    Attributes:
+        fills: Which of "noise", "zeros", "block" and "replace" to draw from, each as likely as the others.
+        drop_share: Least and largest target share of the image for the first three, each in (0, 0.95].
+        replace_share: Target share for "replace", in (0, 0.95].
+        max_side: Largest side of a group as a share of the image's side, in (0, 1].
+        align: Groups start and end at multiples of this many pixels: 1, or the patch size.
+
+    Raises:
+        SpcxrError: an attribute is out of its range; the message names it.
+    """
+
+    fills: tuple[str, ...] = ("noise", "replace")
+    drop_share: tuple[float, float] = (0.5, 0.75)
+    replace_share: float = 0.3
+    max_side: float = 0.3
+    align: int = 1
+
+    def __post_init__(self) -> None:
+        unknown = [fill for fill in self.fills if fill not in FILLS]
+        if unknown or not self.fills:
+            raise SpcxrError(f"fills must name some of {', '.join(FILLS)}; got {list(self.fills)}")
+        shares = {"drop_share[0]": self.drop_share[0], "drop_share[1]": self.drop_share[1],
+                  "replace_share": self.replace_share}  # fmt: skip
+        for name, share in shares.items():
+            # Above 0.95 the last free pixels, mostly in the corners, take a very long time to be hit.
+            if not 0 < share <= 0.95:
+                raise SpcxrError(f"{name} must lie in (0, 0.95]; got {share}")
+        if self.drop_share[0] > self.drop_share[1]:
+            raise SpcxrError(f"drop_share must rise; got {self.drop_share}")
+        if not 0 < self.max_side <= 1:
+            raise SpcxrError(f"max_side must lie in (0, 1]; got {self.max_side}")
+        if self.align < 1:
+            raise SpcxrError(f"align must be at least 1 pixel; got {self.align}")
+
+    @torch.no_grad()
+    def __call__(
+        self, images: torch.Tensor, generator: torch.Generator | None = None, reuse: Corrupted | None = None
+    ) -> Corrupted:
+        """Corrupt a batch; `images` stays as it is.
+
+        Args:
+            images: (B, C, H, W), floating point; H and W multiples of `align`.
+            generator: Where every random number comes from, on the device of `images`. The same state and batch
+                give the same corruption.
+            reuse: What an earlier call gave and nobody needs any more: for images of the same shape, type and device
+                its memory takes the new result. On a CPU new memory costs a third of the corruption's time.
+
+        Raises:
+            SpcxrError: `images` has another form, is too small for a group, or "replace" has no other image; `reuse` is
+                `images` itself.
+        """
+        self._check(images)
+        pixel_values, memory = _memory(images, reuse)
+        runs = self._draw_fills(len(images), generator, images.device)
+        height, width = images.shape[-2:]
+        groups = self._draw_groups(self._draw_targets(runs, images, generator), (height, width), generator, memory)
+        noise = _noise(images, generator) if "noise" in self.fills else None
+        part = CPU_PART if images.device.type == "cpu" else len(images)
+        for run in runs:
+            for first in range(run.start, run.stop, part):
+                rows = slice(first, min(first + part, run.stop))
+                content = self._content(run.fill, images, rows, noise, groups.source)
+                # Exactly the image where the mask is 0, the content where it is 1; on a CPU much faster than `where`.
+                torch.lerp(images[rows], content, groups.mask[rows].to(images.dtype), out=pixel_values[rows])
+        return Corrupted(pixel_values, groups.mask.view(torch.bool))
+
+    def _check(self, images: torch.Tensor) -> None:
+        if images.dim() != 4 or not images.is_floating_point() or images.numel() == 0:
+            raise SpcxrError(f"images must be floating point (B, C, H, W); got {images.dtype} {tuple(images.shape)}")
+        height, width = images.shape[-2:]
+        if height % self.align or width % self.align:
+            raise SpcxrError(f"images of {height} x {width} pixels are no multiple of align = {self.align}")
+        if "replace" in self.fills and images.shape[0] < 2:
+            raise SpcxrError('the fill "replace" takes pixels from another image: it needs a batch of at least 2')
+
+    def _draw_fills(self, count: int, generator: torch.Generator | None, device: torch.device) -> list[_Run]:
+        """Which images of the batch get which fill.
+
+        As many of each as independent draws give, but side by side, so that a fill is one stretch of memory; where the
+        first stretch starts is drawn too, so that all images have the same chances. (Training batches are shuffled.)
+        """
+        drawn = torch.randint(len(self.fills), (count,), generator=generator, device=device)
+        start = torch.randint(count, (1,), generator=generator, device=device)
+        *counts, start = torch.cat((drawn.bincount(minlength=len(self.fills)), start)).tolist()  # one wait for a GPU
+        runs = []
+        for fill, length in zip(self.fills, counts, strict=True):
+            stop = start + length
+            runs += [
+                _Run(fill, start, min(stop, count)),
+                _Run(fill, 0, stop - count),
+            ]  # the end of the batch, its start
+            start = stop % count
+        return [run for run in runs if run.start < run.stop]
+
+    def _draw_targets(
+        self, runs: Sequence[_Run], images: torch.Tensor, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """The share of each image to cover, (B,)."""
+        low, high = self.drop_share
+        target = low + (high - low) * torch.rand(len(images), generator=generator, device=images.device)
+        for run in runs:
+            if run.fill == "replace":
+                target[run.start : run.stop] = self.replace_share
+        return target
+
+    def _draw_groups(
+        self,
+        target: torch.Tensor,
+        size: tuple[int, int],
+        generator: torch.Generator | None,
+        memory: torch.Tensor,
+    ) -> _Groups:
+        """Groups that cover the share `target` (B,) of images of `size` pixels; `mask`, in `memory`, (B, 1, H, W)."""
+        grid = size[0] // self.align, size[1] // self.align
+        longest = max(1, int(grid[0] * self.max_side)), max(1, int(grid[1] * self.max_side))
+        with torch.autocast(target.device.type, enabled=False):  # the exponents need float32 products
+            mask = memory.squeeze(1) if self.align == 1 else memory.new_empty(len(target), *grid)
+            source = _draw_groups(mask, target, longest, "block" in self.fills, generator)
+        if self.align > 1:
+            mask = mask.repeat_interleave(self.align, dim=1).repeat_interleave(self.align, dim=2)
+            memory.copy_(mask.unsqueeze(1))
+        return _Groups(memory, source)
+
+    def _content(
+        self,
+        name: str,
+        images: torch.Tensor,
+        rows: slice,
+        noise: torch.Tensor | None,
+        source: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What the groups of these images would hold by the fill `name`, were they everywhere; to be read only."""
+        if name == "noise":
+            assert noise is not None  # drawn wherever it is among the fills, as is `source`
+            return noise[rows]
+        if name == "zeros":
+            return images.new_zeros(()).expand_as(images[rows])
+        if name == "replace":
+            # The batch is in random order already, so the next image is another image at random.
+            following = images[rows.start + 1 : rows.stop + 1]
+            return following if rows.stop < len(images) else torch.cat((following, images[:1]))
+        assert source is not None
+        return self._blocks(images[rows], source[rows])
+
+    def _blocks(self, images: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """Every pixel from where its group's block comes from; `source` (n, rows, columns) counts cells row by row."""
+        batch, channels, height, width = images.shape
+        cell_row, cell_column = source // (width // self.align), source % (width // self.align)
+        cell_row, cell_column = (
+            cells.repeat_interleave(self.align, dim=1).repeat_interleave(self.align, dim=2)
+            for cells in (cell_row, cell_column)
+        )
+        row = cell_row * self.align + torch.arange(height, device=images.device).unsqueeze(1) % self.align
+        column = cell_column * self.align + torch.arange(width, device=images.device) % self.align
+        pixel = (row * width + column).reshape(batch, 1, -1).expand(-1, channels, -1)
+        return images.flatten(2).gather(2, pixel).reshape(images.shape)
+
+
+def _memory(images: torch.Tensor, reuse: Corrupted | None) -> Corrupted:
+    """Where the corrupted images and the mask, as bytes, go: into `reuse` if it is given and fits."""
+    shape = (len(images), 1, *images.shape[-2:])
+    if reuse is not None and reuse.pixel_values.data_ptr() == images.data_ptr():
+        raise SpcxrError("reuse holds the images that are to be corrupted; give a result that nobody needs any more")
+    if reuse is not None and reuse.mask.shape == shape and _is_like(reuse.pixel_values, images):
+        return Corrupted(reuse.pixel_values, reuse.mask.view(torch.uint8))
+    return Corrupted(torch.empty_like(images), torch.empty(shape, dtype=torch.uint8, device=images.device))
+
+
+def _is_like(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def _noise(images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """N(0, 1) noise of the shape of `images`, to be read only: in a large batch images share their numbers."""
+    count, pixels = len(images), images[0].numel()
+    drawn = min(count, NOISE_SHEET)
+    sheet = torch.randn(drawn * pixels, generator=generator, device=images.device, dtype=images.dtype)
+    shift = (drawn - 1) * pixels // max(1, count - 1)  # from the start of one image's numbers to the next one's
+    return sheet.as_strided((count, pixels), (shift, 1)).view(images.shape)
+
+
+class _Run(NamedTuple):
+    """Neighbouring images start .. stop - 1 of a batch that get the same fill."""
+
+    fill: str
+    start: int
+    stop: int
+
+
+class _Groups(NamedTuple):
+    """`mask` (n, rows, columns) uint8: 1 in the union of the groups, else 0. `source` (n, rows, columns): the cell that
+    each cell's block comes from. (On a CPU torch handles bytes at several times the speed of booleans.)"""
+
+    mask: torch.Tensor
+    source: torch.Tensor | None
+
+
+class _Spans(NamedTuple):
+    """Intervals of cells along one axis, `start` and `length` (images, groups); `inside` (images, groups, positions) is
+    1.0 where a position of the lattice lies in the interval."""
+
+    start: torch.Tensor
+    length: torch.Tensor
+    inside: torch.Tensor
+
+
+def _draw_groups(
+    mask: torch.Tensor,
+    target: torch.Tensor,
+    max_side: tuple[int, int],
+    with_source: bool,
+    generator: torch.Generator | None,
+) -> torch.Tensor | None:
+    """Write groups into `mask` (B, rows, columns) until each image's share `target` (B,) of the cells is covered.
+
+    Returns `source`, see `_Groups`; None if it is not asked for.
+    """
+    grid = rows, columns = mask.shape[1], mask.shape[2]
+    device = target.device
+    source = torch.arange(rows * columns, device=device).repeat(len(target), 1) if with_source else None
+    lattice = _lattice(rows), _lattice(columns)
+
+    unfinished = None  # in the first round: all
+    while unfinished is None or len(unfinished):
+        images = torch.arange(len(target), device=device) if unfinished is None else unfinished
+        count = (len(images), GROUPS_PER_ROUND)
+        vertical = _draw_spans(count, rows, max_side[0], lattice[0], generator, device)
+        horizontal = _draw_spans(count, columns, max_side[1], lattice[1], generator, device)
+        first = _first_group(vertical.inside, horizontal.inside)
+        before = None if unfinished is None else mask.index_select(0, images)
+        if before is not None:
+            first -= (first + 1) * before[:, lattice[0], lattice[1]]  # -1 where it is covered already
+        kept, done = _groups_to_keep(first, target[images])
+        after = _union(vertical, horizontal, kept, mask if before is None else torch.empty_like(before))
+        if before is not None:
+            after |= before
+            mask.index_copy_(0, images, after)
+        if source is not None:
+            new = after if before is None else after - before
+            shift = _shift_to_blocks(vertical, horizontal, grid, generator) * new
+            source.index_add_(0, images, shift.flatten(1))
+        unfinished = images[~done]
+    return source if source is None else source.view(len(target), rows, columns)
+
+
+def _draw_spans(
+    count: tuple[int, int],
+    size: int,
+    longest: int,
+    lattice: slice,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> _Spans:
+    """Intervals of 1 to `longest` cells that start anywhere in 0 .. size - 1 and are cut off at the border."""
+    start = torch.randint(size, count, generator=generator, device=device)
+    length = torch.randint(1, longest + 1, count, generator=generator, device=device)
+    length = torch.minimum(length, size - start)
+    return _Spans(start, length, _inside(start, length, torch.arange(size, device=device)[lattice]))
+
+
+def _lattice(size: int) -> slice:
+    """Every so-manieth cell, in the middle of its like, so that the border counts for no more than it is."""
+    step = max(1, size // LATTICE)
+    return slice(step // 2, None, step)
+
+
+def _inside(start: torch.Tensor, length: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """(images, groups, positions): 1.0 where each of `cells` (positions,) lies in the interval, else 0.0."""
+    # One comparison: a cell lies inside if it is nearer to the middle of the interval than half its length.
+    middle = (start + (length - 1) / 2).unsqueeze(2)
+    return (cells.to(middle.dtype) - middle).abs_().lt_((length / 2).unsqueeze(2))
+
+
+def _first_group(row_spans: torch.Tensor, column_spans: torch.Tensor) -> torch.Tensor:
+    """(n, groups, rows) x (n, groups, columns) -> (n, rows, columns): the first group over each cell, 253 if none."""
+    exponents = 126 - torch.arange(row_spans.shape[1], device=row_spans.device)
+    weights = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
+    total = (row_spans * weights.unsqueeze(1)).transpose(1, 2) @ column_spans
+    biased_exponent = total.view(torch.int32) >> 23  # 253 - k for a leading term of 2^(126 - k), and 0 for a sum of 0
+    return 253 - biased_exponent
+
+
+def _groups_to_keep(first: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many groups (n,) an image keeps until its union reaches `target` (n,), and whether it does.
+
+    `first` (n, rows, columns) is each cell's first group, -1 where an earlier round had covered it.
+    """
+    images, cells = len(first), first[0].numel()
+    slots = GROUPS_PER_ROUND + 2  # slot 0: covered before; then the groups; the last: in none
+    slot = (first + 1).clamp(max=slots - 1) + slots * torch.arange(images, device=first.device).reshape(-1, 1, 1)
+    new_cells = torch.bincount(slot.flatten(), minlength=images * slots).reshape(images, slots)
+    union = new_cells[:, :-1].cumsum(dim=1)  # after 0, 1, 2, ... groups
+    short = union < (target * cells).unsqueeze(1)
+    kept = short.sum(dim=1).clamp(max=GROUPS_PER_ROUND)
+    return kept, ~short[:, -1]
+
+
+def _union(vertical: _Spans, horizontal: _Spans, kept: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`out` (n, rows, columns) uint8, filled: 1 for the cells in any of each image's first `kept` (n,) groups."""
+    images, rows, columns = out.shape
+    corners = _corners(vertical, horizontal, kept)
+    part = min(CPU_UNION_PART, images) if out.device.type == "cpu" else images
+    # With one more row and word for what ends at the border. One piece of memory for all parts: fresh one costs more
+    # on a CPU than what is done in it.
+    memory = torch.empty(2, rows + 1, part, -(-columns // 8) + 2, dtype=torch.int64, device=out.device)
+    for first in range(0, images, part):
+        chosen = slice(first, min(first + part, images))
+        counts = _count_groups(corners.of(chosen), memory)[:, :rows, :columns]
+        torch.clamp(counts, max=1, out=out[chosen])
+    return out
+
+
+class _Corners(NamedTuple):
+    """What groups add to words of eight counts, each (images, corners): the `word` and `row` of a corner, what it adds
+    to that word (`within`) and to all words behind it (`behind`)."""
+
+    word: torch.Tensor
+    row: torch.Tensor
+    within: torch.Tensor
+    behind: torch.Tensor
+
+    def of(self, images: slice) -> _Corners:
+        """Those of some images."""
+        return _Corners(*(values[images] for values in self))
+
+
+def _corners(vertical: _Spans, horizontal: _Spans, kept: torch.Tensor) -> _Corners:
+    """The corners of each image's first `kept` (n,) groups; those of the other groups add 0."""
+    groups = vertical.start.shape[1]
+    sign = (torch.arange(groups, device=kept.device) < kept.unsqueeze(1)).long()
+    top, bottom = vertical.start, vertical.start + vertical.length
+    left, right = horizontal.start, horizontal.start + horizontal.length
+    column = torch.cat((left, left, right, right), dim=1)
+    behind = torch.cat((sign, -sign, -sign, sign), dim=1)
+    row = torch.cat((top, bottom, top, bottom), dim=1)
+    return _Corners(column >> 3, row, behind << ((column & 7) << 3), behind)
+
+
+def _count_groups(corners: _Corners, memory: torch.Tensor) -> torch.Tensor:
+    """(n, rows, columns) uint8: over each cell, how many groups; in `memory` (2, rows, at least n, words) int64."""
+    images = len(corners.word)
+    # Row by row, the images side by side.
+    within, behind = counts = memory[:, :, :images].zero_()
+    stride = counts.stride()
+    image = torch.arange(images, device=memory.device).unsqueeze(1)
+    place = corners.row * stride[1] + image * stride[2] + corners.word
+    memory.view(-1).scatter_add_(0, place.flatten(), corners.within.flatten())
+    memory.view(-1).scatter_add_(0, place.add_(stride[0] + 1).flatten(), corners.behind.flatten())
+    sums = within.add_(behind.cumsum_(dim=2)).cumsum_(dim=0).mul_(EVERY_BYTE)
+    # 0 .. groups, the lowest byte first
+    return sums.view(torch.uint8).transpose(0, 1)
+
+
+def _shift_to_blocks(
+    vertical: _Spans, horizontal: _Spans, grid: tuple[int, int], generator: torch.Generator | None
+) -> torch.Tensor:
+    """(n, rows, columns): how far away, in cells counted row by row, the block of each cell's first group is."""
+    rows, columns = grid
+    shift = _draw_shift(vertical, rows, generator) * columns + _draw_shift(horizontal, columns, generator)
+    inside = [
+        _inside(spans.start, spans.length, torch.arange(size, device=shift.device))
+        for spans, size in ((vertical, rows), (horizontal, columns))
+    ]
+    owner = _first_group(*inside).clamp(max=GROUPS_PER_ROUND - 1).long()
+    return shift.gather(1, owner.flatten(1)).reshape(owner.shape)
+
+
+def _draw_shift(spans: _Spans, size: int, generator: torch.Generator | None) -> torch.Tensor:
+    """How far to go from each interval to one of the same length anywhere in 0 .. size - 1, (images, groups)."""
+    position = torch.rand(spans.start.shape, generator=generator, device=spans.start.device)
+    return (position * (size - spans.length + 1)).long() - spans.start
+
+
+SMALLEST_VARIANCE = 1e-6  # as the masked autoencoder's; a patch of one grey has no structure to scale
+
+
+def normalise_patches(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Images (B, C, H, W) with mean 0 and deviation 1 in each patch and channel; H and W are multiples of it."""
+    mean, deviation = _statistics(images, patch_size)
+    return (images.float() - mean) / deviation
+
+
+def as_pixels(config: Any, reconstruction: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+    """A model's reconstruction on the scale of its `pixel_values`.
+
+    Args:
+        config: The model's configuration.
+        reconstruction: (B, C, H, W) float32.
+        clean: (B, C, H, W), or of one image for all of them. After a pretraining with `norm_pix_loss` each patch takes
+            its mean and deviation from here, as pictures of masked autoencoders do.
+    """
+    if not getattr(config, "norm_pix_loss", False):
+        return reconstruction
+    mean, deviation = _statistics(clean.to(reconstruction.device), config.patch_size)
+    return reconstruction * deviation + mean
+
+
+def _statistics(images: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of the patch that each pixel lies in, (B, C, H, W) float32."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = images.float().reshape(batch, channels, rows, patch_size, columns, patch_size)
+    variance, mean = torch.var_mean(patches, dim=(3, 5), keepdim=True)
+    deviation = (variance + SMALLEST_VARIANCE).sqrt()
+    return mean.expand_as(patches).reshape(images.shape), deviation.expand_as(patches).reshape(images.shape)
+
+
+__all__ = ["as_pixels", "normalise_patches"]

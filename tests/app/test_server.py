@@ -1,0 +1,363 @@
+"""What the browser demo answers and writes, without a browser: choices, pages, answers, HTML, the server's manners."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from spcxr_hf import (
+    SpcxrError,
+    SpcxrForImageClassification,
+    SpcxrForPreTraining,
+    SpcxrForSemanticSegmentation,
+)
+from spcxr_hf.app import html, server, session
+from spcxr_hf.app.session import Choice, Desk, Page, list_choices, load_index, made_radiograph, read_page
+from spcxr_hf.data.table import read_table
+from spcxr_hf.images.plausibility import concerns
+from spcxr_hf.inference.neighbors import build_index
+from spcxr_hf.inference.pipeline import Batch, Source, load_model, prepare
+from spcxr_hf.inference.tasks import Job, Predictor, embed
+from spcxr_hf.models.encoders import load_encoder
+from tests.inference.test_pipeline import save_model
+from tests.made_up import picture
+
+POINTS = {"bacterial + viral": {"youden": 0.0}, "viral": {"youden": 1.0}}
+SPACE = Path(server.__file__).parent / "space"
+
+
+@pytest.fixture(scope="module")
+def cards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cards")
+    save_model(SpcxrForPreTraining, folder / "base")
+    save_model(SpcxrForSemanticSegmentation, folder / "lung-segmentation", id2label={0: "background", 1: "lung"})
+    save_model(SpcxrForImageClassification, folder / "pneumonia", operating_points=POINTS, operating_point="youden")
+    save_model(SpcxrForImageClassification, folder / "covid")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def desk(cards) -> Desk:
+    return Desk(list_choices(cards), device="cpu")
+
+
+def save_made(path: Path) -> Path:
+    made_radiograph().image.save(path)
+    return path
+
+
+# ---- choices -----------------------------------------------------------------------------------------------------
+
+
+def test_a_choice_for_each_checkpoint(cards):
+    found = [(choice.title, choice.task) for choice in list_choices(cards)]
+    assert found == [
+        ("embedding", "embedding"),
+        ("lungs", "segmentation"),
+        ("covid", "classification"),
+        ("pneumonia", "classification"),
+    ]
+
+
+def test_checkpoints_of_one_task_are_told_apart(tmp_path):
+    save_model(SpcxrForPreTraining, tmp_path / "base")
+    save_model(SpcxrForPreTraining, tmp_path / "large")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps({"architectures": ["ViTModel"]}))
+    (tmp_path / "unfinished").mkdir()
+    choices = list_choices(tmp_path)
+    assert [choice.title for choice in choices] == ["embedding", "embedding (large)"]
+
+
+def test_ids_that_nobody_has_are_left_out(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SpcxrError, match="no checkpoint that the demo can show among nobody/nothing"):
+        list_choices(models=["nobody/nothing"])
+
+
+# ---- pages -------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_read_and_removed(tmp_path, desk):
+    good, text = save_made(tmp_path / "good.png"), tmp_path / "text.png"
+    text.write_text("no picture")
+    pages = desk.take([good, text])
+    assert [(page.name, page.cause is None) for page in pages] == [("good.png", True), ("text.png", False)]
+    assert "not a PNG" in pages[1].cause
+    assert str(tmp_path) not in pages[1].cause
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_file_from_two_people_at_once(tmp_path, desk):
+    path = save_made(tmp_path / "same.png")
+    (first,) = desk.take([path])
+    (second,) = desk.take([path])  # the upload of the second fell on the first's, which is gone
+    assert second is first
+    del first, second
+    assert "drop it again" in desk.take([path])[0].cause
+
+
+def test_files_beyond_the_most_are_removed_too(tmp_path, desk):
+    paths = [save_made(tmp_path / f"{number}.png") for number in range(session.MOST_FILES + 2)]
+    assert len(desk.take(paths)) == session.MOST_FILES
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "complaint"), [("MOST_BYTES", 1000, "larger than"), ("MOST_PIXELS", 1000, "too much at once")]
+)
+def test_too_large(tmp_path, desk, monkeypatch, limit, value, complaint):
+    monkeypatch.setattr(session, limit, value)
+    (page,) = desk.take([save_made(tmp_path / "large.png")])
+    assert complaint in page.cause
+    assert page.image is None
+
+
+def test_pictures_are_small_and_of_eight_bits():
+    deep = Image.fromarray((np.arange(2000 * 1000, dtype=np.uint32).reshape(2000, 1000) % 65536).astype(np.uint16))
+    small = session.shrink(deep)
+    assert (small.mode, small.size) == ("L", (384, 768))
+    assert abs(np.asarray(small).mean() - 127) < 2
+
+
+def test_the_drawn_radiograph_is_plausible():
+    assert concerns(made_radiograph().image) == []
+
+
+def test_the_public_radiograph():
+    pytest.importorskip("pydicom")
+    page = session.example_page()
+    assert (page.cause, page.concerns, page.image.mode) == (None, [], "I;16")
+
+
+# ---- answers -----------------------------------------------------------------------------------------------------
+
+
+def test_probabilities_are_the_command_line_s(tmp_path, cards, desk):
+    path = save_made(tmp_path / "one.png")
+    answer = desk.answer(read_page(path), "pneumonia")
+    loaded = load_model("classification", cards / "pneumonia", "cpu")
+    expected = Predictor(loaded)(loaded, Batch([prepare(Source(path, "one.png"), loaded.processor)], []))[0]
+    assert answer.prediction["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-6)
+    decisions = {target: found["decision"] for target, found in answer.prediction["targets"].items()}
+    assert decisions == {"bacterial + viral": "above", "viral": "below"}
+    probable = max(expected["probabilities"], key=expected["probabilities"].get)
+    assert [one.target for one in answer.maps] == list(dict.fromkeys([probable, "bacterial + viral", "viral"]))
+    assert all(0 <= one.share <= 1 for one in answer.maps)
+
+
+def test_embedding_and_lungs(cards, desk):
+    page = made_radiograph()
+    answer = desk.answer(page, "embedding")
+    loaded = load_model("embedding", cards / "base", "cpu")
+    with torch.no_grad():
+        expected = loaded.model(loaded.processor(page.image, return_tensors="pt").pixel_values).pooler_output[0]
+    torch.testing.assert_close(answer.embedding, expected)
+    assert [one.target for one in answer.maps] == [None]
+    lungs = desk.answer(page, "lungs")
+    assert (lungs.embedding, lungs.maps, lungs.prediction) == (None, [], None)
+    assert lungs.lungs[1] == answer.lungs[1]
+
+
+def test_without_a_lung_checkpoint_there_is_no_share(cards):
+    alone = Desk([Choice("covid", "classification", str(cards / "covid"))], device="cpu")
+    answer = alone.answer(made_radiograph(), "covid")
+    assert (answer.lungs, answer.neighbours, answer.embedding) == (None, None, None)
+    assert answer.maps[0].share is None
+    assert "This checkpoint names none" in html.section(answer)
+
+
+def test_the_nearest_neighbour_of_an_indexed_image_is_itself(tmp_path, cards):
+    (tmp_path / "images").mkdir()
+    for seed in range(4):
+        Image.fromarray(picture(seed, 64, opacity=30 * seed)[0]).save(tmp_path / "images" / f"{seed}.png")
+    made_radiograph().image.save(tmp_path / "images" / "made.png")
+    index = build_index(load_encoder(str(cards / "base")), read_table(tmp_path / "images"), "tiny")
+    index.save(tmp_path / "index" / "radiographs.safetensors")
+    desk = Desk(list_choices(cards), load_index(tmp_path / "index"), "cpu")
+    first, shown = desk.answer(made_radiograph(), "embedding").neighbours[0]
+    assert first.id.endswith("made.png")
+    assert first.similarity > 0.98
+    assert shown is None  # the index calls it by its name inside the folder, which is no place of a file
+
+
+def test_what_the_command_line_embeds_is_an_index(tmp_path, cards):
+    paths = [tmp_path / f"{name}.png" for name in ("<b>made", "gone")]
+    for path in paths:
+        made_radiograph().image.save(path)
+    loaded = load_model("embedding", str(cards / "base"), "cpu")
+    output = tmp_path / "index" / "radiographs.safetensors"
+    output.parent.mkdir()
+    Job([Source(path, path.name) for path in paths], output).run(loaded, embed)
+    paths[1].unlink()
+    desk = Desk(list_choices(cards), load_index(output.parent), "cpu")
+    answer = desk.answer(made_radiograph(), "embedding")
+    assert {one.id: picture is not None for one, picture in answer.neighbours} == {
+        str(paths[0]): True,
+        str(paths[1]): False,
+    }
+    assert all(one.similarity == pytest.approx(1, abs=1e-5) for one, _ in answer.neighbours)
+    section = html.section(answer)
+    assert section.count('alt="Neighbour') == 1 and "<b>made" not in section
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_an_index_folder_holds_one_file(tmp_path, count):
+    for number in range(count):
+        (tmp_path / f"{number}.safetensors").touch()
+    with pytest.raises(SpcxrError, match=f"{count} safetensors files"):
+        load_index(tmp_path)
+
+
+def test_two_people_at_once(desk):
+    """Their answers are those that each would have alone."""
+    pages = {"made": made_radiograph(), "flipped": None}
+    flipped = pages["made"].image.rotate(180)
+    pages["flipped"] = Page("flipped", flipped, flipped)
+    alone = {name: desk.answer(page, "pneumonia").prediction for name, page in pages.items()}
+    found: dict[str, list] = {name: [] for name in pages}
+
+    def work(name):
+        for _ in range(3):
+            found[name].append(desk.answer(pages[name], "pneumonia").prediction)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in pages]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert alone["made"] != alone["flipped"]
+    assert found == {name: [alone[name]] * 3 for name in pages}
+
+
+# ---- HTML --------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_escaped(desk):
+    page = made_radiograph()
+    evil = Page("<script>x</script>.png", page.image, page.shown, ["<b>odd</b>"])
+    for text in (
+        html.section(desk.answer(evil, "pneumonia")),
+        html.withheld(evil),
+        html.list_pages([evil]),
+        html.broken(Page("<script>x</script>", cause="<script>x</script>")),
+        html.message("<script>x</script>"),
+    ):
+        assert "<script" not in text
+        assert "<b>" not in text
+
+
+def test_every_picture_has_a_text_and_no_address_is_another_host_s(desk):
+    text = html.answers([html.section(desk.answer(made_radiograph(), title)) for title in desk.choices])
+    assert len(re.findall(r'<img alt="[^"]+" src="data:image/jpeg;base64,', text)) == text.count("<img") > 8
+    assert "http" not in text
+    assert "Operating point: youden" in text
+    assert "inside the lungs" in text
+    assert "no diagnosis" in text
+
+
+def test_what_is_no_radiograph_gets_no_answer_unless_asked_for(desk):
+    image = Image.fromarray(np.full((64, 64), 80, np.uint8))
+    odd = Page("odd.png", image, image, concerns(image))
+    withheld, given = (server._ask(desk, [odd], "pneumonia", in_spite) for in_spite in (False, True))
+    assert "No answer is given" in withheld
+    assert "a constant image" in withheld
+    assert "Probabilities" not in withheld
+    assert "Not to be relied on" in given
+    assert "Probabilities" in given
+
+
+@pytest.mark.parametrize("pages", [None, []])
+def test_asking_without_a_radiograph(desk, pages):
+    assert "drop a file" in server._ask(desk, pages, "lungs", False)
+
+
+def test_a_checkpoint_that_cannot_be_used_is_told(tmp_path):
+    broken = Desk([Choice("lungs", "segmentation", str(tmp_path))], device="cpu")
+    assert "config.json is missing" in server._ask(broken, [made_radiograph()], "lungs", False)
+
+
+# ---- the server --------------------------------------------------------------------------------------------------
+
+
+def test_served_on_loopback_and_nothing_left(desk, tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(server, "MOST_BYTES", 2**20)
+    before = dict(os.environ)
+    with server.running(desk) as address:
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(address) as answer:
+            page = answer.read().decode()
+        assert "Research use only" in page
+        assert "fonts.googleapis" not in page
+        boundary = "b0"
+        body = (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'.encode()
+            + b"x" * (server.MOST_BYTES + 1)
+            + f"\r\n--{boundary}--\r\n".encode()
+        )
+        headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+        request = urllib.request.Request(f"{address}gradio_api/upload", body, headers)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request)
+        assert refused.value.code == 413
+        assert [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size] == []
+    assert list(tmp_path.iterdir()) == []
+    assert {name: os.environ.get(name) for name in before} == before
+    assert "GRADIO_TEMP_DIR" not in os.environ
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM")
+def test_terminated_it_leaves_nothing(cards, tmp_path):
+    pytest.importorskip("gradio")
+    command = [sys.executable, "-m", "spcxr_hf.cli", "demo", "--serve", "--port", "0", "--checkpoints", str(cards)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        assert "http://127.0.0.1:" in process.stderr.readline()
+        assert [path.name[:11] for path in tmp_path.iterdir()] == ["spcxr-demo-"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_that_is_taken_is_told(desk):
+    pytest.importorskip("gradio")
+    with server.running(desk) as address, pytest.raises(SpcxrError, match="cannot be listened on"):  # noqa: SIM117
+        with server.running(desk, port=int(address.rstrip("/").rpartition(":")[2])):
+            pass
+
+
+def test_without_gradio_the_extra_is_named(desk, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SpcxrError, match=r'pip install "spcxr-hf\[app\]"'):
+        server.build_app(desk)
+
+
+def test_the_space_is_ready_to_push():
+    assert sorted(path.name for path in SPACE.iterdir() if path.is_file()) == [
+        "README.md",
+        "app.py",
+        "requirements.txt",
+    ]
+    front = yaml.safe_load((SPACE / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert front["sdk"] == "gradio"
+    assert (SPACE / front["app_file"]).is_file()
+    assert len(front["short_description"]) <= 60
+    lines = (SPACE / "requirements.txt").read_text().split()
+    assert lines == ["spcxr-hf[app]"]
+    compile((SPACE / "app.py").read_text(), "app.py", "exec")

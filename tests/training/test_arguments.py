@@ -1,0 +1,154 @@
+"""Command lines: recipes, flags over them, refusals, and every recipe that lies in the tree."""
+
+import dataclasses
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spcxr_hf.errors import SpcxrError
+from spcxr_hf.training.arguments import parse_arguments, read_recipe, save_recipe
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "training_scripts"
+# What begins with `evidence` is a grid of many runs, which `evidence.py` reads.
+RECIPES = sorted(path for path in (SCRIPTS / "recipes").glob("*.yaml") if not path.name.startswith("evidence"))
+
+
+@dataclass
+class Arguments:
+    """Try things."""
+
+    data: str = field(metadata={"help": "what to read"})
+    steps: int = 10
+    rate: float = 0.5
+    fast: bool = False
+    start: str | None = None
+    scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_flags_alone():
+    assert parse_arguments(Arguments, ["--data", "x", "--steps", "3"]) == Arguments("x", steps=3)
+
+
+def test_a_recipe_fills_in_and_flags_win(recipe):
+    path = recipe("data: here\nsteps: 20\nrate: 1.0e-3\nfast: true\nscale: [0.1, 0.3]\nstart: null\n")
+    assert parse_arguments(Arguments, [path]) == Arguments("here", 20, 1e-3, True, None, [0.1, 0.3])
+    flags = [path, "--steps", "30", "--fast", "false", "--scale", "0.5", "0.75", "--start", "there"]
+    assert parse_arguments(Arguments, flags) == Arguments("here", 30, 1e-3, False, "there", [0.5, 0.75])
+
+
+def test_what_is_required_may_stand_in_the_recipe_and_a_list_may_end_it(recipe):
+    assert parse_arguments(Arguments, [recipe("data: here\nscale: [0.1, 0.3]\n")]) == Arguments(
+        "here", scale=[0.1, 0.3]
+    )
+
+
+def test_a_recipe_behind_the_flags_is_refused(recipe):
+    """Not passed over: its values would be missing."""
+    with pytest.raises((SystemExit, ValueError)):
+        parse_arguments(Arguments, ["--data", "x", "--steps", "3", recipe("rate: 0.25\n")])
+
+
+def test_the_process_command_line_is_the_default(recipe, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py", recipe("steps: 20\n"), "--data", "x"])
+    assert parse_arguments(Arguments) == Arguments("x", steps=20)
+
+
+def test_unknown_keys_are_refused_by_name(recipe):
+    with pytest.raises(
+        SpcxrError, match=r"recipe\.yaml: unknown key 'stepz' \(did you mean steps\?\); known keys: data, fast, "
+    ):
+        parse_arguments(Arguments, [recipe("stepz: 3\n"), "--data", "x"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stepz", "3"], "unrecognized arguments: --stepz (did you mean --steps?)\n"),
+        (["--token=hf_secret", "--stepz=3"], "unrecognized arguments: --token, --stepz (did you mean --steps?)\n"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'\n"),
+    ],
+)
+def test_wrong_flags_are_refused(flags, message, capsys):
+    """By name, the nearest one beside it; a value of an unknown flag may be a secret and is not repeated."""
+    with pytest.raises(SystemExit):
+        parse_arguments(Arguments, ["--data", "x", *flags])
+    assert capsys.readouterr().err.endswith(message)
+
+
+def test_wrong_types_in_a_recipe_are_refused_as_flags_are(recipe, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(Arguments, [recipe("data: x\nsteps: many\n")])
+    assert "--steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", "not valid YAML"), ("- 1\n- 2\n", "found list"), ("", "found NoneType")],
+)
+def test_what_is_no_recipe(recipe, text, message):
+    with pytest.raises(SpcxrError, match=rf"recipe\.yaml: .*{message}"):
+        read_recipe(Path(recipe(text)))
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(SpcxrError, match=r"missing\.yaml: cannot be read"):
+        parse_arguments(Arguments, [str(tmp_path / "missing.yaml"), "--data", "x"])
+
+
+def test_what_was_resolved_gives_itself_back(tmp_path):
+    arguments = Arguments("x", 7, 1e-7, True, None, [0.25, 0.5])
+    save_recipe(arguments, tmp_path / "resolved.yaml")
+    assert parse_arguments(Arguments, [str(tmp_path / "resolved.yaml")]) == arguments
+
+
+def script_of(recipe: Path) -> str:
+    """`finetune_segmentation_smoke.yaml` belongs to the script whose name is the longest that it begins with."""
+    scripts = [*SCRIPTS.glob("*.py"), *SCRIPTS.glob("benchmarks/*.py")]
+    names = {script.stem: ".".join(script.relative_to(SCRIPTS.parent).with_suffix("").parts) for script in scripts
+             if recipe.stem.startswith(script.stem)}  # fmt: skip
+    assert names, f"{recipe.name} begins with no script's name"
+    return names[max(names, key=len)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_fits_its_script(recipe, tmp_path):
+    arguments_class = importlib.import_module(script_of(recipe)).Arguments
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    required = [
+        one.name
+        for one in dataclasses.fields(arguments_class)
+        if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+    ]
+    flags = [word for name in required if name not in values for word in (f"--{name}", "x")]
+    arguments = parse_arguments(arguments_class, [str(recipe), *flags])
+    for name, value in values.items():
+        assert getattr(arguments, name) == value
+        assert type(getattr(arguments, name)) is type(value), f"{name}: write {value!r} as the script declares it"
+    save_recipe(arguments, tmp_path / "resolved.yaml")
+    assert parse_arguments(arguments_class, [str(tmp_path / "resolved.yaml")]) == arguments
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_says_how_to_run_it(recipe):
+    text = recipe.read_text(encoding="utf-8")
+    assert f"training_scripts/{script_of(recipe)}.py" in text
+    assert f"recipes/{recipe.name}" in text
+
+
+def test_help_is_written():
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(Arguments, ["--help"])
+    assert stop.value.code == 0
