@@ -1,122 +1,74 @@
-"""Results files: JSON that is written whole or not at all."""
+"""Files: atomic writes, JSON, PNG, hashes, and what every result carries (notice, software versions)."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import transformers
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError
 
 from spcxr_hf.errors import SpcxrError
 
+if TYPE_CHECKING:
+    from PIL import Image
 
-def write_results(path: str | os.PathLike, result: dict) -> None:
-    """Write results as JSON, whole or not at all: under another name first, which is then renamed.
-
-    NumPy arrays and tensors become lists; numbers that are not finite, which JSON does not know, become null.
-
-    Args:
-        path: The file; its folders are made, and a file of that name is replaced.
-        result: What to write.
-
-    Raises:
-        SpcxrError: a value has no form in JSON, or the file cannot be written; one that was there stays as it is.
-    """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        text = json.dumps(_plain(result), indent=2, allow_nan=False, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise SpcxrError(f"{target}: the results cannot be written as JSON ({error})") from error
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise SpcxrError(f"{target}: the results could not be written ({error})") from error
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """A results file; empty where there is none.
-
-    Raises:
-        SpcxrError: it is no JSON object; the message names it.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpcxrError(f"{path}: not a results file ({error})") from error
-    if not isinstance(results, dict):
-        raise SpcxrError(f"{path}: not a results file (found {type(results).__name__})")
-    return results
-
-
-def _plain(value: Any) -> Any:
-    """The same in the types that JSON knows."""
-    if isinstance(value, dict):
-        return {key.item() if isinstance(key, np.generic) else key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def software() -> str:
-    """The versions that a result depends on."""
-    return f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-
-
-def write_aside(file: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write beside the file's place and put it there when it is whole: another process sees all of it or nothing.
-
-    Raises:
-        SpcxrError: it cannot be written, as on a full disk; nothing is left of it.
-    """
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            write(stream)
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise SpcxrError(f"{file}: cannot be written ({error.strerror or error})") from error
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, 64 hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+RESEARCH_NOTICE = "research use only, not for clinical use"
+MAX_WORKERS = 8  # threads of a pool by default: more of them only wait for the memory of what they decode
 
 
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """A new folder to write to, which takes the place of `target` once everything in it is written.
+def os_errors(path: Path | str | None) -> Iterator[None]:
+    """Raise the system's errors as `SpcxrError` with the name of the file (None: standard output).
+
+    A closed pipe is left as it is: the reader, `head` for instance, has enough.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise SpcxrError(f"{path or 'standard output'}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
+    """A path beside `target` to write to, renamed to it at the end: other processes see the whole file or the old one.
+
+    The folders of `target` are made. After an error nothing is left of the partial file.
+
+    Raises:
+        SpcxrError: it cannot be written, as on a full disk.
+    """
+    target = Path(target)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            partial.replace(target)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A new folder to write to, which replaces `target` once everything in it is written.
 
     Raises:
         SpcxrError: the disk is full or not writable; what was at `target`, and beside it, stays as it was.
     """
+    from safetensors import SafetensorError
+
     partial, previous = (target.parent / f".{target.name}.{part}" for part in ("partial", "previous"))
     try:
         if previous.exists() and not target.exists():  # killed between the two renames below
@@ -145,43 +97,85 @@ def _exchange(target: Path, new: Path, previous: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-NOTE = "research use only, not for clinical use"
+def write_json(path: str | os.PathLike, content: dict) -> None:
+    """Write JSON, atomically.
 
+    NumPy arrays and tensors become lists; numbers that are not finite, which JSON lacks, become null.
 
-@contextmanager
-def _told(output: Path | None) -> Iterator[None]:
-    """Errors of the system as ours. A closed pipe is none: the reader, `head` for instance, has enough."""
+    Raises:
+        SpcxrError: a value has no form in JSON, or the file cannot be written; one that was there stays as it is.
+    """
     try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise SpcxrError(f"{output or 'standard output'}: {error.strerror or type(error).__name__}") from error
+        text = json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SpcxrError(f"{path}: the results cannot be written as JSON ({error})") from error
+    with atomic_file(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
-@contextmanager
-def aside(target: Path) -> Iterator[Path]:
-    """A path beside `target`, which takes its place once everything is written; on an error nothing is left of it."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file.
+
+    Raises:
+        SpcxrError: it is no JSON object; the message names the file.
+    """
+    if not path.is_file():
+        return {}
     try:
-        yield partial
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpcxrError(f"{path}: not a results file ({error})") from error
+    if not isinstance(content, dict):
+        raise SpcxrError(f"{path}: not a results file (found {type(content).__name__})")
+    return content
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------------
+def _plain(value: Any) -> Any:
+    """The same in the types of JSON."""
+    if isinstance(value, dict):
+        return {key.item() if isinstance(key, np.generic) else key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # a NumPy array or number, a tensor
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_png(picture: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all, the note on its use among its texts.
+    """Write a PNG, atomically, with the research notice among its text chunks.
 
     Raises:
         SpcxrError: it cannot be written.
     """
+    from PIL.PngImagePlugin import PngInfo
+
     note = PngInfo()
-    note.add_text("Comment", NOTE)
-    with _told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside(path) as partial:
-            picture.save(partial, format="PNG", pnginfo=note)
+    note.add_text("Comment", RESEARCH_NOTICE)
+    with atomic_file(path) as partial:
+        picture.save(partial, format="PNG", pnginfo=note)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def software_versions() -> str:
+    """The versions that a result depends on."""
+    return f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}"
+
+
+def worker_count(workers: int | None = None) -> int:
+    """The size of a pool of threads: what was asked for, else the cores this process may use, at most `MAX_WORKERS`.
+
+    Raises:
+        SpcxrError: fewer than one was asked for.
+    """
+    if workers is not None and workers < 1:
+        raise SpcxrError(f"workers must be at least 1; got {workers}")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return workers or min(usable, MAX_WORKERS)

@@ -1,7 +1,7 @@
 """Who may import whom, read from the source.
 
-`ORDER` is the rule: a folder of `spcxr_hf/` imports only what stands before it in the list, and itself. `modeling/` goes
-to the Hub alone. The package imports no script, and scripts do not import each other, except that a script of
+`ORDER` is the rule: a folder of `spcxr_hf/` imports only what stands before it in the list, and itself. `modeling/`
+goes to the Hub alone. The package imports no script, and scripts do not import each other, except that a script of
 `benchmarks/` uses `benchmarks/lib/`. What only an extra installs is imported inside the function that needs it.
 """
 
@@ -72,7 +72,7 @@ def complaint(file: str, module: str, name: str, at_import: bool, installed: set
     if top in ("tests", "common", "modeling"):
         return f"nothing outside the tests imports {top!r}"
     if top == "spcxr_hf" and parts[0] == "spcxr_hf":
-        there, here = (module.split(".") + [name])[1], parts[1]
+        there, here = [*module.split("."), name][1], parts[1]
         there = there if there in RANK else "__init__"
         return None if there == here or RANK[there] < RANK[here] else f"'{there}' does not stand before '{here}'"
     known = top in ("", "spcxr_hf") or not at_import or top in sys.stdlib_module_names or top in installed
@@ -105,8 +105,12 @@ def installed() -> set[str]:
 def test_every_import_keeps_the_rules(installed):
     files = [path for folder in ("modeling", "spcxr_hf", "training_scripts") for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 50
-    found = [complaints(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"), installed) for path in files]
-    assert sum(found, []) == []
+    found = [
+        what
+        for path in files
+        for what in complaints(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"), installed)
+    ]
+    assert found == []
 
 
 def test_every_folder_has_its_place():

@@ -60,7 +60,7 @@ from spcxr_hf.evaluation.predict import (
     predict_logits,
     select_rows,
 )
-from spcxr_hf.files import write_results, written_aside
+from spcxr_hf.files import atomic_folder, write_json
 from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
 from spcxr_hf.training.arguments import parse_arguments, read_recipe
 
@@ -336,12 +336,12 @@ def interval(draws: np.ndarray) -> list[float] | None:
 
 def save(arguments: Arguments, model: PreTrainedModel, processor: Any, result: dict) -> None:
     """Write the checkpoint and the figures."""
-    with written_aside(Path(arguments.output)) as folder:
+    with atomic_folder(Path(arguments.output)) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         if (Path(arguments.model) / RECIPE).is_file():
             shutil.copyfile(Path(arguments.model) / RECIPE, folder / RECIPE)
-        write_results(folder / "calibration.json", result)
+        write_json(folder / "calibration.json", result)
     for name, entry in result["splits"].items():
         shown = {when: {key: entry[when][key] for key in list(entry[when])[:4]} for when in ("before", "after")}
         print(json.dumps({name: shown}))

@@ -38,7 +38,7 @@ from spcxr_hf.evaluation.metrics import (
     multilabel_report,
 )
 from spcxr_hf.evaluation.predict import class_names, forward, is_multi_label, load_judged, match_classes
-from spcxr_hf.files import write_results
+from spcxr_hf.files import write_json
 from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
 from spcxr_hf.training.arguments import parse_arguments
 
@@ -284,7 +284,7 @@ def calibration(probabilities: torch.Tensor, targets: torch.Tensor, multi_label:
 def write(arguments: Arguments, result: dict) -> None:
     """Print the figures, and write them where the command line says."""
     if arguments.output:
-        write_results(arguments.output, result)
+        write_json(arguments.output, result)
     for split, entry in result["splits"].items():
         print(json.dumps({split: {name: value for name, value in entry.items() if not isinstance(value, dict)}}))
 

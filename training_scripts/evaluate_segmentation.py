@@ -25,7 +25,7 @@ from spcxr_hf import SpcxrError
 from spcxr_hf.data.table import RadiographTable, decode_masks, decode_set, open_image, open_mask
 from spcxr_hf.evaluation.bootstrap import patient_groups
 from spcxr_hf.evaluation.metrics import segmentation_report
-from spcxr_hf.files import write_results
+from spcxr_hf.files import write_json
 from spcxr_hf.models.precision import bf16_autocast
 from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
 from spcxr_hf.training.arguments import parse_arguments
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         result["splits"][split] = entry
         print(json.dumps({split: entry}), flush=True)
     if arguments.output:
-        write_results(arguments.output, result)
+        write_json(arguments.output, result)
     report_skipped(arguments.output, skipped)
     return result
 

@@ -34,7 +34,7 @@ from spcxr_hf.data.labels import names_in, parse_classes, targets_of
 from spcxr_hf.data.table import RadiographTable, decode_set
 from spcxr_hf.evaluation.metrics import check_packages
 from spcxr_hf.evaluation.shortcuts import lungs_alone
-from spcxr_hf.files import write_results, written_aside
+from spcxr_hf.files import atomic_folder, write_json
 from spcxr_hf.models.lungs import Segmenter, find_lungs, load_segmenter
 from spcxr_hf.quality.checks import SplitArguments, check_split, list_skipped, read_rows, sketch, tell_skipped
 from spcxr_hf.training.arguments import parse_arguments, save_recipe
@@ -438,7 +438,7 @@ def describe(
 
 def finish(arguments: Arguments, run: Run, pixels: Pixels, result: dict) -> None:
     """Write the best (or the last) model, with its image processor and recipe, into `output/final`, and its figures."""
-    with run.averaged() as model, written_aside(run.output / "final") as folder:
+    with run.averaged() as model, atomic_folder(run.output / "final") as folder:
         if arguments.final == "best":
             model.load_state_dict(load_file(run.output / "best" / "model.safetensors", device="cpu"))
         if arguments.lora_rank:
@@ -447,7 +447,7 @@ def finish(arguments: Arguments, run: Run, pixels: Pixels, result: dict) -> None
         type(model).save_pretrained(model, folder)  # in the library's own form, not the checkpoints'
         pixels.processor().save_pretrained(folder)
         save_recipe(arguments, folder / "recipe.yaml")
-    write_results(run.output / "results.json", result)
+    write_json(run.output / "results.json", result)
     run.report("Classification")
     print(f"saved {run.output / 'final'}")
 
@@ -473,7 +473,7 @@ def summarise(arguments: Arguments, results: list[dict]) -> None:
         for name, each in values.items()
     }
     summary["seeds"] = {str(result["seed"]): result for result in results}
-    write_results(Path(arguments.output) / "results.json", summary)
+    write_json(Path(arguments.output) / "results.json", summary)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from spcxr_hf.data.batches import MicroBatch, RadiographSet
 from spcxr_hf.data.table import RadiographTable, decode_set
 from spcxr_hf.drawing import overlay, save_grid
 from spcxr_hf.evaluation.metrics import dice
-from spcxr_hf.files import written_aside
+from spcxr_hf.files import atomic_folder
 from spcxr_hf.models.convert import change_image_size
 from spcxr_hf.quality.checks import SplitArguments, check_split, list_skipped, read_rows, sketch, tell_skipped
 from spcxr_hf.training.arguments import parse_arguments, save_recipe
@@ -193,7 +193,7 @@ def draw(validation: RadiographSet, masks: torch.Tensor, path: Path, count: int 
 def finish(arguments: Arguments, run: Run) -> None:
     """Write the best (or the last) model, with its image processor and recipe, into `output/final`."""
     size = {"height": arguments.image_size, "width": arguments.image_size}
-    with run.averaged() as last, written_aside(run.output / "final") as folder:
+    with run.averaged() as last, atomic_folder(run.output / "final") as folder:
         model = SpcxrForSemanticSegmentation.from_pretrained(run.output / "best") if arguments.final == "best" else last
         model.eval().set_attn_implementation("sdpa")
         model.save_pretrained(folder)

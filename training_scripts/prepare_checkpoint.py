@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 import spcxr_hf
 from spcxr_hf import SpcxrError, SpcxrImageProcessor
-from spcxr_hf.files import write_results
+from spcxr_hf.files import write_json
 from spcxr_hf.hub.expected_outputs import RECORD, record_outputs
 from spcxr_hf.training.arguments import parse_arguments, read_recipe
 from training_scripts.benchmarks.lib.results import read_cost
@@ -112,7 +112,7 @@ def count_cost(runs: Sequence[str], folder: Path) -> None:
     cost = read_cost(runs)
     if cost is None:
         raise SpcxrError(f"{', '.join(runs)}: one of these runs has not ended")
-    write_results(folder / "training_cost.json", cost)
+    write_json(folder / "training_cost.json", cost)
 
 
 def render_card(name: str, folder: Path) -> str:

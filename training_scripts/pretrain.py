@@ -17,7 +17,7 @@ from spcxr_hf.data.batches import MicroBatch, RadiographSet
 from spcxr_hf.data.streaming import StreamingRadiographs
 from spcxr_hf.data.table import decode_set
 from spcxr_hf.drawing import save_grid, to_grey
-from spcxr_hf.files import written_aside
+from spcxr_hf.files import atomic_folder
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
 from spcxr_hf.models.convert import change_image_size
 from spcxr_hf.quality.checks import SetArguments, for_pretraining, list_skipped, read_rows, tell_skipped
@@ -185,7 +185,7 @@ def draw(arguments: Arguments, run: Run, images: torch.Tensor) -> None:
 def finish(arguments: Arguments, run: Run) -> None:
     """Write the final model, with its image processor and recipe, into `output/final`."""
     size = {"height": arguments.image_size, "width": arguments.image_size}
-    with run.averaged() as model, written_aside(run.output / "final") as folder:
+    with run.averaged() as model, atomic_folder(run.output / "final") as folder:
         model.eval().set_attn_implementation("sdpa")
         model.save_pretrained(folder)
         SpcxrImageProcessor(size=size).save_pretrained(folder)

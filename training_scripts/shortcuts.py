@@ -59,7 +59,7 @@ from spcxr_hf.evaluation.shortcuts import (
     choose_probe,
     filled,
 )
-from spcxr_hf.files import write_results
+from spcxr_hf.files import write_json
 from spcxr_hf.models.lungs import load_segmenter
 from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
 from spcxr_hf.training.arguments import parse_arguments, read_recipe
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         result["splits"][name] = report(arguments, task, rows, {key: scores[key] for key in VARIANTS}, masks, cuts)
         print(json.dumps({name: summary(result["splits"][name])}), flush=True)
     if arguments.output:
-        write_results(arguments.output, result)
+        write_json(arguments.output, result)
     report_skipped(arguments.output, skipped)
     return result
 

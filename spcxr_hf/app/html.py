@@ -13,7 +13,7 @@ from io import BytesIO
 from PIL import Image
 
 from spcxr_hf.app.session import MOST_BYTES, MOST_FILES, Answer, Map, Page
-from spcxr_hf.files import NOTE
+from spcxr_hf.files import RESEARCH_NOTICE
 from spcxr_hf.models.lungs import LungAreas
 
 EMBEDDING_SHOWN = 8  # numbers of an embedding that are printed; all are in the file
@@ -57,7 +57,7 @@ spcxr demo --serve --index index/"""
 def heading() -> str:
     """The top of the page: the note that stays in view, and the title."""
     return (
-        f'<p class="spcxr-note" role="note">{escape(NOTE.capitalize())}. '
+        f'<p class="spcxr-note" role="note">{escape(RESEARCH_NOTICE.capitalize())}. '
         "A probability above a threshold is no diagnosis.</p>"
     )
 

@@ -34,7 +34,7 @@ from spcxr_hf.data.labels import (
 )
 from spcxr_hf.data.shards import ShardIndex, read_index
 from spcxr_hf.data.table import PICTURE_SUFFIXES, RadiographTable, pictures_below, read_parquet
-from spcxr_hf.errors import SpcxrError
+from spcxr_hf.errors import SpcxrError, one_line
 
 Missing = Literal["error", "skip"]
 
@@ -313,7 +313,7 @@ def read_manifest(
         delimiter: As for `read_rows`.
 
     Returns:
-        The rows in the schema of `data.archives.registry`; `id` is the path as the manifest writes it, if it gives none.
+        The rows in the schema of `data.archives.registry`; `id` is the path in the manifest where it gives none.
 
     Raises:
         SpcxrError: the manifest cannot be read, lacks a column, names a file twice or one that does not exist, or
@@ -555,18 +555,16 @@ def _load_dataset(name: str) -> Any:
         try:
             return datasets.load_from_disk(name)
         except Exception as error:  # many types, by what is damaged
-            raise SpcxrError(f"{name}: not a set that save_to_disk wrote ({_one_line(error)})") from error
+            raise SpcxrError(
+                f"{name}: not a set that save_to_disk wrote ({type(error).__name__}: {one_line(error)})"
+            ) from error
     try:
         return datasets.load_dataset(name)
     except Exception as error:  # no network, offline mode, no such set, no access: each its own type, by version
         raise SpcxrError(
             f"{name}: no such folder, and as a set of the Hub it cannot be loaded: not reachable (offline?), not "
-            f"there, or access must be asked for ({_one_line(error)})"
+            f"there, or access must be asked for ({type(error).__name__}: {one_line(error)})"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _dataset_part(part: Any, split: str | None, image_column: str, name: str) -> RadiographTable:

@@ -19,6 +19,7 @@ from PIL import Image
 from spcxr_hf.data.manifests import IMAGE, age_of, sex_of
 from spcxr_hf.data.table import RadiographTable, mask_pixels
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import atomic_file
 
 LUNGS = ("lungs", "left lung", "right lung")  # names of masks that make up the lungs
 SIIM_SIZE = 1024  # pixels; every image of the challenge
@@ -158,10 +159,8 @@ def convert_jsrt(folder: str | os.PathLike, output: str | os.PathLike) -> list[P
     for name in sorted(raw):
         target = Path(output) / f"{Path(name).stem}.png"
         if not target.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_suffix(f".{os.getpid()}.partial")
-            read_jsrt_image(raw[name]).save(partial, "PNG")
-            partial.replace(target)
+            with atomic_file(target) as partial:
+                read_jsrt_image(raw[name]).save(partial, "PNG")
         written.append(target)
     return written
 

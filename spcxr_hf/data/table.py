@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from spcxr_hf.errors import SpcxrError, one_line
-from spcxr_hf.files import write_aside
+from spcxr_hf.files import atomic_file, worker_count
 from spcxr_hf.images.reader import DICOM_PREFIX, read_radiograph
 
 OnError = Literal["stop", "skip"]  # what a broken file does
@@ -368,7 +368,7 @@ def _decode(
             broken[row] = str(error)
 
     # Threads, not processes: Pillow decodes and resizes outside the interpreter's lock.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(worker_count()) as pool:
         for _ in tqdm(pool.map(fill, rows), total=len(rows), desc=f"decoding {table.name}", unit="image"):
             pass
     if file is not None and kept is None:
@@ -385,10 +385,11 @@ def _read_cache(file: Path) -> tuple[np.ndarray, Sequence[int]] | None:
 
 
 def _write_cache(file: Path, pixels: np.ndarray, broken: list[int]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     if broken:  # first, so that pixels never stand there without it
-        write_aside(file.with_suffix(".broken.json"), lambda stream: stream.write(json.dumps(broken).encode()))
-    write_aside(file, lambda stream: np.save(stream, pixels))
+        with atomic_file(file.with_suffix(".broken.json")) as partial:
+            partial.write_text(json.dumps(broken), encoding="utf-8")
+    with atomic_file(file) as partial, partial.open("wb") as stream:
+        np.save(stream, pixels)
 
 
 def fingerprint(table: RadiographTable) -> str:

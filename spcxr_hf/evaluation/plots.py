@@ -22,7 +22,7 @@ from PIL import Image
 from spcxr_hf.drawing import to_grey
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.evaluation.curves import Curve, Efficiency, Reliability
-from spcxr_hf.files import NOTE
+from spcxr_hf.files import RESEARCH_NOTICE
 from spcxr_hf.transforms.group_masking import FILLS, GroupMasking, as_pixels
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 def to_png(figure: Figure) -> bytes:
     """A figure as the bytes of a PNG; the same figure gives the same bytes."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None, "Comment": NOTE})
+    figure.savefig(stream, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None, "Comment": RESEARCH_NOTICE})
     return stream.getvalue()
 
 

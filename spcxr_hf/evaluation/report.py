@@ -37,7 +37,7 @@ from spcxr_hf.evaluation.plots import (
     draw_roc,
     save_figure,
 )
-from spcxr_hf.files import software, write_results
+from spcxr_hf.files import software_versions, write_json
 
 NOTICE = "For research use only, not for clinical use."
 WORST = 12
@@ -165,8 +165,8 @@ def write_evaluation_report(
         )  # fmt: skip
     if images is not None:
         _add_worst(page, names, splits, options, images)
-    page.add_table("What was run", ("setting", "value"), [*options.settings.items(), ("software", software())])
-    write_results(page.folder / "results.json", {"title": title, "notice": NOTICE, **page.results})
+    page.add_table("What was run", ("setting", "value"), [*options.settings.items(), ("software", software_versions())])
+    write_json(page.folder / "results.json", {"title": title, "notice": NOTICE, **page.results})
     return _write_html(page, title)
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import written_aside
+from spcxr_hf.files import atomic_folder
 from spcxr_hf.hub.export import (
     NOTICE,
     Source,
@@ -138,7 +138,7 @@ def export_onnx(
     onnx = _import_onnx()
     target = Path(output)
     check_target(target, ("config.json", "preprocessor_config.json", "onnx"))
-    with written_aside(target) as partial:
+    with atomic_folder(target) as partial:
         file = partial / MODEL_FILE
         file.parent.mkdir()
         try:

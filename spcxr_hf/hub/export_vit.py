@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, ViTForImageClassification, ViTModel
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import written_aside
+from spcxr_hf.files import atomic_folder
 from spcxr_hf.hub.export import (
     Source,
     check_channels,
@@ -89,7 +89,7 @@ def export_vit(
         )
     target = Path(output)
     check_target(target, ("config.json", "preprocessor_config.json", "model.safetensors"))
-    with written_aside(target) as partial:
+    with atomic_folder(target) as partial:
         save_file(vit_state_dict(source, num_channels), partial / "model.safetensors", metadata={"format": "pt"})
         is_classifier = source.task == "classification"
         config = plain_config(

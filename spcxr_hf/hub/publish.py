@@ -34,7 +34,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
-from spcxr_hf.errors import SpcxrError
+from spcxr_hf.errors import SpcxrError, one_line
 from spcxr_hf.hub.expected_outputs import check_outputs
 from spcxr_hf.hub.folder import (
     Checkpoint,
@@ -334,12 +334,6 @@ def _reason(error: BaseException) -> str:
     said = one_line(cause.server_message or "")
     reason = REASONS.get(status, "the Hub is in trouble" if status >= 500 else "the Hub refuses")
     return f"{reason} ({status}{': ' if said else ''}{said})"
-
-
-def one_line(words: str) -> str:
-    """Words with their line breaks taken out, at most 300 characters."""
-    words = " ".join(words.split())
-    return words if len(words) <= 300 else words[:299] + "…"
 
 
 def without_token(words: str, token: str | None) -> str:

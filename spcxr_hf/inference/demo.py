@@ -21,7 +21,7 @@ from transformers import BatchFeature
 
 from spcxr_hf.drawing import overlay, to_grey
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import NOTE
+from spcxr_hf.files import RESEARCH_NOTICE
 from spcxr_hf.hub.install import install_checkpoints
 from spcxr_hf.images.dicom import quiet
 from spcxr_hf.images.reader import file_kind, read_radiograph
@@ -247,7 +247,7 @@ def draw(panels: dict[str, np.ndarray], size: tuple[int, int], output: Path) -> 
         axes.set_title(title, fontsize=10)
         axes.set_axis_off()
         axes.set_anchor("S")  # what is left over goes above, to the titles
-    figure.supxlabel(f"{NOTE.capitalize()}.", fontsize=9)
+    figure.supxlabel(f"{RESEARCH_NOTICE.capitalize()}.", fontsize=9)
     try:
         figure.savefig(output)
     except OSError as error:
@@ -272,7 +272,7 @@ def report(findings: Findings) -> str:
     rows.append(("reconstruction", f"{masked:.1%} of the pixels masked, mean absolute error {error:.3f} (grey 0..1)"))
     rows.append(("picture", f"{findings.output}"))
     rows.append(("time", f"{findings.seconds:.1f} s"))
-    return "\n".join([*(f"{name:<16}{value}" for name, value in rows), "", f"{NOTE.capitalize()}."])
+    return "\n".join([*(f"{name:<16}{value}" for name, value in rows), "", f"{RESEARCH_NOTICE.capitalize()}."])
 
 
 def _lung_rows(lungs: LungAreas) -> list[tuple[str, str]]:

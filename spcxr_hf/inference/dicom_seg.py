@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import NOTE, aside
+from spcxr_hf.files import RESEARCH_NOTICE, atomic_file
 from spcxr_hf.images.dicom import quiet
 
 INSTALL = 'pip install "spcxr-hf[seg]"'
@@ -60,12 +60,8 @@ def write_segmentation(mask: np.ndarray, source: Path, output: Path, model: str)
             segmentation = _segmentation(mask, dataset, model)
     except Exception as error:  # its text can quote the header
         raise SourceError(f"{source}: no segmentation can refer to this DICOM file ({type(error).__name__})") from None
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with aside(output) as partial:
-            segmentation.save_as(partial)
-    except OSError as error:
-        raise SpcxrError(f"{output}: {error.strerror or type(error).__name__}") from error
+    with atomic_file(output) as partial:
+        segmentation.save_as(partial)
 
 
 def _read_source(source: Path) -> Any:
@@ -122,8 +118,8 @@ def _segmentation(mask: np.ndarray, source: Any, model: str) -> Any:
         software_versions=software,
         device_serial_number="0",
         content_label="RESEARCH_USE",
-        content_description=NOTE,
-        series_description=f"Lungs, {NOTE}",
+        content_description=RESEARCH_NOTICE,
+        series_description=f"Lungs, {RESEARCH_NOTICE}",
         omit_empty_frames=False,
     )
 

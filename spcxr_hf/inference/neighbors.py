@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +22,7 @@ from tqdm.auto import tqdm
 
 from spcxr_hf.data.table import RadiographTable, open_image
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import atomic_file
 from spcxr_hf.models.encoders import Encoder
 
 FORMAT = "spcxr-neighbours-1"
@@ -115,17 +114,12 @@ class NeighbourIndex:
         Raises:
             SpcxrError: the file cannot be written.
         """
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         header = {"format": FORMAT, "ids": json.dumps(list(self.ids)), "model": self.model}
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"features": self.features.contiguous()}, partial, metadata=header)
-            partial.replace(target)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                partial.unlink()
-            raise SpcxrError(f"{target}: the index could not be written ({error})") from error
+            with atomic_file(path) as partial:
+                save_file({"features": self.features.contiguous()}, partial, metadata=header)
+        except SafetensorError as error:
+            raise SpcxrError(f"{path}: the index could not be written ({error})") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> NeighbourIndex:

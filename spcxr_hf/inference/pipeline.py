@@ -47,6 +47,7 @@ from spcxr_hf.data.table import (
     read_table,
 )
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import worker_count
 from spcxr_hf.hub.install import BUNDLED, install_checkpoints
 from spcxr_hf.images.reader import read_with_concerns
 from spcxr_hf.models.auto import register
@@ -59,7 +60,6 @@ AUTO_CLASSES: dict[str, Any] = {
 }
 NAMESPACE = "spcxr/"
 AHEAD = 2  # batches that are read while the model works on one
-MOST_WORKERS = 8
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -294,12 +294,6 @@ class Batch(NamedTuple):
     def pixel_values(self, device: torch.device) -> torch.Tensor:
         """(B, C, H, W) on the device."""
         return torch.stack([image.pixel_values for image in self.images]).to(device)
-
-
-def worker_count(workers: int | None = None) -> int:
-    """Threads that read: as stated, or one for each processor that this process may use, at most 8."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return workers or min(MOST_WORKERS, usable)
 
 
 def read_batches(

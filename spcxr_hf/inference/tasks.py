@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from spcxr_hf.drawing import font_for, to_grey, with_words
 from spcxr_hf.errors import SpcxrError, printable
-from spcxr_hf.files import NOTE, write_png
+from spcxr_hf.files import RESEARCH_NOTICE, write_png
 from spcxr_hf.images.reader import read_radiograph
 from spcxr_hf.inference.dicom_seg import SourceError, check_highdicom, write_segmentation
 from spcxr_hf.inference.explain import draw_explanation, explain, share_inside, target_matrix
@@ -46,7 +46,7 @@ TILE = 224  # about as many pixels has a side of a tile
 
 
 def _record(loaded: Loaded, image: Prepared, **found: Any) -> Record:
-    frame = {"model": loaded.name, "warnings": image.warnings, "note": NOTE}
+    frame = {"model": loaded.name, "warnings": image.warnings, "note": RESEARCH_NOTICE}
     return {"path": str(image.source.path), **found, **frame}
 
 
@@ -305,7 +305,7 @@ def draw_rows(rows: Mapping[str, Sequence[torch.Tensor]], titles: Sequence[str])
             pen.text((x * (width + GAP), top), f"{words}: {name}" if x == 1 else words, fill=0, font=font)
             grey = Image.fromarray((tile.clamp(0, 1).numpy() * 255).round().astype(np.uint8))
             canvas.paste(grey.resize((width, height), Image.Resampling.NEAREST), (x * (width + GAP), top + title))
-    return with_words(canvas, [f"{NOTE.capitalize()}."])
+    return with_words(canvas, [f"{RESEARCH_NOTICE.capitalize()}."])
 
 
 # ---- explain -----------------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def _below_map(found: Record) -> list[str]:
     if found.get("relevance_in_lungs") is not None:
         area = f"lungs: {found['lung_area']:.0%} of the image"
         said += f"; {found['relevance_in_lungs']:.0%} of it inside the lungs ({area})"
-    return [f"{said}.", "What the model used, not where a disease is.", f"{NOTE.capitalize()}."]
+    return [f"{said}.", "What the model used, not where a disease is.", f"{RESEARCH_NOTICE.capitalize()}."]
 
 
 ALL_DONE, NOTHING_DONE, SOME_FAILED, INTERRUPTED = 0, 1, 3, 130
@@ -492,7 +492,7 @@ class Job:
                     outcome.interrupted = True
                     break
         outcome.seconds = time.perf_counter() - started
-        print(f"{outcome}. {NOTE.capitalize()}.", file=sys.stderr)
+        print(f"{outcome}. {RESEARCH_NOTICE.capitalize()}.", file=sys.stderr)
         return outcome
 
     def _is_finished(self, source: Source, known: set[str]) -> bool:

@@ -16,14 +16,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 
 from spcxr_hf.errors import SpcxrError, printable
-from spcxr_hf.files import NOTE, _told, aside
+from spcxr_hf.files import RESEARCH_NOTICE, atomic_file, os_errors
 
 FORMATS = {".txt": "table", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet",
            ".safetensors": "safetensors"}  # fmt: skip
@@ -99,7 +99,7 @@ def open_writer(output: Path | None, kind: str, resume: bool = False) -> Iterato
     Raises:
         SpcxrError: the file cannot be read or written; the message names it.
     """
-    with _told(output):
+    with os_errors(output):
         writer = _writer(output, kind, resume)
         try:
             yield writer
@@ -203,7 +203,7 @@ class _Parquet:
 
     def __init__(self, output: Path, resume: bool) -> None:
         self.output, self.rows = output, list[dict[str, Any]]()
-        self.partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+        self.stack = ExitStack()
         self.file: Any = None
         self.earlier = output if resume and output.exists() else None
 
@@ -227,21 +227,17 @@ class _Parquet:
 
         earlier = _open_parquet(self.earlier) if self.earlier else None
         schema = earlier.schema_arrow if earlier else _schema(row)
-        self.file = pq.ParquetWriter(self.partial, schema)
+        partial = self.stack.enter_context(atomic_file(self.output))
+        self.file = self.stack.enter_context(pq.ParquetWriter(partial, schema))
         if earlier:
             for batch in earlier.iter_batches(ROW_GROUP):
                 self.file.write_batch(batch)
             earlier.close()
 
     def close(self) -> None:
-        try:
+        with self.stack:
             if self.rows:
                 self._write_group()
-            if self.file is not None:
-                self.file.close()
-                self.partial.replace(self.output)
-        finally:
-            self.partial.unlink(missing_ok=True)
 
 
 def _schema(row: Mapping[str, Any]) -> Any:
@@ -252,7 +248,7 @@ def _schema(row: Mapping[str, Any]) -> Any:
             return pa.list_(pa.float32() if value and not isinstance(value[0], str) else pa.string())
         return {float: pa.float64(), int: pa.int64(), bool: pa.bool_()}.get(type(value), pa.string())
 
-    return pa.schema([(name, kind(value)) for name, value in row.items()], metadata={"note": NOTE})
+    return pa.schema([(name, kind(value)) for name, value in row.items()], metadata={"note": RESEARCH_NOTICE})
 
 
 def _open_parquet(path: Path) -> Any:
@@ -294,8 +290,8 @@ class _Vectors:
         from safetensors.numpy import save_file
 
         if self.has_new:
-            metadata = {"note": NOTE, **{name: json.dumps(values) for name, values in self.columns.items()}}
-            with aside(self.output) as partial:
+            metadata = {"note": RESEARCH_NOTICE, **{name: json.dumps(values) for name, values in self.columns.items()}}
+            with atomic_file(self.output) as partial:
                 save_file({"embeddings": np.stack(self.vectors)}, partial, metadata=metadata)
 
 
@@ -321,7 +317,7 @@ class _Table(_Lines):
     def __init__(self, stream: IO[str], output: Path | None) -> None:
         super().__init__(stream, output)
         self.rows: list[dict[str, str]] = []
-        self.caption = NOTE
+        self.caption = RESEARCH_NOTICE
 
     def write(self, records: Sequence[Record]) -> None:
         for record in records:
@@ -378,7 +374,7 @@ def caption_of(record: Record) -> str:
     """What holds for all records of a table, below it: the model, the operating point, and what they are not for."""
     said = [str(record["model"])] if record.get("model") else []
     said += [f"operating point {record['operating_point']}"] if record.get("operating_point") else []
-    return "; ".join([*said, NOTE])
+    return "; ".join([*said, RESEARCH_NOTICE])
 
 
 def table_row(record: Record) -> dict[str, str]:
@@ -424,7 +420,7 @@ def finished(output: Path | None, kind: str, model: str) -> set[str]:
         raise SpcxrError(f"{output}: --resume cannot read tables; choose another format")
     readers = {"jsonl": _read_json_lines, "csv": _read_csv, "parquet": _read_parquet, "safetensors": _read_paths}
     found: set[str] = set()
-    with _told(output):
+    with os_errors(output):
         for path, its_model in readers[kind](output):
             if its_model != model:
                 raise SpcxrError(f"{output}: holds records of the model {its_model}, this run's is {model}")

@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, P
 
 from spcxr_hf.data.table import Decoded, fingerprint
 from spcxr_hf.errors import SpcxrError, one_line
-from spcxr_hf.files import write_aside
+from spcxr_hf.files import atomic_file
 from spcxr_hf.models.encoders import LOADING_ERRORS
 from spcxr_hf.models.precision import bf16_autocast
 
@@ -95,8 +95,8 @@ def find_lungs(
             return torch.from_numpy(np.unpackbits(np.load(file), count=int(np.prod(shape))).reshape(shape).astype(bool))
     lungs = segmenter.find(decoded.images, bf16=bf16)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(file, lambda stream: np.save(stream, np.packbits(lungs.numpy())))
+        with atomic_file(file) as partial, partial.open("wb") as stream:
+            np.save(stream, np.packbits(lungs.numpy()))
     return lungs
 
 

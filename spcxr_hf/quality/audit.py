@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 
 from spcxr_hf.data.table import OnError, RadiographTable, open_image
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import NOTE
+from spcxr_hf.files import RESEARCH_NOTICE, atomic_file, worker_count, write_json
 from spcxr_hf.quality.duplicates import (
     THUMBNAIL,
     Pair,
@@ -34,7 +33,6 @@ from spcxr_hf.quality.duplicates import (
     find_patient_leaks,
     known_patients,
     thumbnail,
-    worker_count,
 )
 
 TILE = 96  # pixels of a picture on a contact sheet
@@ -117,28 +115,15 @@ def audit(
     labels = [label_columns] if isinstance(label_columns, str) else list(label_columns)
     splits = _words(table.column(split_column)) if split_column else [None] * len(table)
     columns = {name: _words(table.column(name)) for name in labels}
-    folder = _make_folder(Path(output))
+    folder = Path(output)
     survey = _survey(table, worker_count(workers), on_error)
     pairs = find_duplicates(survey.thumbnails, flips=flips) if images else None
     numbers = _numbers(table, survey, pairs, splits, columns, patient_column) | {"split_column": split_column}
-    _write(folder / "audit.json", json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
-    _write(folder / "audit.html", _page(numbers, survey, pairs, table.ids, splits, columns))
+    write_json(folder / "audit.json", numbers)
+    with atomic_file(folder / "audit.html") as partial:
+        page = _page(numbers, survey, pairs, table.ids, splits, columns)
+        partial.write_text(page, encoding="utf-8", errors="replace")
     return numbers
-
-
-def _make_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SpcxrError(f"{folder}: cannot be made ({error.strerror})") from error
-    return folder
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise SpcxrError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _words(values: Iterable[Any]) -> list[str | None]:
@@ -335,7 +320,7 @@ def _page(
         "<h2>Grey values</h2>",
         _histogram_figure({_side(name, numbers["split_column"]): values for name, values in numbers["grey"].items()}),
         *_contact_sheets(survey, sides, columns),
-        f"<footer>{NOTE.capitalize()}.</footer>",
+        f"<footer>{RESEARCH_NOTICE.capitalize()}.</footer>",
     ]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     body = "\n".join(parts)

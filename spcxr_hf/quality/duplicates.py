@@ -14,7 +14,6 @@ as a kind: descriptors are whitened, so that what all of them share counts for l
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from tqdm.auto import tqdm
 
 from spcxr_hf.data.table import RadiographTable, open_image
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import worker_count
 from spcxr_hf.images.reader import to_8_bit
 
 Leaks = Literal["no", "patients", "images", "all"]  # which of them are allowed
@@ -309,17 +309,6 @@ def _image_leak(pair: Pair, ids: Sequence[str], sides: Sequence[str | None]) -> 
 def thumbnail(image: Image.Image) -> np.ndarray:
     """A grey image -> (64, 64) uint8, the whole picture whatever its shape."""
     return np.asarray(to_8_bit(image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR))
-
-
-def worker_count(workers: int | None = None) -> int:
-    """How many threads decode: as many as asked for, by default one for each processor, at most 8.
-
-    Raises:
-        SpcxrError: fewer than one.
-    """
-    if workers is not None and workers < 1:
-        raise SpcxrError(f"workers must be at least 1; got {workers}")
-    return workers or min(os.cpu_count() or 1, 8)
 
 
 def read_thumbnails(table: RadiographTable, workers: int | None = None) -> tuple[np.ndarray, dict[int, str]]:

@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedType
 from transformers import HfArgumentParser
 
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import atomic_file
 from spcxr_hf.training.checkpoints import list_checkpoints
 from spcxr_hf.training.optim import CosineSchedule
 
@@ -76,7 +77,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def save_recipe(arguments: Any, path: Path) -> None:
     """Write the resolved values of a dataclass as a recipe that gives them back."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(arguments), sort_keys=False), encoding="utf-8")
+    with atomic_file(path) as partial:
+        partial.write_text(yaml.safe_dump(dataclasses.asdict(arguments), sort_keys=False), encoding="utf-8")
 
 
 def fill_from_recipe(arguments: Any, recipe: Path, **otherwise: Any) -> None:

@@ -7,7 +7,6 @@ written under another name and renamed, so that a folder of that name is always 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -22,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import written_aside
+from spcxr_hf.files import atomic_folder, sha256
 
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -49,7 +48,7 @@ def save_checkpoint(
         SpcxrError: the disk is full or not writable; the checkpoints before it stay as they are.
     """
     target = folder / f"checkpoint-{step}"
-    with written_aside(target) as partial:
+    with atomic_folder(target) as partial:
         model.save_pretrained(partial)
         if not (partial / "model.safetensors").is_file():
             raise OSError("the model wrote no weights; is another process writing to the same folder?")
@@ -57,7 +56,7 @@ def save_checkpoint(
         if average is not None:
             save_file({name: value.cpu().contiguous() for name, value in average.items()}, partial / AVERAGE_FILE)
         (partial / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
-        sums = {file.name: _checksum(file) for file in sorted(partial.iterdir())}
+        sums = {file.name: sha256(file) for file in sorted(partial.iterdir())}
         (partial / CHECKSUM_FILE).write_text(json.dumps(sums, indent=2), encoding="utf-8")
     for old in list_checkpoints(folder)[:-keep]:
         if old != target:  # a damaged one that a run went back from has a higher number
@@ -121,7 +120,7 @@ def _read_checkpoint(checkpoint: Path) -> _Contents:
     try:
         sums = json.loads((checkpoint / CHECKSUM_FILE).read_text(encoding="utf-8"))
         for name, expected in sums.items():
-            if _checksum(checkpoint / name) != expected:
+            if sha256(checkpoint / name) != expected:
                 raise ValueError(f"{name} is not what was written")
         return _Contents(
             json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")),
@@ -131,14 +130,6 @@ def _read_checkpoint(checkpoint: Path) -> _Contents:
         )
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise SpcxrError(f"{checkpoint}: damaged checkpoint ({error})") from error
-
-
-def _checksum(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _restore(

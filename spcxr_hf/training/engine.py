@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from spcxr_hf.data.batches import MicroBatch, StepPlan
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import written_aside
+from spcxr_hf.files import atomic_folder
 from spcxr_hf.models.precision import bf16_autocast, has_fast_bf16
 from spcxr_hf.training.arguments import (
     RunArguments,
@@ -360,7 +360,7 @@ class Run:
         if value > self.state.get("best", -math.inf):
             self.state.update(best=value, best_metric=metric, best_step=self.state["step"] + 1, without_best=0)
             if self.is_main:
-                with self.averaged() as model, written_aside(self.output / "best") as folder:
+                with self.averaged() as model, atomic_folder(self.output / "best") as folder:
                     model.save_pretrained(folder)
         else:
             self.state["without_best"] += 1

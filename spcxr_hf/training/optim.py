@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from spcxr_hf.drawing import save_curves
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import atomic_file
 from spcxr_hf.modeling.configuration_spcxr import SpcxrConfig
 
 
@@ -127,12 +128,10 @@ class StepLog:
     def add(self, **row) -> None:
         """Add a row; the first one, `step` among it, names the columns."""
         self.rows.append(row)
-        partial = self.path.with_suffix(".partial")  # a run killed here leaves the log as it was
-        with partial.open("w", newline="", encoding="utf-8") as stream:
+        with atomic_file(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, fieldnames=list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
-        partial.replace(self.path)
 
     def draw(self, path: Path, curves: Mapping[str, str], y_label: str = "loss") -> None:
         """Write a PNG of columns over the steps; `curves` maps what a curve is called to its column."""

@@ -31,9 +31,9 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from spcxr_hf.errors import SpcxrError
+from spcxr_hf.errors import SpcxrError, one_line
 from spcxr_hf.hub.folder import file_names
-from spcxr_hf.hub.publish import one_line, without_token
+from spcxr_hf.hub.publish import without_token
 
 logger = logging.getLogger(__name__)
 

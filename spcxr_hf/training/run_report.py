@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import software
+from spcxr_hf.files import software_versions
 
 
 def write_report(
@@ -30,7 +30,7 @@ def write_report(
     lines = [f"# {title}", "", *_table(("figure", "value"), figures), ""]
     lines += [f"![{Path(name).stem}]({name})\n" for name in pictures if (folder / name).is_file()]
     told = {name: value for name, value in recipe.items() if not _is_place(name) and value not in (None, [])}
-    lines += ["## Recipe", "", *_table(("setting", "value"), told), "", f"Software: {software()}.", ""]
+    lines += ["## Recipe", "", *_table(("setting", "value"), told), "", f"Software: {software_versions()}.", ""]
     path = folder / "report.md"
     try:
         path.write_text("\n".join(lines), encoding="utf-8")

@@ -3,7 +3,7 @@
 import pytest
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.files import read_results
+from spcxr_hf.files import read_json
 from training_scripts.benchmarks import speed_cli
 
 SMALL = ["--size", "tiny", "--image_size", "32", "--batch_size", "8", "--rounds", "1", "--device", "cpu"]
@@ -24,7 +24,7 @@ def test_what_is_left_out_keeps_its_figures(tmp_path, capsys):
     assert set(second) == {"memory"}
     assert (memory["tenth"]["images"], memory["all"]["images"]) == (4, 40)
     assert memory["tenth"]["peak_mib"] <= memory["all"]["peak_mib"]
-    assert read_results(output) == first | second
+    assert read_json(output) == first | second
 
     page.write_text("before\n<!-- cli -->\n<!-- /cli -->\n")
     speed_cli.main(["--output", str(output), "--render", str(page)])

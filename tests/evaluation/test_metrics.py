@@ -26,7 +26,7 @@ from spcxr_hf.evaluation.metrics import (
     segmentation_report,
     sensitivity_at_specificity,
 )
-from spcxr_hf.files import write_results
+from spcxr_hf.files import write_json
 
 
 def mask(*rows: str) -> torch.Tensor:
@@ -589,8 +589,8 @@ def test_results_are_written(tmp_path):
         "count": np.int64(3),
         "nested": ({"true": True},),
     }
-    write_results(path, {"old": 1})
-    write_results(path, result)
+    write_json(path, {"old": 1})
+    write_json(path, result)
     text = path.read_text(encoding="utf-8")
     assert json.loads(text) == {
         "name": "é",
@@ -609,12 +609,12 @@ def test_results_are_written(tmp_path):
 def test_unwritable_results(tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
-    with pytest.raises(SpcxrError, match="file/results.json: the results could not be written"):
-        write_results(file / "results.json", {})
+    with pytest.raises(SpcxrError, match="file/results.json: cannot be written"):
+        write_json(file / "results.json", {})
     with pytest.raises(SpcxrError, match="file: the results cannot be written as JSON"):
-        write_results(file, {"object": object()})
+        write_json(file, {"object": object()})
     (tmp_path / "folder").mkdir()
-    with pytest.raises(SpcxrError, match="folder: the results could not be written"):
-        write_results(tmp_path / "folder", {})
+    with pytest.raises(SpcxrError, match="folder: cannot be written"):
+        write_json(tmp_path / "folder", {})
     assert file.read_text() == "x"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.files import NOTE, write_png
+from spcxr_hf.files import RESEARCH_NOTICE, write_png
 from spcxr_hf.inference import writers
 from spcxr_hf.inference.writers import check_output, choose_format, finished, open_writer
 
@@ -26,7 +26,7 @@ def record(number: int, model: str = "m") -> dict:
         "probabilities": {"normal": number / 10},
         "model": model,
         "warnings": ["odd"] if number == 1 else [],
-        "note": NOTE,
+        "note": RESEARCH_NOTICE,
     }
 
 
@@ -87,7 +87,7 @@ def test_parquet_is_written_in_row_groups(tmp_path, monkeypatch):
     write(tmp_path / "out.parquet", "parquet", range(5))
     file = pq.ParquetFile(tmp_path / "out.parquet")
     assert file.metadata.num_row_groups == 3
-    assert file.schema_arrow.metadata[b"note"] == NOTE.encode()
+    assert file.schema_arrow.metadata[b"note"] == RESEARCH_NOTICE.encode()
     rows = file.read().to_pylist()
     assert rows[1]["warnings"] == ["odd"]
     assert rows[3]["embedding"] == [3.5, 2.0]
@@ -98,7 +98,7 @@ def test_safetensors_hold_the_vectors(tmp_path):
     write(tmp_path / "out.safetensors", "safetensors", range(2))
     with safe_open(tmp_path / "out.safetensors", "numpy") as file:
         np.testing.assert_array_equal(file.get_tensor("embeddings"), np.float32([[0.5, 2], [1.5, 2]]))
-        assert file.metadata()["note"] == NOTE
+        assert file.metadata()["note"] == RESEARCH_NOTICE
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -119,7 +119,7 @@ def test_a_table_is_for_the_eye(capsys):
     printed = capsys.readouterr().out
     for words in ("[a].png", r"b\n\x1b[31m.png", "normal", "0.290", "viral", "0.710 (above 0.500)"):
         assert words in printed
-    assert f"lab/model@1; operating point youden; {NOTE}" in " ".join(printed.split())
+    assert f"lab/model@1; operating point youden; {RESEARCH_NOTICE}" in " ".join(printed.split())
     assert "\x1b" not in printed
 
 
@@ -132,7 +132,7 @@ def prediction(path: str) -> dict:
         "targets": targets,
         "model": "lab/model@1",
         "warnings": [],
-        "note": NOTE,
+        "note": RESEARCH_NOTICE,
     }
 
 
@@ -149,7 +149,7 @@ def test_no_width_of_a_terminal_hides_a_figure(monkeypatch, width):
     assert "…" not in printed
     assert printed.count("0.710") == printed.count("0.500") == 2
     assert ("viral: 0.710 (above 0.500)\n" in printed) == (width == 30)
-    assert NOTE in " ".join(printed.split())
+    assert RESEARCH_NOTICE in " ".join(printed.split())
 
 
 def test_cells_say_what_they_are():
@@ -221,5 +221,5 @@ def test_what_is_no_record_is_told(tmp_path, kind):
 
 def test_pictures_carry_the_note(tmp_path):
     write_png(Image.new("L", (3, 2)), tmp_path / "new" / "a.png")
-    assert Image.open(tmp_path / "new" / "a.png").text["Comment"] == NOTE
+    assert Image.open(tmp_path / "new" / "a.png").text["Comment"] == RESEARCH_NOTICE
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]

@@ -9,7 +9,7 @@ import torch
 
 from spcxr_hf import SpcxrConfig, SpcxrModel
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import written_aside
+from spcxr_hf.files import atomic_folder
 from spcxr_hf.training.checkpoints import list_checkpoints, load_checkpoint, resume, save_checkpoint
 from spcxr_hf.training.optim import parameter_groups
 
@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_the_earlier_ones(two_checkpoints, monkeypatch):
 @pytest.mark.parametrize("left_over", [False, True])
 def test_a_folder_that_cannot_be_put_in_place_leaves_the_one_before(tmp_path, monkeypatch, left_over):
     target, rename = tmp_path / "best", Path.rename
-    with written_aside(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "model").write_text("old")
     if left_over:  # killed between the two renames
         target.rename(tmp_path / ".best.previous")
@@ -136,12 +136,12 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_one_before(tmp_path, mo
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(SpcxrError, match="best: the model could not be written"), written_aside(target) as folder:
+    with pytest.raises(SpcxrError, match="best: the model could not be written"), atomic_folder(target) as folder:
         (folder / "model").write_text("new")
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
     assert (target / "model").read_text() == "old"
-    with written_aside(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "model").write_text("new")
     assert (target / "model").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["best"]

@@ -34,7 +34,7 @@ from typing import Any, Literal
 from xml.etree import ElementTree
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.files import read_results, write_results
+from spcxr_hf.files import read_json, write_json
 from spcxr_hf.training.arguments import parse_arguments
 from training_scripts.benchmarks.lib.timing import replace_block
 
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(Arguments, argv)
     path = Path(arguments.output)
     if arguments.render:
-        replace_block(Path(arguments.render), "compat", table_of(read_results(path)))
+        replace_block(Path(arguments.render), "compat", table_of(read_json(path)))
         return 0
     known = setups()
     if unknown := set(arguments.environments) - known.keys():
@@ -128,9 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             entries[name] = entry = run_suite(python, arguments.suite, arguments.workers)
             print("\n".join([f"{name}: {json.dumps(entry['versions'])}", f"  {in_words(entry)}", *entry["failures"]]))
     finally:  # and no sooner: a test of the suites compares the README's table with this file
-        found = {**read_results(path), **entries}
+        found = {**read_json(path), **entries}
         results = {each: found[each] for each in known if each in found}
-        write_results(path, results)
+        write_json(path, results)
     print(table_of(results))
     return int(any(entry["failed"] for entry in entries.values()))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.data.table import RadiographTable
-from spcxr_hf.files import write_results
+from spcxr_hf.files import write_json
 from spcxr_hf.quality.checks import read_rows
 from spcxr_hf.training.arguments import parse_arguments
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         value = {"true": True, "false": False}.get(split, split)
         result["splits"][split] = count(table.where(arguments.split_column, value), arguments.label_column)
     if arguments.output:
-        write_results(arguments.output, result)
+        write_json(arguments.output, result)
     print(json.dumps(result))
     return result
 

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining
-from spcxr_hf.files import read_results, write_results
+from spcxr_hf.files import read_json, write_json
 from spcxr_hf.training.arguments import parse_arguments, read_recipe
 from spcxr_hf.training.optim import new_config
 from training_scripts.benchmarks.lib.grid import Cell, EnergyMeter, Grid, fingerprint, network_fingerprint
@@ -134,30 +134,30 @@ def publish(arguments: Arguments, plan: dict[str, Any], grid: Grid, cells: list[
     """Write the results file from all finished cells."""
     if arguments.results is None:
         return
-    earlier = read_results(Path(arguments.results))
+    earlier = read_json(Path(arguments.results))
     results = collect(plan, grid, cells, arguments.resamples, earlier)
     named = name_values(arguments.runs, "runs")
     runs = {name: named.get(name, folders) for name, folders in plan["trainings"].items()}
     weights = {name: fingerprint(Path(model_folder(plan, name))) for name in runs}
     trainings = training_costs(runs, weights, earlier)
-    energy = read_results(Path(arguments.output) / "energy.json")
+    energy = read_json(Path(arguments.output) / "energy.json")
     results["cost"] = {"machine": describe_machine(arguments.device), "trainings": trainings, **results["cost"]}
     results["cost"]["energy_wh_of_cells"] = energy.get("watt_hours", "not read")
-    write_results(arguments.results, results)
+    write_json(arguments.results, results)
 
 
 def add_energy(file: Path, energy: EnergyMeter, cells: int) -> None:
     """Add what this start of the grid took to what earlier ones did; one that was not read leaves it unknown."""
-    earlier = read_results(file)
+    earlier = read_json(file)
     known = energy.watt_hours is not None and earlier.get("watt_hours", 0.0) is not None
     watt_hours = round(earlier.get("watt_hours", 0.0) + energy.watt_hours, 2) if known else None
-    write_results(file, {"watt_hours": watt_hours, "cells": earlier.get("cells", 0) + cells})
+    write_json(file, {"watt_hours": watt_hours, "cells": earlier.get("cells", 0) + cells})
 
 
 def show(arguments: Arguments) -> None:
     """Fill the blocks of a page, and draw the curves."""
     file = Path(arguments.results or "")
-    results = read_results(file)
+    results = read_json(file)
     if not results:
         raise SpcxrError(f"{file}: no such results file")
     if arguments.render:

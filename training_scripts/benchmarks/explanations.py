@@ -45,7 +45,7 @@ from spcxr_hf.evaluation.predict import (
     open_images,
     select_rows,
 )
-from spcxr_hf.files import read_results, software, write_results
+from spcxr_hf.files import read_json, software_versions, write_json
 from spcxr_hf.inference.explain import (
     METHODS,
     PerturbationCurves,
@@ -99,14 +99,14 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
     if arguments.render:
-        results = read_results(Path(arguments.output or RESULTS))
+        results = read_json(Path(arguments.output or RESULTS))
         replace_block(Path(arguments.render), "explain", tables_of(results))
         return results
     check(arguments)
     result = measure_model(arguments)
     if arguments.output:
         path = Path(arguments.output)
-        write_results(path, {**read_results(path), name_of(arguments): result})
+        write_json(path, {**read_json(path), name_of(arguments): result})
     print(json.dumps(result["against"], indent=2))
     return result
 
@@ -250,7 +250,7 @@ def describe(
         "patients": None if groups is None else len(set(groups)),
         "steps": arguments.steps,
         "random_maps": arguments.random_maps,
-        "software": software(),
+        "software": software_versions(),
         "deletion_auc": {name: mean(pair[0]) for name, pair in areas.items()},
         "insertion_auc": {name: mean(pair[1]) for name, pair in areas.items()},
         "against": {},

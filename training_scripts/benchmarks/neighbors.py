@@ -23,7 +23,7 @@ from spcxr_hf import SpcxrError
 from spcxr_hf.data.archives.registry import read_set
 from spcxr_hf.data.table import RadiographTable, open_image
 from spcxr_hf.evaluation.plots import draw_contact_sheet, grey_picture, save_figure
-from spcxr_hf.files import software, write_results
+from spcxr_hf.files import software_versions, write_json
 from spcxr_hf.inference.neighbors import NeighbourIndex, build_index
 from spcxr_hf.models.encoders import load_encoder
 from spcxr_hf.training.arguments import parse_arguments
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     labels = table.column(arguments.label_column) if arguments.label_column else None
     draw(table, index, rows, found, labels, folder / "sheet.png")
     result = describe(arguments, index, rows, found, labels)
-    write_results(folder / "results.json", result)
+    write_json(folder / "results.json", result)
     print(folder / "sheet.png")
     return result
 
@@ -162,7 +162,7 @@ def describe(
         "images": len(index),
         "split": arguments.split,
         "seed": arguments.seed,
-        "software": software(),
+        "software": software_versions(),
         "neighbours": {
             index.ids[row]: [{"id": index.ids[other], "similarity": value} for other, value in neighbours]
             for row, neighbours in zip(rows, found, strict=True)

@@ -69,7 +69,7 @@ def main() -> int:
         differences += compare_release(Path(arguments.gmml_release), images, generator)
     print_table(differences)
     if arguments.output is not None:
-        write_results(arguments, differences)
+        write_json(arguments, differences)
     # Not above, rather than below: NaN fails too.
     return int(not all(one.difference <= LIMIT for one in differences))
 
@@ -238,7 +238,7 @@ def print_table(differences: list[Difference]) -> None:
         print(f"{one.what:36}  {one.difference:10.2e}  {one.value:11.2e}{verdict}")
 
 
-def write_results(arguments: Arguments, differences: list[Difference]) -> None:
+def write_json(arguments: Arguments, differences: list[Difference]) -> None:
     result: dict[str, Any] = {"limit": LIMIT, "seed": arguments.seed, "batch_size": arguments.batch_size}
     result["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "timm")}
     if arguments.gmml_release is not None:

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining
 from spcxr_hf import SpcxrError, SpcxrImageProcessor
 from spcxr_hf.data.batches import MicroBatch, RadiographSet
 from spcxr_hf.data.table import decode_images
-from spcxr_hf.files import write_results, written_aside
+from spcxr_hf.files import atomic_folder, write_json
 from spcxr_hf.quality.checks import for_pretraining, read_rows
 from spcxr_hf.training.arguments import parse_arguments, save_recipe
 from spcxr_hf.training.engine import Run, RunArguments, learning_rate_schedule
@@ -206,7 +206,7 @@ def plan_steps(arguments: Arguments, run: Run, images: RadiographSet) -> Argumen
     run.accelerator.wait_for_everyone()  # all have looked for the plan before the first writes it
     if run.is_main:
         asked = {"max_minutes": arguments.max_minutes, "batch_size": arguments.batch_size}
-        write_results(file, {**asked, "images_per_second": round(rate, 2), "steps": planned.steps})
+        write_json(file, {**asked, "images_per_second": round(rate, 2), "steps": planned.steps})
     return planned
 
 
@@ -266,7 +266,7 @@ def draw_views(arguments: Arguments, micro_batch: MicroBatch, device: torch.devi
 def finish(arguments: Arguments, run: Run) -> None:
     """Write the final model, with its image processor and recipe, into `output/final`."""
     size = {"height": arguments.image_size, "width": arguments.image_size}
-    with run.averaged() as model, written_aside(run.output / "final") as folder:
+    with run.averaged() as model, atomic_folder(run.output / "final") as folder:
         model.eval().set_attn_implementation("sdpa")
         type(model).save_pretrained(model, folder)  # in the library's own form, not the checkpoints'
         SpcxrImageProcessor(size=size).save_pretrained(folder)

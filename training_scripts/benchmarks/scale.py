@@ -19,7 +19,7 @@ import torch
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining
 from spcxr_hf.data.table import open_image, read_table
-from spcxr_hf.files import read_results, write_results
+from spcxr_hf.files import read_json, write_json
 from spcxr_hf.training.arguments import parse_arguments
 from spcxr_hf.training.optim import new_config
 from training_scripts.benchmarks.lib.timing import NOT_MEASURED
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(Arguments, argv)
     folder = Path(arguments.results)
     if arguments.data is not None:
-        write_results(folder / "scale.json", measure(arguments.data, arguments.sample))
+        write_json(folder / "scale.json", measure(arguments.data, arguments.sample))
     Path(arguments.output).write_text(render(read_figures(folder)), encoding="utf-8")
     print(f"wrote {arguments.output}")
 
@@ -111,10 +111,10 @@ def read_figures(folder: Path) -> Figures:
     Raises:
         SpcxrError: the size of a radiograph is not there, or figures come from a smoke run.
     """
-    radiograph = read_results(folder / "scale.json")
+    radiograph = read_json(folder / "scale.json")
     if not radiograph:
         raise SpcxrError(f"{folder / 'scale.json'}: no such results file; measure with --data")
-    cpu, gpu = (read_results(folder / f"benchmark_{device}.json") for device in ("cpu", "cuda"))
+    cpu, gpu = (read_json(folder / f"benchmark_{device}.json") for device in ("cpu", "cuda"))
     if any(results.get("runs", {}).get("step", {}).get("quick") for results in (cpu, gpu)):
         raise SpcxrError(f"{folder}: the pretraining step comes from a smoke run (--quick); measure it")
     cpu_rate, gpu_rate = step_rate(cpu), step_rate(gpu)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.files import read_results, write_results
+from spcxr_hf.files import read_json, write_json
 from spcxr_hf.training.arguments import parse_arguments
 from spcxr_hf.transforms.group_masking import GroupMasking
 from training_scripts.benchmarks.lib.baselines import (
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.probe:
         PROBES[arguments.probe](arguments)
         return
-    earlier = read_results(Path(arguments.output)) if arguments.output else {}
+    earlier = read_json(Path(arguments.output)) if arguments.output else {}
     results = measure(arguments, earlier)
     print(json.dumps(results, indent=2))
 
@@ -154,7 +154,7 @@ def measure(arguments: Arguments, results: dict) -> dict:
         results = merge_results(results, measured, deep=("runs", "step", "encoder"))
         print(f"{name}: {json.dumps(measured[name])}", flush=True)
         if arguments.output:
-            write_results(Path(arguments.output), results)
+            write_json(Path(arguments.output), results)
     return results
 
 
@@ -475,7 +475,7 @@ def probe_rows(arguments: Arguments) -> None:
 
 def render(page: Path, folder: Path) -> None:
     """Rewrite the table between `<!-- performance -->` and `<!-- /performance -->` from the results files."""
-    cpu, gpu = (read_results(folder / f"benchmark_{device}.json") for device in ("cpu", "cuda"))
+    cpu, gpu = (read_json(folder / f"benchmark_{device}.json") for device in ("cpu", "cuda"))
     if not cpu:
         raise SpcxrError(f"{folder / 'benchmark_cpu.json'}: no such results file")
     replace_block(page, "performance", performance_table(cpu, gpu))

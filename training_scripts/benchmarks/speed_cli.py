@@ -31,7 +31,7 @@ from PIL import Image
 
 from spcxr_hf import SpcxrConfig, SpcxrImageProcessor, SpcxrModel
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import read_results, write_results
+from spcxr_hf.files import read_json, write_json
 from spcxr_hf.inference.pipeline import Loaded, Source, answers, choose_device
 from spcxr_hf.inference.tasks import embed
 from spcxr_hf.inference.writers import open_writer
@@ -61,7 +61,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse_arguments(Arguments, argv)
     if arguments.render:
-        results = read_results(Path(arguments.output or RESULTS))
+        results = read_json(Path(arguments.output or RESULTS))
         replace_block(Path(arguments.render), "cli", table_of(results))
         return results
     check(arguments)
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(json.dumps(results, indent=2))
     if arguments.output:
         path = Path(arguments.output)
-        write_results(path, {**read_results(path), **results})
+        write_json(path, {**read_json(path), **results})
     return results
 
 

@@ -38,7 +38,7 @@ from spcxr_hf.data.table import RadiographTable, open_image, open_mask
 from spcxr_hf.evaluation.calibration import to_probabilities
 from spcxr_hf.evaluation.metrics import dice
 from spcxr_hf.evaluation.predict import class_names, is_multi_label, match_classes, select_rows
-from spcxr_hf.files import read_results, write_results
+from spcxr_hf.files import read_json, write_json
 from spcxr_hf.hub.export import Source, load_source
 from spcxr_hf.hub.export_onnx import EXACT_SUMS, export_onnx, lacks_vnni, quantize_int8
 from spcxr_hf.training.arguments import parse_arguments, read_recipe
@@ -90,7 +90,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
     if arguments.render:
-        replace_block(Path(arguments.render), "onnx", table_of(read_results(Path(arguments.output or RESULTS))))
+        replace_block(Path(arguments.render), "onnx", table_of(read_json(Path(arguments.output or RESULTS))))
         return {}
     if arguments.model is None:
         raise SpcxrError("give --model to measure, or --render PAGE")
@@ -105,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     result = measure_model(arguments, source)
     if arguments.output:
         path = Path(arguments.output)
-        name, known = Path(arguments.model).name, read_results(path)
-        write_results(path, {**known, name: {**known.get(name, {}), **result}})
+        name, known = Path(arguments.model).name, read_json(path)
+        write_json(path, {**known, name: {**known.get(name, {}), **result}})
     print(result)
     return result
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import write_results
+from spcxr_hf.files import write_json
 
 RESULT, SETTINGS, LOG, LOCK = "result.json", "settings.json", "log.txt", "lock"
 PREDICTIONS = "predictions.parquet"
@@ -176,14 +176,14 @@ class Grid:
     def _run(self, cell: Cell, folder: Path, lock: int) -> None:
         if (folder / SETTINGS).is_file():
             self._check(cell, folder)
-        write_results(folder / SETTINGS, dict(cell.settings))
+        write_json(folder / SETTINGS, dict(cell.settings))
         started = time.perf_counter()
         self.prepare(cell, folder)
         for command in cell.commands:
             self._call(command, folder / LOG, lock)
         result = self.read(cell, folder)
         result["minutes"] = round((time.perf_counter() - started) / 60, 2)  # of this attempt
-        write_results(folder / RESULT, result)
+        write_json(folder / RESULT, result)
         if not self.keep_models:
             drop_models(folder)
         self._keep(cell)

@@ -10,7 +10,6 @@ Owen, Annals of Applied Statistics 1, 2007); the interval holds the middle 95 % 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from spcxr_hf.data.table import RadiographTable
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.evaluation.bootstrap import patient_groups
+from spcxr_hf.files import atomic_file
 from spcxr_hf.models.encoders import LOADING_ERRORS
 from spcxr_hf.models.precision import bf16_autocast
 from spcxr_hf.transforms.augment import resize
@@ -181,10 +181,8 @@ def write_predictions(path: Path, reports: Mapping[str, Predictions]) -> None:
         )
         for name, found in reports.items()
     ]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.concat_tables(tables), partial, compression="zstd")
-    partial.replace(path)
+    with atomic_file(path) as partial:
+        pq.write_table(pa.concat_tables(tables), partial, compression="zstd")
 
 
 def _as_text(values: Sequence[Any] | None) -> list[str | None] | None:
