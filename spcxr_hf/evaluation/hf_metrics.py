@@ -1,6 +1,6 @@
 """The figures of merit as metrics of the `evaluate` library, which collects predictions batch by batch.
 
-    from spcxr_hf.evaluate_metrics import Auroc
+    from spcxr_hf.evaluation.hf_metrics import Auroc
 
     metric = Auroc()
     for batch in loader:

@@ -324,8 +324,8 @@ def test_workers_outlive_a_sigterm(folder, expected):
 
 RUN_OF_ITS_OWN = """
 import multiprocessing, os, signal, sys
-from spcxr_hf.data import StepPlan
-from spcxr_hf.streaming import StreamingRadiographs
+from spcxr_hf.data.batches import StepPlan
+from spcxr_hf.data.streaming import StreamingRadiographs
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("forkserver")

@@ -98,9 +98,9 @@ def test_a_name_that_is_no_text_is_damage(tmp_path, name):
 EVERY_BIT = """
 import sys
 from pathlib import Path
-from spcxr_hf.data import read_table
+from spcxr_hf.data.table import read_table
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.shards import read_index
+from spcxr_hf.data.shards import read_index
 
 path, whole = Path(sys.argv[1]), Path(sys.argv[1]).read_bytes()
 refused, start = 0, len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
