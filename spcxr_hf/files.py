@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -23,6 +25,31 @@ if TYPE_CHECKING:
 
 RESEARCH_NOTICE = "research use only, not for clinical use"
 MAX_WORKERS = 8  # threads of a pool by default: more of them only wait for the memory of what they decode
+
+
+def check_regular_file(path: str | os.PathLike, max_bytes: int) -> int:
+    """The size in bytes of a file that can be read: reading a FIFO or a device may block or never end.
+
+    Links are followed. Read no more than this size: files of `/proc` report 0.
+
+    Raises:
+        SpcxrError: there is no such file; it is a folder, a FIFO, a device or a socket; or it has more than `max_bytes`
+            bytes, holes of a sparse file included. The message begins with the path.
+    """
+    name = os.fsdecode(path)
+    try:
+        found = Path(name).stat()
+    except OSError as error:
+        raise SpcxrError(f"{name}: {error.strerror or type(error).__name__}") from error
+    except ValueError as error:  # a null character in the path
+        raise SpcxrError(f"{name}: cannot be read: {error}") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise SpcxrError(f"{name}: {os.strerror(errno.EISDIR)}")
+    if not stat.S_ISREG(found.st_mode):
+        raise SpcxrError(f"{name}: not a regular file")
+    if found.st_size > max_bytes:
+        raise SpcxrError(f"{name}: the file is too large: {found.st_size:,} bytes; at most {max_bytes:,}")
+    return found.st_size
 
 
 @contextmanager

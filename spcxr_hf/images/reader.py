@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.images.dicom import check_pixel_count, read_dicom_and_kind
+from spcxr_hf.files import check_regular_file
+from spcxr_hf.images.dicom import MAX_PIXELS, check_pixel_count, read_dicom_and_kind
 from spcxr_hf.images.plausibility import ImplausibleWarning, StatedKind, colourfulness, concerns
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ PICTURE_FORMATS: dict[str, tuple[bytes, ...]] = {
 }
 # These may stand in the preamble of a DICOM file too (PS3.10 section 7.1), whose own prefix counts for more.
 PREAMBLE_FORMATS: dict[str, tuple[bytes, ...]] = {"TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "BMP": (b"BM",)}
+MAX_FILE_BYTES = 8 * MAX_PIXELS  # RGBA of 16 bits, not compressed
 DICOM_PREFIX = slice(128, 132)  # DICOM PS3.10 section 7.1: a preamble of 128 bytes, then "DICM"
 DICOM_SUFFIXES = (".dcm", ".dicom")  # a file without the preamble is believed by its name
 
@@ -140,18 +142,21 @@ def _read_file(source: Any) -> tuple[str, bytes]:
         name = os.fsdecode(source)
     else:
         name = source.name if isinstance(getattr(source, "name", None), str) else "the open file"
+    size = check_regular_file(name, MAX_FILE_BYTES) if is_path else MAX_FILE_BYTES + 1
     try:
         if is_path:
             with open(name, "rb") as file:
-                data = file.read()
+                data = file.read(size)
         else:
-            data = source.read()
+            data = source.read(size)
     except OSError as error:
         raise SpcxrError(f"{name}: {error.strerror or type(error).__name__}") from error
     except ValueError as error:  # a null character in the path, a file that is closed, text that does not decode
         raise SpcxrError(f"{name}: cannot be read: {error}") from error
     if not isinstance(data, (bytes, bytearray)):
         raise SpcxrError(f"{name}: the file must be open for binary reading; it gave {type(data).__name__}")
+    if len(data) > MAX_FILE_BYTES:
+        raise SpcxrError(f"{name}: the file is too large: more than {MAX_FILE_BYTES:,} bytes")
     return name, bytes(data)
 
 

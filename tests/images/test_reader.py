@@ -1,5 +1,6 @@
 """read_radiograph: a file becomes one grey image, lungs dark, or an error that names the file and the cause."""
 
+import os
 import sys
 from io import BytesIO, StringIO
 
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import check_regular_file
 from spcxr_hf.images import reader
 from spcxr_hf.images.reader import read_radiograph
 from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessor
@@ -263,10 +265,32 @@ def test_refused_paths(tmp_path):
             read_radiograph(source)
 
 
+def test_only_regular_files_of_bounded_size_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    sparse = tmp_path / "sparse.png"
+    sparse.touch()
+    os.truncate(sparse, 6 * 2**30)
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    for name, cause in (
+        ("pipe.png", "not a regular file"),
+        ("link.png", "not a regular file"),
+        ("sparse.png", "too large: 6,442,450,944 bytes"),
+    ):
+        with pytest.raises(SpcxrError, match=f"{name}: .*{cause}"):
+            read_radiograph(tmp_path / name)
+    with open("/dev/zero", "rb") as endless, pytest.raises(SpcxrError, match="/dev/zero: the file is too large"):
+        read_radiograph(endless)
+    (tmp_path / "good.png").symlink_to(tmp_path / "behind.png")
+    (tmp_path / "behind.png").write_bytes(PNG)
+    assert check_regular_file(tmp_path / "good.png", len(PNG)) == len(PNG)
+    assert np.array_equal(np.asarray(read_radiograph(tmp_path / "good.png")), GREY)
+
+
 def test_no_permission(tmp_path, monkeypatch):
     def locked(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
+    (tmp_path / "locked.png").write_bytes(PNG)
     monkeypatch.setattr("builtins.open", locked)
     with pytest.raises(SpcxrError, match=r"locked\.png: Permission denied"):
         read_radiograph(tmp_path / "locked.png")
