@@ -317,7 +317,7 @@ def fit_head(
 def embed(run: Run, model: PreTrainedModel, pixels: Pixels, images: torch.Tensor) -> torch.Tensor:
     """What the head sees of stored images (n, 1, H, W): (n, D). Every process takes its share of them."""
     model.to(run.accelerator.device).eval()
-    parts = images.split(run.plan.lane_size)
+    parts = images.split(run.plan.micro_batch_size)
     features = []
     for part in parts[run.plan.process :: run.plan.processes]:
         pixel_values = pixels.normalise(resize(part.float() / 255, pixels.size)).to(run.accelerator.device)
@@ -404,7 +404,7 @@ def column(version: str, figure: str) -> str:
 @torch.no_grad()
 def predict(arguments: Arguments, run: Run, pixels: Pixels, images: torch.Tensor) -> torch.Tensor:
     """Logits (n, classes) of stored images (n, 1, H, W); every process predicts its share of them."""
-    parts = images.split(run.plan.lane_size)
+    parts = images.split(run.plan.micro_batch_size)
     logits = []
     with run.averaged() as model:
         model.eval()

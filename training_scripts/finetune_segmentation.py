@@ -154,7 +154,7 @@ def draw_views(arguments: Arguments, micro_batch: MicroBatch) -> tuple[torch.Ten
 @torch.no_grad()
 def predict(arguments: Arguments, run: Run, images: torch.Tensor) -> torch.Tensor:
     """Lung masks (n, H, W), booleans, of stored images (n, 1, H, W); every process predicts its share of them."""
-    parts = images.split(run.plan.lane_size)
+    parts = images.split(run.plan.micro_batch_size)
     own = parts[run.plan.process :: run.plan.processes]
     with run.averaged() as model:
         model.eval()

@@ -14,9 +14,9 @@ import torch
 from spcxr_hf.errors import SpcxrError
 
 
-def step_seed(seed: int, step: int, lane: int = 0) -> int:
+def step_seed(seed: int, step: int, micro_batch: int = 0) -> int:
     """The seed of all that is random in a micro-batch: a resumed run needs no other state to go on as it would."""
-    digest = hashlib.sha256(f"{seed}/{step}/{lane}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{step}/{micro_batch}".encode()).digest()
     return int.from_bytes(digest[:7], "little")
 
 
@@ -24,8 +24,8 @@ def step_seed(seed: int, step: int, lane: int = 0) -> int:
 class StepPlan:
     """Which images make up every optimiser step, and which process works on them.
 
-    A step is a batch over all processes, cut into micro-batches ("lanes") that go through the model one by one. Lane l
-    belongs to process l mod `processes`. Views, corruption and stochastic depth are drawn lane by lane, so the same
+    A step is a batch over all processes, cut into micro-batches that go through the model one by one. Number m
+    belongs to process m mod `processes`. Views, corruption and stochastic depth are seeded per micro-batch, so the same
     plan gives the same losses on any number of processes.
 
     Attributes:
@@ -48,32 +48,29 @@ class StepPlan:
     def __post_init__(self) -> None:
         if min(self.batch_size, self.micro_batch_size) < 1:
             raise SpcxrError(f"sizes must be at least 1; got {self.batch_size} and {self.micro_batch_size}")
-        if self.batch_size % self.lane_size:
+        object.__setattr__(self, "micro_batch_size", min(self.batch_size, self.micro_batch_size))
+        if self.batch_size % self.micro_batch_size:
             raise SpcxrError(
                 f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
             )
         if self.batch_size % self.processes:
             raise SpcxrError(f"batch_size {self.batch_size} does not share out among {self.processes} processes")
-        if self.lanes % self.processes:
+        if self.micro_batches % self.processes:
             raise SpcxrError(
-                f"{self.lanes} micro-batches of {self.lane_size} images do not share out among {self.processes} "
-                f"processes; choose a micro_batch_size of {self.batch_size // self.processes} or a divisor of it"
+                f"{self.micro_batches} micro-batches of {self.micro_batch_size} images do not share out among "
+                f"{self.processes} processes; choose a micro_batch_size of {self.batch_size // self.processes} or a "
+                "divisor of it"
             )
 
     @property
-    def lane_size(self) -> int:
-        """Images per micro-batch."""
-        return min(self.batch_size, self.micro_batch_size)
-
-    @property
-    def lanes(self) -> int:
+    def micro_batches(self) -> int:
         """Micro-batches per step, over all processes."""
-        return self.batch_size // self.lane_size
+        return self.batch_size // self.micro_batch_size
 
     @property
-    def own_lanes(self) -> range:
-        """The lanes of this process."""
-        return range(self.process, self.lanes, self.processes)
+    def own_micro_batches(self) -> range:
+        """The numbers of this process's micro-batches."""
+        return range(self.process, self.micro_batches, self.processes)
 
 
 class MicroBatch(NamedTuple):
@@ -109,8 +106,11 @@ class RadiographSet:
         """This process's micro-batches of every step from `first_step` up to `last_step` (excluded)."""
         order = batches(len(self), plan.batch_size, plan.seed, first_step, last_step)
         for step, rows in enumerate(order, first_step):
-            lanes = rows.split(plan.lane_size)
-            yield [self._micro_batch(lanes[lane], step_seed(plan.seed, step, lane)) for lane in plan.own_lanes]
+            parts = rows.split(plan.micro_batch_size)
+            yield [
+                self._micro_batch(parts[number], step_seed(plan.seed, step, number))
+                for number in plan.own_micro_batches
+            ]
 
     def _micro_batch(self, rows: torch.Tensor, seed: int) -> MicroBatch:
         on_device = rows.to(self.images.device)
@@ -204,5 +204,8 @@ class BalancedSet(RadiographSet):
 
         for step in range(first_step, last_step):
             rows = torch.tensor([row(step * plan.batch_size + slot) for slot in range(plan.batch_size)])
-            lanes = rows.split(plan.lane_size)
-            yield [self._micro_batch(lanes[lane], step_seed(plan.seed, step, lane)) for lane in plan.own_lanes]
+            parts = rows.split(plan.micro_batch_size)
+            yield [
+                self._micro_batch(parts[number], step_seed(plan.seed, step, number))
+                for number in plan.own_micro_batches
+            ]

@@ -1,14 +1,14 @@
 """Sets larger than memory: micro-batches straight from Parquet or WebDataset shards, shuffled, shared out, resumable.
 
-read_index -> ShardIndex    what lies where: one small record per unit (row group, or run of tar members), no images
-deal_lanes -> Lane          every row belongs to one lane; `start_at` gives a lane's endless order from any sample on
-StreamingRadiographs        -> StreamedBatch, decoded, in worker processes or in this one; and `steps`, for a Run
+read_index -> ShardIndex          one small record per unit (row group, or run of tar members), no images
+deal_streams -> MicroBatchStream  every row belongs to one stream; `start_at` gives its endless order from any sample on
+StreamingRadiographs              -> StreamedBatch, decoded, in worker processes or in this one; and `steps`, for a Run
 
-An optimiser step has one micro-batch from each lane, and process p of P works on the lanes l with l % P == p
-(`data.batches.StepPlan`). What a lane holds and its order follow from the seed alone, so a step sees the same images
+An optimiser step has one micro-batch from each stream, and process p of P works on the streams s with s % P == p
+(`data.batches.StepPlan`). What a stream holds and its order follow from the seed alone, so a step sees the same images
 whatever the number of processes and workers, and a run is resumed by the number of the steps done.
 
-Memory: a lane holds the encoded bytes of at most `window` units, and of them only the rows that it has not given out
+Memory: a stream holds the encoded bytes of at most `window` units, and of them only the rows that it has not given out
 yet (`StreamingRadiographs.most_bytes_held`), whatever the size of the set. The index takes 44 bytes per unit. Row
 groups of 100 to 1000 images are what `datasets` writes; a tar is cut into units of at most 256 samples or 64 MiB.
 
@@ -55,28 +55,28 @@ LEAST_SEEN = 1000  # images after which a share of broken ones is believed
 
 
 class Position(NamedTuple):
-    """A place in a lane's order."""
+    """A place in a stream's order."""
 
-    epoch: int  # how often the lane has been through its rows
+    epoch: int  # how often the stream has been through its rows
     block: int  # the window within the epoch
     unit: int
     row: int  # number of the kept row within the unit
 
 
 @dataclass(frozen=True, eq=False)
-class Lane:
-    """A fixed share of the rows, and an endless order of them: each row once per epoch of the lane.
+class MicroBatchStream:
+    """A fixed share of the rows, and an endless order of them: each row once per epoch of the stream.
 
-    In every epoch the lane's units are shuffled and cut into blocks of at most `window`, and the rows of a block are
+    In every epoch the stream's units are shuffled and cut into blocks of at most `window`, and the rows of a block are
     shuffled together.
 
     Attributes:
-        number: Which lane this is.
-        seed: The order follows from it, the lane's number and the epoch.
+        number: Which stream this is.
+        seed: The order follows from it, the stream's number and the epoch.
         window: The most units in a block.
         units: (n,) numbers of units in the index.
-        starts: (n,) the lane's first row in each of them.
-        stops: (n,) the row after the lane's last.
+        starts: (n,) the stream's first row in each of them.
+        stops: (n,) the row after the stream's last.
     """
 
     number: int
@@ -87,7 +87,7 @@ class Lane:
     stops: np.ndarray
 
     def __len__(self) -> int:
-        """The rows of the lane."""
+        """The rows of the stream."""
         return int((self.stops - self.starts).sum())
 
     def start_at(self, samples: int) -> Iterator[Position]:
@@ -102,7 +102,7 @@ class Lane:
             epoch += 1
 
     def _blocks(self, epoch: int) -> list[np.ndarray]:
-        """The shuffled pieces of the lane in blocks of near-equal length: a short last block would hardly shuffle."""
+        """The shuffled pieces of the stream in blocks of near-equal length: a short last block would hardly shuffle."""
         order = _permutation(len(self.units), self.seed, UNIT_ORDER, self.number, epoch)
         return np.array_split(order, math.ceil(len(order) / self.window))
 
@@ -117,30 +117,32 @@ class Lane:
             yield Position(epoch, block, unit, row)
 
 
-def deal_lanes(index: ShardIndex, lanes: int, micro_batch_size: int, seed: int, window: int) -> list[Lane]:
-    """Deal the rows to lanes of equal length, to within one row: the shuffled units in a line, cut into `lanes`.
+def deal_streams(
+    index: ShardIndex, streams: int, micro_batch_size: int, seed: int, window: int
+) -> list[MicroBatchStream]:
+    """Deal the rows to streams of equal length, to within one row: the shuffled units in a line, cut into `streams`.
 
-    A unit that a cut goes through is read by both its lanes, each keeping its own rows.
+    A unit that a cut goes through is read by both its streams, each keeping its own rows.
 
     Raises:
         SpcxrError: there are fewer rows than one step takes.
     """
     rows = len(index)
-    if rows < lanes * micro_batch_size:
+    if rows < streams * micro_batch_size:
         raise SpcxrError(
-            f"{index.name}: {rows} rows are fewer than the {lanes * micro_batch_size} of one step "
-            f"({lanes} micro-batches of {micro_batch_size})"
+            f"{index.name}: {rows} rows are fewer than the {streams * micro_batch_size} of one step "
+            f"({streams} micro-batches of {micro_batch_size})"
         )
     order = _permutation(len(index.units), seed, DEALING)
     sizes = index.units["rows"][order]
     ends = np.cumsum(sizes)
     dealt = []
-    for lane in range(lanes):
-        first, last = rows * lane // lanes, rows * (lane + 1) // lanes
+    for stream in range(streams):
+        first, last = rows * stream // streams, rows * (stream + 1) // streams
         share = slice(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last, side="left") + 1)
         begins = ends[share] - sizes[share]
         starts, stops = np.maximum(first - begins, 0), np.minimum(last - begins, sizes[share])
-        dealt.append(Lane(lane, seed, window, order[share], starts, stops))
+        dealt.append(MicroBatchStream(stream, seed, window, order[share], starts, stops))
     return dealt
 
 
@@ -155,11 +157,11 @@ def _permutation(count: int, seed: int, *numbers: int) -> np.ndarray:
 
 
 class StreamedBatch(NamedTuple):
-    """What one process works on at a time: a lane's part of a step.
+    """What one process works on at a time: a stream's part of a step.
 
     Attributes:
         step: Number of the optimiser step, from 0.
-        lane: Number of the lane, from 0.
+        stream: Number of the stream, from 0.
         images: (micro_batch_size, 1, stored_size, stored_size) uint8; fewer where some were skipped.
         ids: The column `id`, or shard and row number; the key in a tar.
         columns: The columns asked for, a list of one value per image each; None where a row has none.
@@ -167,7 +169,7 @@ class StreamedBatch(NamedTuple):
     """
 
     step: int
-    lane: int
+    stream: int
     images: torch.Tensor
     ids: list[str]
     columns: dict[str, list]
@@ -202,11 +204,11 @@ class StreamingRadiographs:
     on the number of processes or workers, and a run that goes on at step n gets what it would have got unbroken.
 
     With `on_error="skip"` a broken image is left out and named in `StreamedBatch.skipped`, and `skipped` here: the
-    micro-batch is smaller, its lane goes on by as many rows as ever (or the position would not follow from the step).
+    micro-batch is smaller, its stream goes on by as many rows as ever (or the position would not follow from the step).
     Where more than half are broken, of the first 1,000 images or of all there are, it ends in any case.
 
-    Workers take the micro-batches in turn. Where their number does not divide the process's lanes, several workers read
-    the same units (each decodes its own images only): choose a divisor where reading is slow or memory scarce.
+    Workers take the micro-batches in turn. Where their number does not divide the process's streams, several workers
+    read the same units (each decodes its own images only): choose a divisor where reading is slow or memory scarce.
 
     Args:
         source: What `read_index` takes, or its result.
@@ -214,7 +216,7 @@ class StreamingRadiographs:
         where: Only rows in which this column is true; or that hold this value, as (column, value).
         workers: Processes that read and decode; 0 does it in this one.
         columns: Columns to pass along.
-        window: Units that are shuffled together, and held in memory per lane.
+        window: Units that are shuffled together, and held in memory per stream.
         on_error: "stop" raises on a broken image, "skip" leaves it out.
 
     Attributes:
@@ -253,13 +255,13 @@ class StreamingRadiographs:
         """The rows of the set."""
         return len(self.index)
 
-    def lanes(self, plan: StepPlan) -> list[Lane]:
-        """This process's lanes.
+    def streams(self, plan: StepPlan) -> list[MicroBatchStream]:
+        """This process's streams.
 
         Raises:
             SpcxrError: there are fewer rows than one step takes.
         """
-        return deal_lanes(self.index, plan.lanes, plan.lane_size, plan.seed, self.window)[
+        return deal_streams(self.index, plan.micro_batches, plan.micro_batch_size, plan.seed, self.window)[
             plan.process :: plan.processes
         ]
 
@@ -268,15 +270,15 @@ class StreamingRadiographs:
 
         Beside them there are micro-batches on their way: two decoded ones per worker, and the one in the making.
         """
-        lanes = self.lanes(plan)
-        per_lane = (np.sort(self.index.units["bytes"][lane.units])[-lane.window :].sum() for lane in lanes)
-        readers_per_lane = self.workers // math.gcd(self.workers, len(lanes)) if self.workers else 1
-        return int(sum(per_lane)) * readers_per_lane
+        streams = self.streams(plan)
+        per_stream = (np.sort(self.index.units["bytes"][stream.units])[-stream.window :].sum() for stream in streams)
+        readers_per_stream = self.workers // math.gcd(self.workers, len(streams)) if self.workers else 1
+        return int(sum(per_stream)) * readers_per_stream
 
     def micro_batches(
         self, plan: StepPlan, first_step: int = 0, last_step: int | None = None
     ) -> Iterator[StreamedBatch]:
-        """This process's micro-batches, step by step and lane by lane, up to `last_step` (excluded) or without end.
+        """This process's micro-batches, step by step and stream by stream, up to `last_step` (excluded) or without end.
 
         Raises:
             SpcxrError: there are too few rows; an image or a shard cannot be read, or (with "skip") none of a
@@ -284,10 +286,10 @@ class StreamingRadiographs:
         """
         _check_least(0, first_step=first_step)
         steps = range(first_step, sys.maxsize if last_step is None else last_step)
-        lanes = self.lanes(plan)
-        seen, lost, enough = 0, 0, min(LEAST_SEEN, sum(map(len, lanes)))
+        streams = self.streams(plan)
+        seen, lost, enough = 0, 0, min(LEAST_SEEN, sum(map(len, streams)))
         loader = DataLoader(
-            _MicroBatches(self.index, lanes, steps, plan.lane_size, self),
+            _MicroBatches(self.index, streams, steps, plan.micro_batch_size, self),
             batch_size=None,
             num_workers=self.workers,
             collate_fn=_as_it_is,
@@ -318,9 +320,9 @@ class StreamingRadiographs:
             SpcxrError: as `micro_batches`; or a column holds something else than numbers.
         """
         stream = self.micro_batches(plan, first_step, last_step)
-        while made := list(itertools.islice(stream, len(plan.own_lanes))):
+        while made := list(itertools.islice(stream, len(plan.own_micro_batches))):
             yield [
-                MicroBatch(one.images, one.ids, _as_tensors(one), step_seed(plan.seed, one.step, one.lane))
+                MicroBatch(one.images, one.ids, _as_tensors(one), step_seed(plan.seed, one.step, one.stream))
                 for one in made
             ]
 
@@ -382,28 +384,33 @@ class _MicroBatches(IterableDataset):
     """
 
     def __init__(
-        self, index: ShardIndex, lanes: Sequence[Lane], steps: range, micro_batch_size: int, how: StreamingRadiographs
+        self,
+        index: ShardIndex,
+        streams: Sequence[MicroBatchStream],
+        steps: range,
+        micro_batch_size: int,
+        how: StreamingRadiographs,
     ):
-        self.index, self.lanes, self.steps, self.micro_batch_size = index, lanes, steps, micro_batch_size
+        self.index, self.streams, self.steps, self.micro_batch_size = index, streams, steps, micro_batch_size
         self.stored_size, self.columns, self.skip_broken = how.stored_size, how.columns, how.on_error == "skip"
 
     def __iter__(self) -> Iterator[StreamedBatch | SpcxrError]:
         worker = get_worker_info()
         first, every = (worker.id, worker.num_workers) if worker else (0, 1)
-        readers: dict[int, _LaneReader] = {}
-        turns = ((step, lane) for step in self.steps for lane in self.lanes)
-        for step, lane in itertools.islice(turns, first, None, every):
+        readers: dict[int, _StreamReader] = {}
+        turns = ((step, stream) for step in self.steps for stream in self.streams)
+        for step, stream in itertools.islice(turns, first, None, every):
             start = step * self.micro_batch_size
-            if lane.number not in readers:
-                readers[lane.number] = _LaneReader(self.index, lane, self.columns, start)
+            if stream.number not in readers:
+                readers[stream.number] = _StreamReader(self.index, stream, self.columns, start)
             try:
-                made = self._make(step, lane.number, readers[lane.number].take(start, self.micro_batch_size))
+                made = self._make(step, stream.number, readers[stream.number].take(start, self.micro_batch_size))
             except SpcxrError as error:
                 yield SpcxrError(str(error))  # without the cause, which may not travel between processes
                 return
             yield made
 
-    def _make(self, step: int, lane: int, rows: list[Row]) -> StreamedBatch:
+    def _make(self, step: int, stream: int, rows: list[Row]) -> StreamedBatch:
         images, good, skipped = [], [], {}
         for row in rows:
             try:
@@ -415,20 +422,21 @@ class _MicroBatches(IterableDataset):
                 skipped[row.id] = str(error)
         if not good:
             raise SpcxrError(
-                f"step {step}, lane {lane}: none of {len(rows)} images can be read; the last: {skipped[rows[-1].id]}"
+                f"step {step}, stream {stream}: none of {len(rows)} images can be read; "
+                f"the last: {skipped[rows[-1].id]}"
             )
         columns = {column: [row.columns[column] for row in good] for column in self.columns}
         pixels = torch.from_numpy(np.stack(images)[:, None])
-        return StreamedBatch(step, lane, pixels, [row.id for row in good], columns, skipped)
+        return StreamedBatch(step, stream, pixels, [row.id for row in good], columns, skipped)
 
 
-class _LaneReader:
-    """Goes along a lane's order and holds the encoded rows of one block that are still to come."""
+class _StreamReader:
+    """Goes along a stream's order and holds the encoded rows of one block that are still to come."""
 
-    def __init__(self, index: ShardIndex, lane: Lane, columns: Sequence[str], first: int):
+    def __init__(self, index: ShardIndex, stream: MicroBatchStream, columns: Sequence[str], first: int):
         self._index, self._columns, self._position = index, columns, first
-        self._order = lane.start_at(first)
-        shares = zip(lane.units.tolist(), lane.starts.tolist(), lane.stops.tolist(), strict=True)
+        self._order = stream.start_at(first)
+        shares = zip(stream.units.tolist(), stream.starts.tolist(), stream.stops.tolist(), strict=True)
         self._shares = {unit: (start, stop) for unit, start, stop in shares}
         self._block: tuple[int, int] | None = None
         self._held: dict[int, dict[int, Row]] = {}

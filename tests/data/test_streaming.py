@@ -25,7 +25,7 @@ from PIL import Image
 from spcxr_hf.data import shards
 from spcxr_hf.data.batches import StepPlan, step_seed
 from spcxr_hf.data.shards import ShardIndex, read_index
-from spcxr_hf.data.streaming import Lane, StreamingRadiographs, deal_lanes
+from spcxr_hf.data.streaming import MicroBatchStream, StreamingRadiographs, deal_streams
 from spcxr_hf.data.table import RadiographTable, decode_images, read_table
 from spcxr_hf.errors import SpcxrError
 from tests.made_up import STRUCT, encoded, picture
@@ -33,7 +33,7 @@ from tests.made_up import STRUCT, encoded, picture
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 
 SIZE = 16
-PLAN = StepPlan(batch_size=8, micro_batch_size=2, seed=3)  # 4 lanes
+PLAN = StepPlan(batch_size=8, micro_batch_size=2, seed=3)  # 4 streams
 GROUPS = (5, 3, 7, 4), (6, 1, 8), (3, 9)  # rows of each row group of each shard
 TOTAL = 46
 
@@ -220,40 +220,42 @@ def test_large_samples_close_a_unit(tmp_path, monkeypatch):
 # Who reads what
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 5, 9, 23])
+@pytest.mark.parametrize("streams", [1, 2, 5, 9, 23])
 @pytest.mark.parametrize("where", [None, ("pretrain", True)])
-def test_every_row_belongs_to_one_lane(folder, lanes, where):
+def test_every_row_belongs_to_one_stream(folder, streams, where):
     index = read_index(folder, where)
-    dealt = deal_lanes(index, lanes, 1, seed=5, window=3)
+    dealt = deal_streams(index, streams, 1, seed=5, window=3)
     owners = Counter(
         (unit, row)
-        for lane in dealt
-        for unit, start, stop in zip(lane.units, lane.starts, lane.stops, strict=True)
+        for stream in dealt
+        for unit, start, stop in zip(stream.units, stream.starts, stream.stops, strict=True)
         for row in range(start, stop)
     )
     assert owners == Counter((unit, row) for unit, rows in enumerate(index.units["rows"]) for row in range(rows))
-    sizes = [len(lane) for lane in dealt]
+    sizes = [len(stream) for stream in dealt]
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_the_seed_deals_and_shuffles(folder):
     index = read_index(folder)
-    shares = [deal_lanes(index, 3, 1, seed, 3)[0].units.tolist() for seed in range(8)]
+    shares = [deal_streams(index, 3, 1, seed, 3)[0].units.tolist() for seed in range(8)]
     assert len({tuple(share) for share in shares}) > 1
-    assert shares == [deal_lanes(index, 3, 1, seed, 3)[0].units.tolist() for seed in range(8)]
+    assert shares == [deal_streams(index, 3, 1, seed, 3)[0].units.tolist() for seed in range(8)]
     assert not all_same(take(StreamingRadiographs(folder, SIZE)), take(StreamingRadiographs(folder, SIZE, window=2)))
 
 
-LANE = Lane(1, 7, 3, np.array([9, 4, 2, 6, 0, 5, 8]), np.array([0, 2, 0, 1, 0, 0, 3]), np.array([5, 4, 1, 4, 6, 2, 7]))
+STREAM = MicroBatchStream(
+    1, 7, 3, np.array([9, 4, 2, 6, 0, 5, 8]), np.array([0, 2, 0, 1, 0, 0, 3]), np.array([5, 4, 1, 4, 6, 2, 7])
+)
 
 
-def test_each_epoch_of_a_lane_has_each_row_once():
+def test_each_epoch_of_a_stream_has_each_row_once():
     size = 5 + 2 + 1 + 3 + 6 + 2 + 4
-    assert len(LANE) == size
-    order = list(itertools.islice(LANE.start_at(0), 3 * size))
+    assert len(STREAM) == size
+    order = list(itertools.islice(STREAM.start_at(0), 3 * size))
     epochs = [order[epoch * size : (epoch + 1) * size] for epoch in range(3)]
     expected = {
-        (unit, row) for unit, a, b in zip(LANE.units, LANE.starts, LANE.stops, strict=True) for row in range(a, b)
+        (unit, row) for unit, a, b in zip(STREAM.units, STREAM.starts, STREAM.stops, strict=True) for row in range(a, b)
     }
     for number, epoch in enumerate(epochs):
         assert {position.epoch for position in epoch} == {number}
@@ -262,7 +264,7 @@ def test_each_epoch_of_a_lane_has_each_row_once():
 
 
 def test_a_block_has_no_more_units_than_the_window_and_mixes_them():
-    order = list(itertools.islice(LANE.start_at(0), len(LANE)))
+    order = list(itertools.islice(STREAM.start_at(0), len(STREAM)))
     blocks = [[p.unit for p in order if p.block == block] for block in range(3)]
     assert [len(set(units)) for units in blocks] == [3, 2, 2]  # 7 units by at most 3: none is left alone
     assert [position.block for position in order] == sorted(position.block for position in order)
@@ -270,14 +272,14 @@ def test_a_block_has_no_more_units_than_the_window_and_mixes_them():
 
 
 @pytest.mark.parametrize("samples", [0, 1, 4, 22, 23, 24, 40, 45, 46, 1000])
-def test_a_lane_starts_anywhere(samples):
-    expected = list(itertools.islice(LANE.start_at(0), samples, samples + 60))
-    assert list(itertools.islice(LANE.start_at(samples), 60)) == expected
+def test_a_stream_starts_anywhere(samples):
+    expected = list(itertools.islice(STREAM.start_at(0), samples, samples + 60))
+    assert list(itertools.islice(STREAM.start_at(samples), 60)) == expected
 
 
 def test_starting_far_on_is_counted_not_walked():
-    position = next(LANE.start_at(10**15))
-    assert position.epoch == 10**15 // len(LANE)
+    position = next(STREAM.start_at(10**15))
+    assert position.epoch == 10**15 // len(STREAM)
 
 
 # The same, whoever does it
@@ -285,13 +287,13 @@ def test_starting_far_on_is_counted_not_walked():
 
 @pytest.fixture
 def expected(folder):
-    return take(StreamingRadiographs(folder, SIZE, columns=["number"]), steps=14)  # lanes of 11 or 12: two epochs
+    return take(StreamingRadiographs(folder, SIZE, columns=["number"]), steps=14)  # streams of 11 or 12: two epochs
 
 
-def test_steps_and_lanes_in_order(expected):
-    assert [(batch.step, batch.lane) for batch in expected] == list(itertools.product(range(14), range(4)))
-    for lane in range(4):
-        ids = [name for batch in expected for name in batch.ids if batch.lane == lane]
+def test_steps_and_streams_in_order(expected):
+    assert [(batch.step, batch.stream) for batch in expected] == list(itertools.product(range(14), range(4)))
+    for stream in range(4):
+        ids = [name for batch in expected for name in batch.ids if batch.stream == stream]
         assert len(ids) == 28
         size = len(set(ids))
         assert size in (11, 12)
@@ -366,7 +368,7 @@ def test_any_number_of_processes(folder, expected, processes, workers):
     for process in range(processes):
         plan = StepPlan(8, 2, 3, process, processes)
         made = take(StreamingRadiographs(folder, SIZE, workers=workers, columns=["number"]), plan, steps=14)
-        assert all_same(made, [batch for batch in expected if batch.lane % processes == process])
+        assert all_same(made, [batch for batch in expected if batch.stream % processes == process])
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -389,10 +391,10 @@ def test_steps_for_a_run(folder):
     plan = StepPlan(8, 2, 3, 1, 2)
     steps = list(stream.steps(plan, 2, 5))
     assert [len(step) for step in steps] == [2, 2, 2]
-    flat = [(step, lane) for step in range(2, 5) for lane in (1, 3)]
+    flat = [(step, stream) for step in range(2, 5) for stream in (1, 3)]
     batches = take(stream, plan, 2, 3)
-    for (step, lane), made, batch in zip(flat, itertools.chain(*steps), batches, strict=True):
-        assert (made.ids, made.seed) == (batch.ids, step_seed(3, step, lane))
+    for (step, stream), made, batch in zip(flat, itertools.chain(*steps), batches, strict=True):
+        assert (made.ids, made.seed) == (batch.ids, step_seed(3, step, stream))
         assert torch.equal(made.images, batch.images)
         assert made.columns["number"].tolist() == batch.columns["number"]
     with pytest.raises(SpcxrError, match="column 'view': not a number in every row"):
@@ -461,7 +463,9 @@ def test_skip_stops_where_more_than_half_is_broken(tmp_path, broken, stops):
 
 def test_skip_stops_where_nothing_is_left(tmp_path):
     stream = StreamingRadiographs(write_broken(tmp_path, "parquet", set(range(12))), SIZE, on_error="skip")
-    with pytest.raises(SpcxrError, match=r"step 0, lane 0: none of 2 images can be read; the last: .*a\.parquet: row "):
+    with pytest.raises(
+        SpcxrError, match=r"step 0, stream 0: none of 2 images can be read; the last: .*a\.parquet: row "
+    ):
         take(stream, StepPlan(4, 2))
 
 

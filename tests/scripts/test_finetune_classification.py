@@ -48,7 +48,7 @@ SPLITS = ["train"] * 13 + ["val"] * 6 + ["test"] * 8
 COLUMNS = ["--label_column", "pneumonia_label", "--split_column", "pneumonia_split"]
 BRIEF = ["--image_size", "32", "--stored_size", "40", "--steps", "4", "--batch_size", "6", "--save_every", "2"]
 BRIEF += ["--warmup_steps", "1", "--micro_batch_size", "3", "--log_every", "1"]
-# What a resumed run has most to get right: lanes, averaged weights, mixed images, classes that take turns.
+# What a resumed run has most to get right: micro-batches, averaged weights, mixed images, classes that take turns.
 HARD = ["--ema_decay", "0.9", "--mixup", "0.4", "--cutmix", "1", "--sampling", "balanced", "--label_smoothing", "0.1"]
 
 
@@ -464,7 +464,9 @@ def test_balanced_sampling(processes):
     targets = torch.eye(3)[torch.tensor([0] * 10 + [1] * 4 + [2] * 2)]
     images = BalancedSet(torch.zeros(16, 1, 2, 2), [str(row) for row in range(16)], {"targets": targets})
     shares = [list(images.steps(StepPlan(8, 4, 7, process, processes), 0, 12)) for process in range(processes)]
-    steps = [[name for lane in lanes for share in lane for name in share.ids] for lanes in zip(*shares, strict=True)]
+    steps = [
+        [name for processes in step for share in processes for name in share.ids] for step in zip(*shares, strict=True)
+    ]
     drawn = np.array([[int(name) for name in step] for step in steps])
     counts = np.array([np.bincount(targets[row].argmax(dim=1), minlength=3) for row in drawn])
     assert counts.max() == 3
@@ -474,7 +476,7 @@ def test_balanced_sampling(processes):
     assert each.tolist()[10:] == [8] * 4 + [16] * 2  # no image comes again before all have come
     assert set(each[:10]) == {3, 4}
     later = list(images.steps(StepPlan(8, 4, 7, 0, processes), 5, 12))  # a resumed run
-    assert [lane.ids for step in later for lane in step] == [lane.ids for step in shares[0][5:] for lane in step]
+    assert [part.ids for step in later for part in step] == [part.ids for step in shares[0][5:] for part in step]
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------
