@@ -271,8 +271,8 @@ def reconstruct(
     job = _picture_job(images, pictures, output, format_, resume, overwrite, batch_size, workers)
     loaded = _load("reconstruction", model, device)
     other = None if second is None else read_second(loaded, second)
-    fills = fill or ["noise", "zeros", "block", *(["replace"] if second else [])]
-    _finish(job, loaded, Reconstructor(_png_saver(job), fills, seed, other))
+    fill_modes = fill or ["noise", "zeros", "block", *(["replace"] if second else [])]
+    _finish(job, loaded, Reconstructor(_png_saver(job), fill_modes, seed, other))
 
 
 def _find(images: list[str]) -> "list[Source]":

@@ -43,7 +43,7 @@ def test_lungs(tmp_path):
 
 
 def test_groups_cover_what_they_are_asked_to():
-    masking = GroupMasking(fills=("noise", "block", "replace"), drop_share=(0.6, 0.6), replace_share=0.6)
+    masking = GroupMasking(fill_modes=("noise", "block", "replace"), mask_ratio=(0.6, 0.6), replace_ratio=0.6)
     images = torch.randn(256, 1, 112, 112, device="cuda")
     corrupted = masking(images, torch.Generator("cuda").manual_seed(0))
     covered = corrupted.mask.float().mean(dim=(1, 2, 3))

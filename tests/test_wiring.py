@@ -74,10 +74,11 @@ class Updates:
 def test_corruption_is_the_one_that_was_asked_for(shard, tmp_path, monkeypatch):
     made: list[dict] = []
     monkeypatch.setattr(pretrain, "GroupMasking", lambda **named: made.append(named) or GroupMasking(**named))
-    flags = ["--fills", "zeros", "--drop_share", "0.1", "0.2", "--replace_share", "0.25", "--max_side", "0.4"]
-    flags += ["--align", "8", "--size", "tiny"]
+    flags = ["--fill_modes", "zeros", "--mask_ratio", "0.1", "0.2", "--replace_ratio", "0.25"]
+    flags += ["--max_block_size", "0.4", "--align", "8", "--size", "tiny"]
     pretrain.main(["--data", shard, "--output", str(tmp_path), *BRIEF, *flags])
-    asked = {"fills": ("zeros",), "drop_share": (0.1, 0.2), "replace_share": 0.25, "max_side": 0.4, "align": 8}
+    asked = {"fill_modes": ("zeros",), "mask_ratio": (0.1, 0.2), "replace_ratio": 0.25, "max_block_size": 0.4}
+    asked["align"] = 8
     assert made and all(named == asked for named in made)
 
 
@@ -91,7 +92,7 @@ def test_the_loss_is_of_corrupted_pixels_against_clean_views(shard, tmp_path, mo
         return forward(self, pixel_values, **named)
 
     monkeypatch.setattr(SpcxrForPreTraining, "forward", watched)
-    flags = ["--size", "tiny", "--fills", "zeros"]
+    flags = ["--size", "tiny", "--fill_modes", "zeros"]
     pretrain.main(["--data", shard, "--output", str(tmp_path), *BRIEF, *flags])
     assert len(seen) == 2
     for step in seen:

@@ -43,14 +43,15 @@ class Arguments(AugmentationArguments, SetArguments, RunArguments):
     crop_scale: list[float] = field(default_factory=lambda: [0.25, 1.0], metadata=VIEWS["crop_scale"])
     brightness: float = field(default=0.1, metadata=VIEWS["brightness"])
     contrast: float = field(default=0.2, metadata=VIEWS["contrast"])
-    fills: list[str] = field(
-        default_factory=lambda: ["noise", "replace"], metadata={"help": "noise, zeros, block, replace"}
+    fill_modes: list[str] = field(
+        default_factory=lambda: ["noise", "replace"],
+        metadata={"help": "noise, zeros, block, replace: what masked groups hold"},
     )
-    drop_share: list[float] = field(
-        default_factory=lambda: [0.5, 0.75], metadata={"help": "share to corrupt, least and largest"}
+    mask_ratio: list[float] = field(
+        default_factory=lambda: [0.5, 0.75], metadata={"help": "least and largest masked share of an image"}
     )
-    replace_share: float = field(default=0.3, metadata={"help": "share to replace from another image"})
-    max_side: float = field(default=0.3, metadata={"help": "largest side of a group as a share of the image's"})
+    replace_ratio: float = field(default=0.3, metadata={"help": "masked share for the mode replace"})
+    max_block_size: float = field(default=0.3, metadata={"help": "largest side of a group as a share of the image's"})
     align: int = field(default=1, metadata={"help": "groups keep to multiples of this many pixels"})
     norm_pix_loss: bool = field(default=False, metadata={"help": "each patch's target has mean 0 and deviation 1"})
 
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(arguments: Arguments) -> None:
     """Refuse a command line that would fail late."""
-    for name in ("drop_share", "crop_scale"):
+    for name in ("mask_ratio", "crop_scale"):
         if len(getattr(arguments, name)) != 2:
             raise SpcxrError(f"{name} takes two numbers, least and largest; got {getattr(arguments, name)}")
     masking(arguments)
@@ -155,10 +156,10 @@ def draw_views(
 
 def masking(arguments: Arguments) -> GroupMasking:
     return GroupMasking(
-        fills=tuple(arguments.fills),
-        drop_share=(arguments.drop_share[0], arguments.drop_share[1]),
-        replace_share=arguments.replace_share,
-        max_side=arguments.max_side,
+        fill_modes=tuple(arguments.fill_modes),
+        mask_ratio=(arguments.mask_ratio[0], arguments.mask_ratio[1]),
+        replace_ratio=arguments.replace_ratio,
+        max_block_size=arguments.max_block_size,
         align=arguments.align,
     )
 

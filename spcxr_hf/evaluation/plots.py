@@ -23,7 +23,7 @@ from spcxr_hf.drawing import to_grey
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.evaluation.curves import Curve, Efficiency, Reliability
 from spcxr_hf.files import RESEARCH_NOTICE
-from spcxr_hf.transforms.group_masking import FILLS, GroupMasking, as_pixels
+from spcxr_hf.transforms.group_masking import FILL_MODES, GroupMasking, as_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -264,7 +264,7 @@ def draw_reconstructions(
     generator: torch.Generator | None = None,
     mean: float = 0.5,
     std: float = 0.5,
-    fills: Sequence[str] = FILLS,
+    fill_modes: Sequence[str] = FILL_MODES,
 ) -> Figure:
     """What the model makes of corrupted radiographs: a row for each image and kind of corruption.
 
@@ -275,18 +275,18 @@ def draw_reconstructions(
         generator: Where the corruption comes from, on the CPU.
         mean: What the image processor takes off, so that the pictures are grey values in 0 .. 1.
         std: What it divides by.
-        fills: Kinds of corruption (`spcxr_hf.transforms.group_masking`).
+        fill_modes: Kinds of corruption (`spcxr_hf.transforms.group_masking`).
 
     Returns:
         Columns clean, corrupted, reconstructed (all of the picture) and absolute error, which is white from a quarter
         of the range of grey values on. Words beside each row give the mean error over the corrupted pixels.
 
     Raises:
-        SpcxrError: the model does not reconstruct, or the images or fills are refused.
+        SpcxrError: the model does not reconstruct, or the images or fill modes are refused.
     """
     if not hasattr(model, "reconstruction_head"):
         raise SpcxrError(f"{type(model).__name__} has no reconstruction head")
-    kinds = [fill for fill in fills if fill != "replace" or len(images) > 1]
+    kinds = [fill for fill in fill_modes if fill != "replace" or len(images) > 1]
     if not kinds:
         raise SpcxrError('the fill "replace" needs a second image to take pixels from')
     images = images.detach().cpu()
@@ -316,7 +316,7 @@ def _reconstruct(
     model: Any, images: torch.Tensor, fill: str, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Corrupted images, mask (B, 1, H, W) and reconstruction, on the CPU."""
-    corrupted, mask = GroupMasking(fills=(fill,))(images, generator)
+    corrupted, mask = GroupMasking(fill_modes=(fill,))(images, generator)
     was_training = model.training
     model.eval()
     try:

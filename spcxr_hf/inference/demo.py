@@ -180,7 +180,7 @@ def reconstruct(base: Loaded, radiograph: Image.Image) -> Reconstructed:
     """Corrupt groups of pixels by noise, the same ones at every start, and let the model fill them in."""
     clean = base.processor(radiograph, return_tensors="pt").pixel_values
     # "replace", the other fill of the pretraining, takes pixels from a second image.
-    corrupted, mask = GroupMasking(fills=("noise",))(clean, torch.Generator().manual_seed(SEED))
+    corrupted, mask = GroupMasking(fill_modes=("noise",))(clean, torch.Generator().manual_seed(SEED))
     reconstruction = as_pixels(base.model.config, base.model(corrupted).reconstruction, clean)
     composed = torch.where(mask, reconstruction, clean)
     mean, std = base.processor.image_mean[0], base.processor.image_std[0]

@@ -34,7 +34,7 @@ from spcxr_hf.inference.explain import draw_explanation, explain, share_inside, 
 from spcxr_hf.inference.pipeline import Answer, Batch, Failed, Loaded, Prepared, Source, answers, prepare
 from spcxr_hf.inference.writers import check_output, choose_format, finished, open_writer
 from spcxr_hf.models.lungs import measure_lungs
-from spcxr_hf.transforms.group_masking import FILLS, GroupMasking, as_pixels
+from spcxr_hf.transforms.group_masking import FILL_MODES, GroupMasking, as_pixels
 
 Record = dict[str, Any]
 ERROR_TIMES = 4  # errors are small: white is a quarter of the range of grey values
@@ -226,7 +226,7 @@ class Reconstructor:
 
     Args:
         save: Takes a picture and the image it is of, and returns its file.
-        fills: What the corrupted groups hold: "noise", "zeros", "block", "replace".
+        fill_modes: What the corrupted groups hold: "noise", "zeros", "block", "replace".
         seed: Where the groups lie; every image has the same ones.
         second: `pixel_values` (C, H, W) of the image that "replace" takes its pixels from.
 
@@ -237,14 +237,14 @@ class Reconstructor:
     def __init__(
         self,
         save: Callable[[Image.Image, Prepared], Path],
-        fills: Sequence[str] = FILLS[:3],
+        fill_modes: Sequence[str] = FILL_MODES[:3],
         seed: int = 0,
         second: torch.Tensor | None = None,
     ) -> None:
-        GroupMasking(fills=tuple(fills))  # refuses what is no fill
-        if "replace" in fills and second is None:
+        GroupMasking(fill_modes=tuple(fill_modes))  # refuses unknown ones
+        if "replace" in fill_modes and second is None:
             raise SpcxrError("the fill replace takes its pixels from a second image: give --second FILE")
-        self.save, self.fills, self.seed, self.second = save, tuple(dict.fromkeys(fills)), seed, second
+        self.save, self.fill_modes, self.seed, self.second = save, tuple(dict.fromkeys(fill_modes)), seed, second
 
     @torch.inference_mode()
     def __call__(self, loaded: Loaded, batch: Batch) -> list[Record]:
@@ -253,7 +253,7 @@ class Reconstructor:
 
     def _reconstruct(self, loaded: Loaded, image: Prepared) -> Record:
         clean = image.pixel_values.unsqueeze(0)
-        corrupted, masks = zip(*(self._corrupt(clean, fill) for fill in self.fills), strict=True)
+        corrupted, masks = zip(*(self._corrupt(clean, fill) for fill in self.fill_modes), strict=True)
         images, mask = torch.cat(corrupted), torch.cat(masks)
         reconstruction = loaded.model(images.to(loaded.device)).reconstruction.float().cpu()
         reconstruction = as_pixels(loaded.model.config, reconstruction, clean)
@@ -262,7 +262,7 @@ class Reconstructor:
         grey, corrupted_grey, composed_grey = (to_grey(values, mean, std) for values in (clean, images, composed))
         error = (composed_grey - grey).abs()
         found, rows = {}, {}
-        for row, fill in enumerate(self.fills):
+        for row, fill in enumerate(self.fill_modes):
             pixels = mask[row, 0]
             found[fill] = {"masked": pixels.float().mean().item(), "error": error[row][pixels].mean().item()}
             rows[fill] = [grey[0], corrupted_grey[row], composed_grey[row], ERROR_TIMES * error[row]]
@@ -271,7 +271,7 @@ class Reconstructor:
 
     def _corrupt(self, clean: torch.Tensor, fill: str) -> tuple[torch.Tensor, torch.Tensor]:
         images = clean if fill != "replace" or self.second is None else torch.cat((clean, self.second.unsqueeze(0)))
-        found = GroupMasking(fills=(fill,))(images, torch.Generator().manual_seed(self.seed))
+        found = GroupMasking(fill_modes=(fill,))(images, torch.Generator().manual_seed(self.seed))
         return found.pixel_values[:1], found.mask[:1]
 
 

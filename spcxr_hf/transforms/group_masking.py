@@ -3,9 +3,9 @@
 The algorithm (arXiv 2205.14986; SPCXR, arXiv 2211.12944): rectangles of random place and size ("groups") are added to
 an image until their union covers a target share of it. What they hold follows one of these fills, drawn per image:
 
-- "noise", "zeros", "block" (*drop*, target share drawn from `drop_share`): N(0, 1) noise, zeros, or, for each group, a
+- "noise", "zeros", "block" (*drop*, target share drawn from `mask_ratio`): N(0, 1) noise, zeros, or, for each group, a
   block from elsewhere in the same image;
-- "replace" (target share `replace_share`): the same place in another image of the batch.
+- "replace" (target share `replace_ratio`): the same place in another image of the batch.
 
 Every image needs another number of groups. A loop per image would add one, measure the union, and so on. Here a round
 of groups is drawn for every image at once, and two facts replace the loop:
@@ -27,7 +27,7 @@ import torch
 
 from spcxr_hf.errors import SpcxrError
 
-FILLS = ("noise", "zeros", "block", "replace")
+FILL_MODES = ("noise", "zeros", "block", "replace")
 
 # Groups drawn per round: enough for nearly every image at the usual shares. Fewer than 128, so that a byte counts them,
 # and than 250, the number of exponents that float32 tells apart.
@@ -62,36 +62,36 @@ class GroupMasking:
     """The corruption of group-masked model learning. Call it with a batch of normalised images.
 
     Attributes:
-        fills: Which of "noise", "zeros", "block" and "replace" to draw from, each as likely as the others.
-        drop_share: Least and largest target share of the image for the first three, each in (0, 0.95].
-        replace_share: Target share for "replace", in (0, 0.95].
-        max_side: Largest side of a group as a share of the image's side, in (0, 1].
+        fill_modes: Which of "noise", "zeros", "block" and "replace" to draw from, each as likely as the others.
+        mask_ratio: Least and largest target share of the image for the first three, each in (0, 0.95].
+        replace_ratio: Target share for "replace", in (0, 0.95].
+        max_block_size: Largest side of a group as a share of the image's side, in (0, 1].
         align: Groups start and end at multiples of this many pixels: 1, or the patch size.
 
     Raises:
         SpcxrError: an attribute is out of its range; the message names it.
     """
 
-    fills: tuple[str, ...] = ("noise", "replace")
-    drop_share: tuple[float, float] = (0.5, 0.75)
-    replace_share: float = 0.3
-    max_side: float = 0.3
+    fill_modes: tuple[str, ...] = ("noise", "replace")
+    mask_ratio: tuple[float, float] = (0.5, 0.75)
+    replace_ratio: float = 0.3
+    max_block_size: float = 0.3
     align: int = 1
 
     def __post_init__(self) -> None:
-        unknown = [fill for fill in self.fills if fill not in FILLS]
-        if unknown or not self.fills:
-            raise SpcxrError(f"fills must name some of {', '.join(FILLS)}; got {list(self.fills)}")
-        shares = {"drop_share[0]": self.drop_share[0], "drop_share[1]": self.drop_share[1],
-                  "replace_share": self.replace_share}  # fmt: skip
+        unknown = [fill for fill in self.fill_modes if fill not in FILL_MODES]
+        if unknown or not self.fill_modes:
+            raise SpcxrError(f"fill_modes must name some of {', '.join(FILL_MODES)}; got {list(self.fill_modes)}")
+        shares = {"mask_ratio[0]": self.mask_ratio[0], "mask_ratio[1]": self.mask_ratio[1],
+                  "replace_ratio": self.replace_ratio}  # fmt: skip
         for name, share in shares.items():
             # Above 0.95 the last free pixels, mostly in the corners, take a very long time to be hit.
             if not 0 < share <= 0.95:
                 raise SpcxrError(f"{name} must lie in (0, 0.95]; got {share}")
-        if self.drop_share[0] > self.drop_share[1]:
-            raise SpcxrError(f"drop_share must rise; got {self.drop_share}")
-        if not 0 < self.max_side <= 1:
-            raise SpcxrError(f"max_side must lie in (0, 1]; got {self.max_side}")
+        if self.mask_ratio[0] > self.mask_ratio[1]:
+            raise SpcxrError(f"mask_ratio must rise; got {self.mask_ratio}")
+        if not 0 < self.max_block_size <= 1:
+            raise SpcxrError(f"max_block_size must lie in (0, 1]; got {self.max_block_size}")
         if self.align < 1:
             raise SpcxrError(f"align must be at least 1 pixel; got {self.align}")
 
@@ -117,7 +117,7 @@ class GroupMasking:
         runs = self._draw_fills(len(images), generator, images.device)
         height, width = images.shape[-2:]
         groups = self._draw_groups(self._draw_targets(runs, images, generator), (height, width), generator, memory)
-        noise = _noise(images, generator) if "noise" in self.fills else None
+        noise = _noise(images, generator) if "noise" in self.fill_modes else None
         part = CPU_PART if images.device.type == "cpu" else len(images)
         for run in runs:
             for first in range(run.start, run.stop, part):
@@ -133,7 +133,7 @@ class GroupMasking:
         height, width = images.shape[-2:]
         if height % self.align or width % self.align:
             raise SpcxrError(f"images of {height} x {width} pixels are no multiple of align = {self.align}")
-        if "replace" in self.fills and images.shape[0] < 2:
+        if "replace" in self.fill_modes and images.shape[0] < 2:
             raise SpcxrError('the fill "replace" takes pixels from another image: it needs a batch of at least 2')
 
     def _draw_fills(self, count: int, generator: torch.Generator | None, device: torch.device) -> list[_Run]:
@@ -142,11 +142,12 @@ class GroupMasking:
         As many of each as independent draws give, but side by side, so that a fill is one stretch of memory; where the
         first stretch starts is drawn too, so that all images have the same chances. (Training batches are shuffled.)
         """
-        drawn = torch.randint(len(self.fills), (count,), generator=generator, device=device)
+        drawn = torch.randint(len(self.fill_modes), (count,), generator=generator, device=device)
         start = torch.randint(count, (1,), generator=generator, device=device)
-        *counts, start = torch.cat((drawn.bincount(minlength=len(self.fills)), start)).tolist()  # one wait for a GPU
+        counts = drawn.bincount(minlength=len(self.fill_modes))
+        *counts, start = torch.cat((counts, start)).tolist()  # one wait for a GPU
         runs = []
-        for fill, length in zip(self.fills, counts, strict=True):
+        for fill, length in zip(self.fill_modes, counts, strict=True):
             stop = start + length
             runs += [
                 _Run(fill, start, min(stop, count)),
@@ -159,11 +160,11 @@ class GroupMasking:
         self, runs: Sequence[_Run], images: torch.Tensor, generator: torch.Generator | None
     ) -> torch.Tensor:
         """The share of each image to cover, (B,)."""
-        low, high = self.drop_share
+        low, high = self.mask_ratio
         target = low + (high - low) * torch.rand(len(images), generator=generator, device=images.device)
         for run in runs:
             if run.fill == "replace":
-                target[run.start : run.stop] = self.replace_share
+                target[run.start : run.stop] = self.replace_ratio
         return target
 
     def _draw_groups(
@@ -175,10 +176,10 @@ class GroupMasking:
     ) -> _Groups:
         """Groups that cover the share `target` (B,) of images of `size` pixels; `mask`, in `memory`, (B, 1, H, W)."""
         grid = size[0] // self.align, size[1] // self.align
-        longest = max(1, int(grid[0] * self.max_side)), max(1, int(grid[1] * self.max_side))
+        longest = max(1, int(grid[0] * self.max_block_size)), max(1, int(grid[1] * self.max_block_size))
         with torch.autocast(target.device.type, enabled=False):  # the exponents need float32 products
             mask = memory.squeeze(1) if self.align == 1 else memory.new_empty(len(target), *grid)
-            source = _draw_groups(mask, target, longest, "block" in self.fills, generator)
+            source = _draw_groups(mask, target, longest, "block" in self.fill_modes, generator)
         if self.align > 1:
             mask = mask.repeat_interleave(self.align, dim=1).repeat_interleave(self.align, dim=2)
             memory.copy_(mask.unsqueeze(1))
@@ -270,7 +271,7 @@ class _Spans(NamedTuple):
 def _draw_groups(
     mask: torch.Tensor,
     target: torch.Tensor,
-    max_side: tuple[int, int],
+    max_block_size: tuple[int, int],
     with_source: bool,
     generator: torch.Generator | None,
 ) -> torch.Tensor | None:
@@ -287,8 +288,8 @@ def _draw_groups(
     while unfinished is None or len(unfinished):
         images = torch.arange(len(target), device=device) if unfinished is None else unfinished
         count = (len(images), GROUPS_PER_ROUND)
-        vertical = _draw_spans(count, rows, max_side[0], lattice[0], generator, device)
-        horizontal = _draw_spans(count, columns, max_side[1], lattice[1], generator, device)
+        vertical = _draw_spans(count, rows, max_block_size[0], lattice[0], generator, device)
+        horizontal = _draw_spans(count, columns, max_block_size[1], lattice[1], generator, device)
         first = _first_group(vertical.inside, horizontal.inside)
         before = None if unfinished is None else mask.index_select(0, images)
         if before is not None:

@@ -41,7 +41,7 @@ from spcxr_hf.evaluation.plots import (
     save_reconstructions,
     to_png,
 )
-from spcxr_hf.transforms.group_masking import FILLS
+from spcxr_hf.transforms.group_masking import FILL_MODES
 from tests.common import build, pixels
 
 
@@ -253,12 +253,12 @@ def test_reconstructions(tmp_path):
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert model.training
     figure = draw_reconstructions(model, pixels(), torch.Generator().manual_seed(4))
-    assert len(figure.axes) == 2 * len(FILLS) * 4
+    assert len(figure.axes) == 2 * len(FILL_MODES) * 4
     clean, corrupted, restored, error = (axes.images[0].get_array() for axes in figure.axes[:4])
     np.testing.assert_allclose(error, (4 * np.abs(restored - clean)).clip(0, 1), atol=1e-5)
     assert (corrupted != clean).mean() > 0.2
     alone = draw_reconstructions(model, pixels(batch=1))
-    assert len(alone.axes) == (len(FILLS) - 1) * 4  # "replace" needs another image
+    assert len(alone.axes) == (len(FILL_MODES) - 1) * 4  # "replace" needs another image
 
 
 def test_reconstructions_relative_to_their_patches_are_mapped_back():
@@ -268,7 +268,7 @@ def test_reconstructions_relative_to_their_patches_are_mapped_back():
         torch.nn.init.zeros_(parameter)
     pictures = []
     for model.config.norm_pix_loss in (False, True):
-        figure = draw_reconstructions(model, images, torch.Generator().manual_seed(4), fills=["noise"])
+        figure = draw_reconstructions(model, images, torch.Generator().manual_seed(4), fill_modes=["noise"])
         pictures.append(figure.axes[2].images[0].get_array())
     flat, mapped = pictures
     assert flat.std() == 0
@@ -281,7 +281,7 @@ def test_reconstructions_refuse():
     with pytest.raises(SpcxrError, match="no reconstruction head"):
         draw_reconstructions(build(SpcxrModel), pixels())
     with pytest.raises(SpcxrError, match="second image"):
-        draw_reconstructions(build(SpcxrForPreTraining), pixels(batch=1), fills=["replace"])
+        draw_reconstructions(build(SpcxrForPreTraining), pixels(batch=1), fill_modes=["replace"])
 
 
 def test_grey_pictures():

@@ -271,7 +271,7 @@ def test_a_reconstruction_s_error_is_that_of_the_corrupted_pixels(tmp_path, pret
     (path,), loaded = save_pictures(tmp_path, 1), load_model("reconstruction", pretrained, "cpu")
     (record,) = records(loaded, [path], tasks.Reconstructor(lambda picture, image: path, ("zeros",), seed=5))
     clean = expected_pixels(loaded, path)
-    corrupted = GroupMasking(fills=("zeros",))(clean, torch.Generator().manual_seed(5))
+    corrupted = GroupMasking(fill_modes=("zeros",))(clean, torch.Generator().manual_seed(5))
     assert not torch.equal(corrupted.pixel_values, clean)
     with torch.no_grad():
         made = loaded.model(corrupted.pixel_values).reconstruction

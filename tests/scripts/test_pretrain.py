@@ -149,7 +149,7 @@ def test_another_image_size_goes_on_from_a_checkpoint(shard, finished, tmp_path)
 
 
 def test_it_learns(shard, tmp_path):
-    flags = [*BRIEF, "--steps", "60", "--save_every", "60", "--learning_rate", "1e-3", "--fills", "zeros"]
+    flags = [*BRIEF, "--steps", "60", "--save_every", "60", "--learning_rate", "1e-3", "--fill_modes", "zeros"]
     pretrain.main(["--data", shard, "--output", str(tmp_path), *flags])
     losses = [float(line.split(",")[1]) for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
     first, last = sum(losses[:5]) / 5, sum(losses[-20:]) / 20  # means: four images a step make a noisy loss
@@ -170,11 +170,11 @@ def test_a_folder_of_pictures(tmp_path):
     ("flags", "message"),
     [
         (["--batch_size", "11"], "batch of 11 is larger than the set of 10"),
-        (["--fills", "blur"], "blur"),
+        (["--fill_modes", "blur"], "blur"),
         (["--image_size", "30"], "multiple of patch_size"),
         (["--init_from", "no/such/folder"], "no/such/folder"),
         (["--size", "huge"], "huge"),
-        (["--drop_share", "0.5"], "drop_share takes two numbers"),
+        (["--mask_ratio", "0.5"], "mask_ratio takes two numbers"),
         (["--crop_scale", "0.5"], "crop_scale takes two numbers"),
     ],
 )

@@ -8,7 +8,7 @@ from spcxr_hf.training.run_report import write_report
 
 def test_a_page(tmp_path):
     (tmp_path / "loss.png").write_bytes(b"")
-    recipe = {"data": "somebody/xrays", "output": "/scratch/run", "steps": 4, "init_from": None, "fills": ["a|b"]}
+    recipe = {"data": "somebody/xrays", "output": "/scratch/run", "steps": 4, "init_from": None, "fill_modes": ["a|b"]}
     text = write_report(
         tmp_path, "A run", {"loss": 0.123456789, "steps": 4}, recipe, ["loss.png", "no.png"]
     ).read_text()

@@ -9,8 +9,8 @@ from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining
 from spcxr_hf.transforms.group_masking import GROUPS_PER_ROUND, Corrupted, GroupMasking
 from training_scripts.benchmarks.speed import corrupt_one_by_one
 
-DROP = GroupMasking(fills=("noise",))
-REPLACE = GroupMasking(fills=("replace",))
+DROP = GroupMasking(fill_modes=("noise",))
+REPLACE = GroupMasking(fill_modes=("replace",))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -53,7 +53,7 @@ def test_both_kinds_are_equally_likely():
 
 def test_one_group_stays_within_its_largest_side():
     # A target of nearly nothing is met by the first group that covers any pixel at all.
-    single = GroupMasking(fills=("zeros",), drop_share=(1e-6, 1e-6), max_side=0.3)
+    single = GroupMasking(fill_modes=("zeros",), mask_ratio=(1e-6, 1e-6), max_block_size=0.3)
     mask = single(images(300, 40), generator()).mask.squeeze(1)
     heights, widths = mask.any(dim=2).sum(dim=1), mask.any(dim=1).sum(dim=1)
     assert heights.max() == widths.max() == 12  # 0.3 x 40; reached among 300
@@ -63,7 +63,7 @@ def test_one_group_stays_within_its_largest_side():
 
 def test_groups_start_anywhere_and_have_any_side():
     """Starts and sides are uniform, and what would lie outside the image is cut off; the means are by hand."""
-    single = GroupMasking(fills=("zeros",), drop_share=(1e-6, 1e-6), max_side=0.25)
+    single = GroupMasking(fill_modes=("zeros",), mask_ratio=(1e-6, 1e-6), max_block_size=0.25)
     mask = single(images(4000, 32), generator(1)).mask.squeeze(1)
     start, side = torch.meshgrid(torch.arange(32.0), torch.arange(1.0, 9.0), indexing="ij")  # longest: 0.25 x 32
     expected = torch.minimum(side, 32 - start)
@@ -77,7 +77,7 @@ def test_groups_start_anywhere_and_have_any_side():
 
 def test_a_block_comes_whole_from_anywhere_in_the_image():
     position = torch.arange(24.0 * 24).reshape(1, 1, 24, 24).repeat(3000, 1, 1, 1)
-    single = GroupMasking(fills=("block",), drop_share=(1e-6, 1e-6), max_side=0.25)
+    single = GroupMasking(fill_modes=("block",), mask_ratio=(1e-6, 1e-6), max_block_size=0.25)
     corrupted, mask = single(position, generator(2))
     shares = []
     for values, covered in zip(corrupted[:, 0].long(), mask[:, 0], strict=True):
@@ -103,7 +103,7 @@ def test_aligned_groups_cover_whole_patches():
 def test_uncorrupted_pixels_stay_and_the_input_too():
     clean = images(16)
     before = clean.clone()
-    corrupted, mask = GroupMasking(fills=("noise", "zeros", "block", "replace"))(clean, generator())
+    corrupted, mask = GroupMasking(fill_modes=("noise", "zeros", "block", "replace"))(clean, generator())
     assert torch.equal(clean, before)
     assert torch.equal(corrupted[~mask], clean[~mask])
     assert (corrupted[mask] != clean[mask]).float().mean() > 0.9
@@ -113,7 +113,7 @@ def test_fill_with_noise_and_zeros():
     noise = DROP(images(8), generator())
     assert noise.pixel_values[noise.mask].mean().abs() < 0.02
     assert noise.pixel_values[noise.mask].std().item() == pytest.approx(1, abs=0.02)
-    zeros = GroupMasking(fills=("zeros",))(images(8), generator())
+    zeros = GroupMasking(fill_modes=("zeros",))(images(8), generator())
     assert (zeros.pixel_values[zeros.mask] == 0).all()
 
 
@@ -128,7 +128,7 @@ def test_fill_by_replacement_takes_the_same_place_of_another_image():
 def test_fill_with_blocks_moves_blocks_within_the_image(align):
     # Every pixel holds its own position, so a corrupted one tells where it came from.
     position = torch.arange(64 * 64, dtype=torch.float32).reshape(1, 1, 64, 64).repeat(4, 1, 1, 1)
-    corrupted, mask = GroupMasking(fills=("block",), align=align)(position, generator())
+    corrupted, mask = GroupMasking(fill_modes=("block",), align=align)(position, generator())
     moved = (corrupted - position).long()[:, 0]
     inside = mask[:, 0, :, 1:] & mask[:, 0, :, :-1]
     # Two neighbours in one block moved equally far; a border between two blocks lies between few of them.
@@ -140,7 +140,7 @@ def test_fill_with_blocks_moves_blocks_within_the_image(align):
 
 @pytest.mark.parametrize("align", [1, 16])
 def test_memory_of_an_earlier_result_is_used_again(align):
-    masking = GroupMasking(fills=("noise", "block", "replace"), align=align)
+    masking = GroupMasking(fill_modes=("noise", "block", "replace"), align=align)
     earlier = masking(images(8), generator(3))
     fresh = masking(images(8), generator(4))
     again = masking(images(8), generator(4), reuse=earlier)
@@ -160,7 +160,7 @@ def test_memory_that_does_not_fit_is_left_alone():
 
 def test_every_image_has_the_same_chance_of_each_fill():
     batch, zeros = images(6, 16) + 5, torch.zeros(6)
-    masking = GroupMasking(fills=("zeros", "replace"), drop_share=(0.3, 0.3))
+    masking = GroupMasking(fill_modes=("zeros", "replace"), mask_ratio=(0.3, 0.3))
     for seed in range(400):
         corrupted, mask = masking(batch, generator(seed))
         zeros += ((corrupted == 0) & mask).flatten(1).any(dim=1)
@@ -175,12 +175,12 @@ def test_same_generator_same_result():
 
 def test_global_random_state_is_not_touched():
     state = torch.get_rng_state()
-    GroupMasking(fills=("noise", "zeros", "block", "replace"))(images(8), generator())
+    GroupMasking(fill_modes=("noise", "zeros", "block", "replace"))(images(8), generator())
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_more_groups_than_one_round_holds():
-    fine = GroupMasking(fills=("zeros",), drop_share=(0.9, 0.9), max_side=0.1)
+    fine = GroupMasking(fill_modes=("zeros",), mask_ratio=(0.9, 0.9), max_block_size=0.1)
     mask = fine(images(4), generator()).mask
     assert coverage(mask).min() > 0.88
     smallest_number_of_groups = coverage(mask).min() * 112**2 / (0.1 * 112) ** 2
@@ -209,7 +209,7 @@ def test_loss_is_unchanged_by_whatever_happens_at_uncorrupted_pixels():
     )
     model = SpcxrForPreTraining(config).eval()
     clean = images(4, 32)
-    corrupted, mask = GroupMasking(fills=("zeros",))(clean, generator())
+    corrupted, mask = GroupMasking(fill_modes=("zeros",))(clean, generator())
     elsewhere = torch.where(mask, clean, 1e6)
     with torch.no_grad():
         losses = [model(corrupted, bool_masked_pos=mask, labels=labels).loss for labels in (clean, elsewhere)]
@@ -219,15 +219,15 @@ def test_loss_is_unchanged_by_whatever_happens_at_uncorrupted_pixels():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"fills": ()}, "fills"),
-        ({"fills": ("blur",)}, "blur"),
-        ({"drop_share": (0.0, 0.5)}, r"drop_share\[0\]"),
-        ({"drop_share": (0.5, 1.0)}, r"drop_share\[1\]"),
-        ({"drop_share": (0.7, 0.5)}, "drop_share must rise"),
-        ({"replace_share": 0.99}, "replace_share"),
-        ({"replace_share": float("nan")}, "replace_share"),
-        ({"max_side": 0.0}, "max_side"),
-        ({"max_side": 1.5}, "max_side"),
+        ({"fill_modes": ()}, "fill_modes must name"),
+        ({"fill_modes": ("blur",)}, "blur"),
+        ({"mask_ratio": (0.0, 0.5)}, r"mask_ratio\[0\]"),
+        ({"mask_ratio": (0.5, 1.0)}, r"mask_ratio\[1\]"),
+        ({"mask_ratio": (0.7, 0.5)}, "mask_ratio must rise"),
+        ({"replace_ratio": 0.99}, "replace_ratio"),
+        ({"replace_ratio": float("nan")}, "replace_ratio"),
+        ({"max_block_size": 0.0}, "max_block_size"),
+        ({"max_block_size": 1.5}, "max_block_size"),
         ({"align": 0}, "align"),
     ],
 )

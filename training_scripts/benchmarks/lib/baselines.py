@@ -303,8 +303,9 @@ def corrupt_one_by_one(masking: GroupMasking, images: torch.Tensor, generator: t
     """The corruption of GMML as its description reads: image by image, group by group ("noise" and "replace" only)."""
     corrupted, masks = [], []
     for index, image in enumerate(images):
-        fill = masking.fills[int(torch.randint(len(masking.fills), (), generator=generator, device=images.device))]
-        low, high = masking.drop_share if fill == "noise" else (masking.replace_share, masking.replace_share)
+        number = torch.randint(len(masking.fill_modes), (), generator=generator, device=images.device)
+        fill = masking.fill_modes[int(number)]
+        low, high = masking.mask_ratio if fill == "noise" else (masking.replace_ratio, masking.replace_ratio)
         share = low + (high - low) * float(torch.rand((), generator=generator, device=images.device))
         other = images[(index + 1) % len(images)]
         output, mask = corrupt_one(masking, image, other if fill == "replace" else None, share, generator)
@@ -326,8 +327,8 @@ def corrupt_one(
     output, mask = image.clone(), torch.zeros(1, height, width, dtype=torch.bool, device=image.device)
     while mask.sum() < share * height * width:
         top, left = draw(0, rows), draw(0, columns)
-        bottom = min(top + draw(1, max(1, int(rows * masking.max_side)) + 1), rows)
-        right = min(left + draw(1, max(1, int(columns * masking.max_side)) + 1), columns)
+        bottom = min(top + draw(1, max(1, int(rows * masking.max_block_size)) + 1), rows)
+        right = min(left + draw(1, max(1, int(columns * masking.max_block_size)) + 1), columns)
         group = slice(top * align, bottom * align), slice(left * align, right * align)
         mask[:, group[0], group[1]] = True
         if other is None:
