@@ -62,25 +62,19 @@ from spcxr_hf.evaluation.predict import (
 )
 from spcxr_hf.files import atomic_folder, write_json
 from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
-from spcxr_hf.training.arguments import parse_arguments, read_recipe
+from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 
 RECIPE = "recipe.yaml"
 DECISIONS = ("sensitivity", "specificity", "accuracy")
 
 
-@dataclass
-class _Source:
-    """The flags that have no default; those of the set come behind them."""
+@dataclass(kw_only=True)
+class Arguments(SetArguments):
+    """Calibrate a classifier and choose its decision thresholds."""
 
     model: str = field(metadata={"help": "folder of a trained classifier with its image processor"})
     data: str = field(metadata={"help": "Parquet shards with a column of labels and a column of splits"})
     output: str = field(metadata={"help": "folder for the calibrated checkpoint and calibration.json"})
-
-
-@dataclass
-class Arguments(SetArguments, _Source):
-    """Calibrate a classifier and choose its decision thresholds."""
-
     label_column: str | None = field(
         default=None, metadata={"help": "column of the labels; by default that of the model's recipe"}
     )
@@ -410,7 +404,4 @@ def reliability_panels(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

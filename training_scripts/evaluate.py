@@ -40,21 +40,15 @@ from spcxr_hf.evaluation.metrics import (
 from spcxr_hf.evaluation.predict import class_names, forward, is_multi_label, load_judged, match_classes
 from spcxr_hf.files import write_json
 from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 
 
-@dataclass
-class _Source:
-    """The flags that have no default; those of the set come behind them."""
+@dataclass(kw_only=True)
+class Arguments(SetArguments):
+    """Measure a classifier."""
 
     model: str = field(metadata={"help": "folder or Hub id of an image classifier with its image processor"})
     data: str = field(metadata={"help": "Parquet shards with a column of labels and a column of splits"})
-
-
-@dataclass
-class Arguments(SetArguments, _Source):
-    """Measure a classifier."""
-
     label_column: str = field(
         default="label",
         metadata={"help": "column of the labels: one for each row (a list counts as normal, if empty, or abnormal); "
@@ -290,7 +284,4 @@ def write(arguments: Arguments, result: dict) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

@@ -28,21 +28,15 @@ from spcxr_hf.evaluation.metrics import segmentation_report
 from spcxr_hf.files import write_json
 from spcxr_hf.models.precision import bf16_autocast
 from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 
 
-@dataclass
-class _Source:
-    """The flags that have no default; those of the set come behind them."""
+@dataclass(kw_only=True)
+class Arguments(SetArguments):
+    """Measure lung masks against those drawn by humans."""
 
     model: str = field(metadata={"help": "folder of a segmentation model with its image processor"})
     data: str = field(metadata={"help": "Parquet shards with lung masks"})
-
-
-@dataclass
-class Arguments(SetArguments, _Source):
-    """Measure lung masks against those drawn by humans."""
-
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
     splits: list[str] = field(
         default_factory=lambda: ["val"], metadata={"help": "values of lung_split: val, test, shift"}
@@ -135,7 +129,4 @@ def rounded(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

@@ -37,7 +37,7 @@ from spcxr_hf.evaluation.shortcuts import lungs_alone
 from spcxr_hf.files import atomic_folder, write_json
 from spcxr_hf.models.lungs import Segmenter, find_lungs, load_segmenter
 from spcxr_hf.quality.checks import SplitArguments, check_split, list_skipped, read_rows, sketch, tell_skipped
-from spcxr_hf.training.arguments import parse_arguments, save_recipe
+from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
 from spcxr_hf.training.checkpoints import list_checkpoints
 from spcxr_hf.training.classifiers import (
     ClassifierArguments,
@@ -477,7 +477,4 @@ def summarise(arguments: Arguments, results: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

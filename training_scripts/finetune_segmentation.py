@@ -25,7 +25,7 @@ from spcxr_hf.evaluation.metrics import dice
 from spcxr_hf.files import atomic_folder
 from spcxr_hf.models.convert import change_image_size
 from spcxr_hf.quality.checks import SplitArguments, check_split, list_skipped, read_rows, sketch, tell_skipped
-from spcxr_hf.training.arguments import parse_arguments, save_recipe
+from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
 from spcxr_hf.training.engine import Run, RunArguments, learning_rate_schedule
 from spcxr_hf.training.optim import layerwise_groups, new_config
 from spcxr_hf.transforms.augment import AugmentationArguments, normalise, resize
@@ -204,7 +204,4 @@ def finish(arguments: Arguments, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

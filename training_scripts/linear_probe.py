@@ -32,7 +32,7 @@ from spcxr_hf.data.table import RadiographTable, decode_set
 from spcxr_hf.evaluation.bootstrap import bootstrap_draws, patient_groups
 from spcxr_hf.models.encoders import Encoder, check_pooling, load_encoder
 from spcxr_hf.quality.checks import SplitArguments, check_split, read_rows, report_skipped
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 
 NORMAL, ABNORMAL = "normal", "abnormal"  # what a list of findings counts as: empty, or not
 
@@ -98,18 +98,12 @@ TASKS = {
 }
 
 
-@dataclass
-class _Source:
-    """The flags that have no default; those of the set come behind them."""
+@dataclass(kw_only=True)
+class Arguments(SplitArguments):
+    """Measure frozen features by a logistic regression or by their nearest neighbours."""
 
     model: str = field(metadata={"help": "checkpoint folder or Hub id, of any task"})
     data: str = field(metadata={"help": "Parquet shards with a column of labels and a column of splits"})
-
-
-@dataclass
-class Arguments(SplitArguments, _Source):
-    """Measure frozen features by a logistic regression or by their nearest neighbours."""
-
     task: list[str] = field(
         default_factory=lambda: ["pediatric_pneumonia", "pneumonia_three_way"],
         metadata={"help": f"any of {', '.join(TASKS)}; several at once where they share their columns"},
@@ -586,7 +580,4 @@ def describe(arguments: Arguments, splits: dict[str, Split], size: int) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

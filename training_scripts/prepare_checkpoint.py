@@ -26,7 +26,7 @@ import spcxr_hf
 from spcxr_hf import SpcxrError, SpcxrImageProcessor
 from spcxr_hf.files import write_json
 from spcxr_hf.hub.expected_outputs import RECORD, record_outputs
-from spcxr_hf.training.arguments import parse_arguments, read_recipe
+from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 from training_scripts.benchmarks.lib.results import read_cost
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -149,7 +149,4 @@ def render_card(name: str, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

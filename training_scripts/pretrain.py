@@ -21,7 +21,7 @@ from spcxr_hf.files import atomic_folder
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
 from spcxr_hf.models.convert import change_image_size
 from spcxr_hf.quality.checks import SetArguments, for_pretraining, list_skipped, read_rows, tell_skipped
-from spcxr_hf.training.arguments import parse_arguments, save_recipe
+from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
 from spcxr_hf.training.engine import Run, RunArguments, StepSource, learning_rate_schedule
 from spcxr_hf.training.optim import CosineSchedule, new_config, parameter_groups
 from spcxr_hf.transforms.augment import AugmentationArguments, normalise, resize
@@ -196,7 +196,4 @@ def finish(arguments: Arguments, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

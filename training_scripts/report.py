@@ -39,22 +39,16 @@ from spcxr_hf.evaluation.predict import (
 )
 from spcxr_hf.evaluation.report import Evaluated, ReportOptions, write_evaluation_report
 from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
-from spcxr_hf.training.arguments import fill_from_recipe, parse_arguments
+from spcxr_hf.training.arguments import fill_from_recipe, parse_arguments, run_script
 
 
-@dataclass
-class _Source:
-    """The flags that have no default; those of the set come behind them."""
+@dataclass(kw_only=True)
+class Arguments(SetArguments):
+    """Draw the report on a classifier."""
 
     model: str = field(metadata={"help": "folder or Hub id of an image classifier with its image processor"})
     data: str = field(metadata={"help": "a set with a column of labels and a column of splits"})
     output: str = field(metadata={"help": "folder for report.html, results.json and the pictures"})
-
-
-@dataclass
-class Arguments(SetArguments, _Source):
-    """Draw the report on a classifier."""
-
     label_column: str | None = field(
         default=None, metadata={"help": "column of the labels; by default that of the model's recipe, or `label`"}
     )
@@ -188,7 +182,4 @@ def pictures_of(arguments: Arguments, rows: dict[str, LabelledRows]) -> Callable
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

@@ -62,7 +62,7 @@ from spcxr_hf.evaluation.shortcuts import (
 from spcxr_hf.files import write_json
 from spcxr_hf.models.lungs import load_segmenter
 from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
-from spcxr_hf.training.arguments import parse_arguments, read_recipe
+from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 
 AGAINST = " / "  # between two classes whose images alone are compared
 LUNGS = Path(__file__).resolve().parent.parent / "model_cards" / "lung-segmentation"
@@ -79,18 +79,12 @@ Scores = dict[str, np.ndarray]  # variant -> probabilities (n, classes)
 Cuts = dict[str, dict[str, float]]  # variant -> target -> threshold
 
 
-@dataclass
-class _Source:
-    """The flags that have no default; those of the set come behind them."""
+@dataclass(kw_only=True)
+class Arguments(SetArguments):
+    """Put a classifier beside what reads no lungs."""
 
     model: str = field(metadata={"help": "folder of a classifier with its image processor"})
     data: str = field(metadata={"help": "Parquet shards with a column of labels and a column of splits"})
-
-
-@dataclass
-class Arguments(SetArguments, _Source):
-    """Put a classifier beside what reads no lungs."""
-
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
     label_column: str | None = field(
         default=None, metadata={"help": "column of the labels; by default that of the model's recipe"}
@@ -417,7 +411,4 @@ def summary(entry: dict) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -50,6 +51,47 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None
         named = ", ".join(flag + _nearest(flag, known, "--") for flag in flags)
         parser.error(f"unrecognized arguments: {named or unknown[0]}")
     return arguments
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Run the `main` of a script: errors of the input end it with one line, Ctrl-C with status 130."""
+    try:
+        status = main()
+    except SpcxrError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what was saved", file=sys.stderr)
+        raise SystemExit(130) from None
+    if isinstance(status, int):
+        raise SystemExit(status)
+
+
+def check_values(
+    arguments: Any, choices: Mapping[str, Sequence[str]] | None = None, ranges: Mapping[str, str] | None = None
+) -> None:
+    """Refuse values of flags that are not among the choices, or out of range; None passes.
+
+    Args:
+        choices: Flag -> its values.
+        ranges: Flag -> an interval, as "[0, 1)" or "[1, inf)"; every item of a list must lie in it.
+
+    Raises:
+        SpcxrError: the message names the flag, what it may be and what it is.
+    """
+    for name, allowed in (choices or {}).items():
+        if (value := getattr(arguments, name)) is not None and value not in allowed:
+            raise SpcxrError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}; got {value!r}")
+    for name, interval in (ranges or {}).items():
+        low, high = (float(bound) for bound in interval[1:-1].split(","))
+        value = getattr(arguments, name)
+        for item in value if isinstance(value, list) else [value]:
+            if item is None:
+                continue
+            above = item >= low if interval[0] == "[" else item > low
+            below = item <= high if interval[-1] == "]" else item < high
+            if not (above and below):
+                said = f"be at least {low:g}" if interval.startswith("[") and high == math.inf else f"lie in {interval}"
+                raise SpcxrError(f"{name} must {said}; got {item}")
 
 
 def _nearest(name: str, known: Iterable[str], dashes: str = "") -> str:

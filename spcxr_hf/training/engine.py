@@ -45,7 +45,7 @@ from spcxr_hf.training.arguments import (
 )
 from spcxr_hf.training.checkpoints import resume, save_checkpoint
 from spcxr_hf.training.optim import StepLog, set_schedule
-from spcxr_hf.training.push import BackgroundPusher
+from spcxr_hf.training.push import HubPusher
 from spcxr_hf.training.run_report import write_report
 from spcxr_hf.training.sharding import Shards, own_share, whole_tensor
 
@@ -105,11 +105,11 @@ class Run:
         self._whole_average: dict[str, torch.Tensor] | None = None
         self._asked_to_stop = self._stop = False
         self._unsynchronised = ExitStack()
-        self.pusher: BackgroundPusher | None = None
+        self.pusher: HubPusher | None = None
         if self.is_main:
             prepare_folder(self.output)
             if arguments.push_to_hub is not None:
-                self.pusher = BackgroundPusher(arguments.push_to_hub)
+                self.pusher = HubPusher(arguments.push_to_hub)
         self.accelerator.wait_for_everyone()
 
     @property

@@ -69,25 +69,25 @@ def test_a_run_whose_hub_is_down_ends_as_others_do(hub, words, tmp_path, monkeyp
     assert state["step"] == 4 and state["skipped"] == 0
     said = capsys.readouterr().out
     assert f"saved {output / 'final'}" in said
-    assert "the final model was not pushed to me/model (nothing has arrived there)" in said
-    assert said.rstrip().endswith(f"hf upload me/model {output / push.NOT_PUSHED} .")
-    assert (output / push.NOT_PUSHED / "model.safetensors").is_file()
+    assert "the final model was not pushed to me/model (nothing has been pushed)" in said
+    assert said.rstrip().endswith(f"hf upload me/model {output / 'final'} .")
+    assert (output / "final" / "model.safetensors").is_file()
 
 
 # Not forked from this process: after some other tests (an ONNX export) torch computes no gradients in a fork.
 ASKED_TO_END = """
 import json, signal, sys
-from spcxr_hf import run
+from spcxr_hf.training import engine
 from training_scripts import pretrain
 
-steps, run.WAIT_WHEN_ASKED = run.Run.update, 1.0
+steps, engine.WAIT_WHEN_ASKED = engine.Run.update, 1.0
 
 def update(self, *rates):
     if self.state["step"] == 1:
         signal.raise_signal(signal.SIGTERM)
     return steps(self, *rates)
 
-run.Run.update = update
+engine.Run.update = update
 pretrain.main(json.loads(sys.argv[1]))
 """
 
@@ -105,7 +105,7 @@ def test_a_run_that_is_asked_to_end_does_not_wait_long_for_the_hub(hub, words):
 
 def test_what_cannot_be_pushed_is_told_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(SpcxrError, match="a/b/c: no id of a Hub repository"):
+    with pytest.raises(SpcxrError, match="a/b/c: not the id of a Hub repository"):
         pretrain.main(["--data", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--push_to_hub", "a/b/c"])
 
 

@@ -26,7 +26,6 @@ import io
 import itertools
 import json
 import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,7 +55,7 @@ from spcxr_hf.quality.duplicates import (
     refuse_leaks,
     thumbnail,
 )
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 
 LOWEST = 0.6  # similarities from here on are kept, to choose a threshold among them
 CHOSEN_RECALL = 0.98
@@ -440,7 +439,4 @@ def draw(thumbnails: np.ndarray, found: Found, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

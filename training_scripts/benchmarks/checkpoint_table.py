@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 from training_scripts.benchmarks.lib.timing import replace_block
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
@@ -186,7 +186,4 @@ def read_entry(results: Path, entry: str) -> Any:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

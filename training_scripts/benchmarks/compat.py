@@ -35,7 +35,7 @@ from xml.etree import ElementTree
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.files import read_json, write_json
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 from training_scripts.benchmarks.lib.timing import replace_block
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,7 +251,4 @@ def in_words(entry: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

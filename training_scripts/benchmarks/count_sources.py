@@ -17,7 +17,7 @@ from spcxr_hf import SpcxrError
 from spcxr_hf.data.table import RadiographTable
 from spcxr_hf.files import write_json
 from spcxr_hf.quality.checks import read_rows
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 
 OPTIONAL = ("view", "licence_class")
 
@@ -86,7 +86,4 @@ def tally(values: Iterable[str]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

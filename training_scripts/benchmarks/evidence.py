@@ -33,7 +33,7 @@ import torch
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining
 from spcxr_hf.files import read_json, write_json
-from spcxr_hf.training.arguments import parse_arguments, read_recipe
+from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 from spcxr_hf.training.optim import new_config
 from training_scripts.benchmarks.lib.grid import Cell, EnergyMeter, Grid, fingerprint, network_fingerprint
 from training_scripts.benchmarks.lib.results import Judge, collect, training_costs
@@ -387,9 +387,4 @@ def prepare(cell: Cell, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from there") from None
+    run_script(main)

@@ -55,7 +55,7 @@ from spcxr_hf.inference.explain import (
     share_inside,
 )
 from spcxr_hf.models.lungs import Segmenter, load_segmenter
-from spcxr_hf.training.arguments import fill_from_recipe, parse_arguments
+from spcxr_hf.training.arguments import fill_from_recipe, parse_arguments, run_script
 from training_scripts.benchmarks.lib.timing import replace_block
 
 RESULTS = Path(__file__).resolve().parent / "results" / "explain.json"
@@ -344,7 +344,4 @@ def draw(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

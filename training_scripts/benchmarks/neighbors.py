@@ -26,7 +26,7 @@ from spcxr_hf.evaluation.plots import draw_contact_sheet, grey_picture, save_fig
 from spcxr_hf.files import software_versions, write_json
 from spcxr_hf.inference.neighbors import NeighbourIndex, build_index
 from spcxr_hf.models.encoders import load_encoder
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 
 NOTICE = "For research use only, not for clinical use."
 WIDTH = 26  # letters of a line under a picture
@@ -176,7 +176,4 @@ def describe(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

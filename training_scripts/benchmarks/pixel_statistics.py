@@ -13,9 +13,8 @@ import torch
 
 from spcxr_hf.data.archives.registry import read_set
 from spcxr_hf.data.table import decode_images
-from spcxr_hf.errors import SpcxrError
 from spcxr_hf.quality.checks import for_pretraining
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 
 
 @dataclass
@@ -46,7 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

@@ -32,7 +32,7 @@ from spcxr_hf.data.batches import MicroBatch, RadiographSet
 from spcxr_hf.data.table import decode_images
 from spcxr_hf.files import atomic_folder, write_json
 from spcxr_hf.quality.checks import for_pretraining, read_rows
-from spcxr_hf.training.arguments import parse_arguments, save_recipe
+from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
 from spcxr_hf.training.engine import Run, RunArguments, learning_rate_schedule
 from spcxr_hf.training.optim import CosineSchedule, new_config, parameter_groups
 from spcxr_hf.transforms.augment import Views, normalise
@@ -276,7 +276,4 @@ def finish(arguments: Arguments, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

@@ -20,7 +20,7 @@ import torch
 from spcxr_hf import SpcxrError, SpcxrForPreTraining
 from spcxr_hf.data.table import open_image, read_table
 from spcxr_hf.files import read_json, write_json
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 from spcxr_hf.training.optim import new_config
 from training_scripts.benchmarks.lib.timing import NOT_MEASURED
 
@@ -335,7 +335,4 @@ def megabytes(value: float | None) -> float | None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

@@ -29,7 +29,7 @@ import torch
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.files import read_json, write_json
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 from spcxr_hf.transforms.group_masking import GroupMasking
 from training_scripts.benchmarks.lib.baselines import (
     PretrainingStep,
@@ -504,7 +504,4 @@ PROBES: dict[str, Callable[[Arguments], None]] = {
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

@@ -41,7 +41,7 @@ from spcxr_hf.evaluation.predict import class_names, is_multi_label, match_class
 from spcxr_hf.files import read_json, write_json
 from spcxr_hf.hub.export import Source, load_source
 from spcxr_hf.hub.export_onnx import EXACT_SUMS, export_onnx, lacks_vnni, quantize_int8
-from spcxr_hf.training.arguments import parse_arguments, read_recipe
+from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 from spcxr_hf.training.losses import measure
 from training_scripts.benchmarks.lib.timing import describe_machine, median_ms, paired_ratio, replace_block
 
@@ -357,7 +357,4 @@ def speed_row(name: str, result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)
