@@ -144,12 +144,13 @@ class HubPusher:
         """See whether the push that runs has ended, or kill it when its time is over."""
         if self._process is None:
             return
-        if self._process.poll() is None:
-            if time.monotonic() < self._deadline:
-                return
+        is_late = self._process.poll() is None and time.monotonic() >= self._deadline
+        if is_late:
             self._kill()
+        elif self._process.poll() is None:
+            return
         said = self._process.communicate()[1].decode(errors="replace")
-        if self._process.returncode < 0:
+        if is_late:
             self._fail(f"not finished after {self._timeout:.0f} s")
         elif self._process.returncode == 0:
             if self._warned:
