@@ -1,4 +1,4 @@
-"""Views of a batch of radiographs: random resized crop, flip, jitter and blur, for all images at once on their device.
+"""Augmentation of a batch of radiographs on its device: random resized crop, flip, jitter, blur; mixup and CutMix.
 
 Cropping and resizing are linear in the image and separate over rows and columns, so that a view is two matrix products
 with one small weight matrix per image and axis. The blur is folded into the same matrices.
@@ -49,13 +49,10 @@ class Views:
             raise SpcxrError(f"size must be at least 1 pixel; got {self.size}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise SpcxrError(f"scale must rise within (0, 1]; got {self.scale}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise SpcxrError(f"ratio must rise and be positive; got {self.ratio}")
-        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise SpcxrError(f"blur_sigma must rise and be positive; got {self.blur_sigma}")
-        self._check_shares()
-
-    def _check_shares(self) -> None:
+        for name in ("ratio", "blur_sigma"):
+            least, largest = getattr(self, name)
+            if not 0 < least <= largest:
+                raise SpcxrError(f"{name} must rise and be positive; got {(least, largest)}")
         for name in ("flip", "blur"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SpcxrError(f"{name} is a probability in [0, 1]; got {getattr(self, name)}")
@@ -80,7 +77,9 @@ class Views:
         def draw(low: float, high: float) -> torch.Tensor:
             return low + (high - low) * torch.rand(batch, generator=generator, device=device)
 
-        crop_height, crop_width = self._draw_crop(draw, height, width)
+        area, ratio = draw(*self.scale), torch.exp(draw(math.log(self.ratio[0]), math.log(self.ratio[1])))
+        crop_height = (torch.sqrt(area / ratio) * height).clamp(min=1, max=height)
+        crop_width = (torch.sqrt(area * ratio) * width).clamp(min=1, max=width)
         top, left = draw(0, 1) * (height - crop_height), draw(0, 1) * (width - crop_width)
         flipped = draw(0, 1) < self.flip
         sigma = torch.where(draw(0, 1) < self.blur, draw(*self.blur_sigma), torch.zeros_like(top))
@@ -97,19 +96,10 @@ class Views:
             return views, None
         return views, _apply_weights(masks.unsqueeze(1).float(), rows, columns).squeeze(1) > 0.5
 
-    def _draw_crop(self, draw, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Height and width in pixels of each image's crop, (B,) each, never larger than the image."""
-        area = draw(*self.scale)
-        ratio = torch.exp(draw(math.log(self.ratio[0]), math.log(self.ratio[1])))
-        return (
-            (torch.sqrt(area / ratio) * height).clamp(min=1, max=height),
-            (torch.sqrt(area * ratio) * width).clamp(min=1, max=width),
-        )
-
 
 @dataclass
 class AugmentationArguments:
-    """What the command lines of training scripts say of the views; as fine-tuning has them by default."""
+    """Augmentation arguments of the training scripts, with the defaults of fine-tuning."""
 
     crop_scale: list[float] = field(
         default_factory=lambda: [0.4, 1.0], metadata={"help": "area of a crop, least and largest"}
@@ -120,7 +110,7 @@ class AugmentationArguments:
     blur: float = field(default=0.2, metadata={"help": "probability of a Gaussian blur"})
 
     def views(self, size: int) -> Views:
-        """What draws the views, (size, size) each.
+        """The augmentation to views of size x size pixels.
 
         Raises:
             SpcxrError: a value is out of range; the message names it.
@@ -132,7 +122,7 @@ class AugmentationArguments:
 
 
 def normalise(grey: torch.Tensor) -> torch.Tensor:
-    """Grey values in 0 .. 1 -> what the image processor hands to the model: mean 0 and deviation 1 over the pool."""
+    """Grey values in 0 .. 1 -> `pixel_values`, as the image processor normalises them."""
     return (grey - RADIOGRAPH_MEAN[0]) / RADIOGRAPH_STD[0]
 
 
@@ -151,7 +141,7 @@ def resampling_weights(
     """(B, size_out, size_in): how much of each input pixel goes into each output pixel along one axis.
 
     Antialiased bilinear interpolation: a triangle as wide as an output pixel, at least as an input pixel. `start` and
-    `length` (B,) give the part of the axis to show, in input pixels; `flipped` (B,) says where to mirror it.
+    `length` (B,) give the part of the axis to show, in input pixels; `flipped` (B,): whether to mirror it.
     """
     device = start.device
     step = (length / size_out).reshape(-1, 1, 1)
@@ -185,8 +175,8 @@ def mix(
     Args:
         images: (B, C, S, S).
         targets: (B, classes); a label that either of two images lacks is missing (NaN) from both.
-        mixup, cutmix: The alpha of each, 0 for none; with both, either has half of the micro-batches.
-        seed: The draws follow from it.
+        mixup, cutmix: The alpha of each, 0 for none; with both, each is used for half of the micro-batches.
+        seed: Seed of all draws.
     """
     drawn = np.random.default_rng(seed)
     cut = cutmix > 0 and (mixup == 0 or drawn.random() < 0.5)
@@ -195,23 +185,16 @@ def mix(
         return images, targets
     share = float(drawn.beta(alpha, alpha))
     partners = torch.from_numpy(drawn.permutation(len(images))).to(images.device)
-    if cut:
-        images, share = _paste(images, images[partners], share, drawn)
+    if cut:  # a box of the other image, about 1 - share of the area
+        spans = []
+        for side in images.shape[-2:]:
+            length, centre = side * math.sqrt(1 - share), drawn.uniform(0, side)
+            spans.append(slice(max(0, round(centre - length / 2)), min(side, round(centre + length / 2))))
+        rows, columns = spans
+        others = images[partners]
+        images = images.clone()
+        images[..., rows, columns] = others[..., rows, columns]
+        share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / images[0, 0].numel()
     else:
         images = share * images + (1 - share) * images[partners]
     return images, share * targets + (1 - share) * targets[partners]
-
-
-def _paste(
-    images: torch.Tensor, others: torch.Tensor, share: float, drawn: np.random.Generator
-) -> tuple[torch.Tensor, float]:
-    """Images (B, C, H, W) with a box of the others, about 1 - share of the area, and the share that they keep."""
-    spans = []
-    for side in images.shape[-2:]:
-        length, centre = side * math.sqrt(1 - share), drawn.uniform(0, side)
-        spans.append(slice(max(0, round(centre - length / 2)), min(side, round(centre + length / 2))))
-    rows, columns = spans
-    images = images.clone()
-    images[..., rows, columns] = others[..., rows, columns]
-    area = (rows.stop - rows.start) * (columns.stop - columns.start)
-    return images, 1 - area / (images.shape[-2] * images.shape[-1])

@@ -1,25 +1,24 @@
-"""GMML: corrupt groups of neighbouring pixels of a whole batch at once, on its device.
+"""Group masking (GMML): corrupt groups of neighbouring pixels of a whole batch at once, on its device.
 
 The algorithm (arXiv 2205.14986; SPCXR, arXiv 2211.12944): rectangles of random place and size ("groups") are added to
-an image until their union covers a target share of it. What they hold follows one of these fills, drawn per image:
+an image until their union covers a target share of it. What they hold is one of four fill modes, drawn per image:
 
-- "noise", "zeros", "block" (*drop*, target share drawn from `mask_ratio`): N(0, 1) noise, zeros, or, for each group, a
-  block from elsewhere in the same image;
+- "noise", "zeros", "block" (target share drawn from `mask_ratio`): N(0, 1) noise, zeros, or, for each group, a block
+  from elsewhere in the same image;
 - "replace" (target share `replace_ratio`): the same place in another image of the batch.
 
-Every image needs another number of groups. A loop per image would add one, measure the union, and so on. Here a round
-of groups is drawn for every image at once, and two facts replace the loop:
+Each image needs a different number of groups. A plain implementation loops over the images and adds groups one at a
+time. Here a round of groups is drawn for every image at once, and two computations replace the loop:
 
 - Which group covers a pixel first? A group is (rows it spans) x (columns it spans), so a sum over the groups is a
-  matrix product. Weigh group k with 2^-k, and the exponent of the sum is the first group. From the first groups follows
-  the union after every group, hence how many to keep. It is measured on a lattice of pixels, which is unbiased.
+  matrix product. Group k has the weight 2^-k, and the exponent of the sum is the first group. From the first groups
+  follows the union after every group, hence how many to keep. It is measured on a lattice of pixels, without bias.
 - Where is the union of the kept groups? A rectangle is +1 or -1 at its four corners, summed up down the columns and
   along the rows; the sum counts the groups over a pixel. Eight neighbouring counts share a word of 64 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,21 +28,20 @@ from spcxr_hf.errors import SpcxrError
 
 FILL_MODES = ("noise", "zeros", "block", "replace")
 
-# Groups drawn per round: enough for nearly every image at the usual shares. Fewer than 128, so that a byte counts them,
-# and than 250, the number of exponents that float32 tells apart.
+# Groups drawn per round: enough for nearly every image at the default ratios. Fewer than 128, so that a byte counts
+# them, and than 250, the number of exponents that float32 tells apart.
 GROUPS_PER_ROUND = 96
 
 # Noise is drawn for this many images; in a larger batch each takes another stretch of the same numbers. Within an image
-# they are independent, and to draw all anew would take more than half of the whole corruption's time on a CPU.
+# they are independent; drawing all of them would take more than half of the time of the whole corruption on a CPU.
 NOISE_SHEET = 4
 
-# A CPU fills the groups of this many images at a time, which fit its cache; other devices, of the whole batch.
+# On a CPU, so many images are filled, and so many unions computed, at a time: they fit the cache. Other devices work on
+# the whole batch.
 CPU_PART = 8
-
-# It measures the union of this many images at a time, for the same reason.
 CPU_UNION_PART = 32
 
-# Times this, a word of eight counts becomes a word of their running sums.
+# A word of eight counts times this is a word of their running sums.
 EVERY_BYTE = 0x0101010101010101
 
 # The union is measured on a lattice of at least this many rows and columns, or on every cell of a smaller grid.
@@ -62,7 +60,7 @@ class GroupMasking:
     """The corruption of group-masked model learning. Call it with a batch of normalised images.
 
     Attributes:
-        fill_modes: Which of "noise", "zeros", "block" and "replace" to draw from, each as likely as the others.
+        fill_modes: Which of "noise", "zeros", "block" and "replace" to draw from, with equal probability.
         mask_ratio: Least and largest target share of the image for the first three, each in (0, 0.95].
         replace_ratio: Target share for "replace", in (0, 0.95].
         max_block_size: Largest side of a group as a share of the image's side, in (0, 1].
@@ -79,16 +77,15 @@ class GroupMasking:
     align: int = 1
 
     def __post_init__(self) -> None:
-        unknown = [fill for fill in self.fill_modes if fill not in FILL_MODES]
-        if unknown or not self.fill_modes:
+        if not self.fill_modes or not set(self.fill_modes) <= set(FILL_MODES):
             raise SpcxrError(f"fill_modes must name some of {', '.join(FILL_MODES)}; got {list(self.fill_modes)}")
-        shares = {"mask_ratio[0]": self.mask_ratio[0], "mask_ratio[1]": self.mask_ratio[1],
-                  "replace_ratio": self.replace_ratio}  # fmt: skip
-        for name, share in shares.items():
+        least, largest = self.mask_ratio
+        ratios = {"mask_ratio[0]": least, "mask_ratio[1]": largest, "replace_ratio": self.replace_ratio}
+        for name, ratio in ratios.items():
             # Above 0.95 the last free pixels, mostly in the corners, take a very long time to be hit.
-            if not 0 < share <= 0.95:
-                raise SpcxrError(f"{name} must lie in (0, 0.95]; got {share}")
-        if self.mask_ratio[0] > self.mask_ratio[1]:
+            if not 0 < ratio <= 0.95:
+                raise SpcxrError(f"{name} must lie in (0, 0.95]; got {ratio}")
+        if least > largest:
             raise SpcxrError(f"mask_ratio must rise; got {self.mask_ratio}")
         if not 0 < self.max_block_size <= 1:
             raise SpcxrError(f"max_block_size must lie in (0, 1]; got {self.max_block_size}")
@@ -99,47 +96,57 @@ class GroupMasking:
     def __call__(
         self, images: torch.Tensor, generator: torch.Generator | None = None, reuse: Corrupted | None = None
     ) -> Corrupted:
-        """Corrupt a batch; `images` stays as it is.
+        """Corrupt a batch; `images` is not changed.
 
         Args:
             images: (B, C, H, W), floating point; H and W multiples of `align`.
-            generator: Where every random number comes from, on the device of `images`. The same state and batch
-                give the same corruption.
-            reuse: What an earlier call gave and nobody needs any more: for images of the same shape, type and device
+            generator: Source of all random numbers, on the device of `images`. The same state and batch give the same
+                corruption.
+            reuse: The result of an earlier call that is no longer needed: for images of the same shape, type and device
                 its memory takes the new result. On a CPU new memory costs a third of the corruption's time.
 
         Raises:
             SpcxrError: `images` has another form, is too small for a group, or "replace" has no other image; `reuse` is
                 `images` itself.
         """
-        self._check(images)
-        pixel_values, memory = _memory(images, reuse)
-        runs = self._draw_fills(len(images), generator, images.device)
-        height, width = images.shape[-2:]
-        groups = self._draw_groups(self._draw_targets(runs, images, generator), (height, width), generator, memory)
-        noise = _noise(images, generator) if "noise" in self.fill_modes else None
-        part = CPU_PART if images.device.type == "cpu" else len(images)
-        for run in runs:
-            for first in range(run.start, run.stop, part):
-                rows = slice(first, min(first + part, run.stop))
-                content = self._content(run.fill, images, rows, noise, groups.source)
-                # Exactly the image where the mask is 0, the content where it is 1; on a CPU much faster than `where`.
-                torch.lerp(images[rows], content, groups.mask[rows].to(images.dtype), out=pixel_values[rows])
-        return Corrupted(pixel_values, groups.mask.view(torch.bool))
-
-    def _check(self, images: torch.Tensor) -> None:
         if images.dim() != 4 or not images.is_floating_point() or images.numel() == 0:
             raise SpcxrError(f"images must be floating point (B, C, H, W); got {images.dtype} {tuple(images.shape)}")
-        height, width = images.shape[-2:]
+        batch, _, height, width = images.shape
         if height % self.align or width % self.align:
             raise SpcxrError(f"images of {height} x {width} pixels are no multiple of align = {self.align}")
-        if "replace" in self.fill_modes and images.shape[0] < 2:
-            raise SpcxrError('the fill "replace" takes pixels from another image: it needs a batch of at least 2')
+        if "replace" in self.fill_modes and batch < 2:
+            raise SpcxrError('the fill mode "replace" takes pixels from another image: it needs a batch of at least 2')
 
-    def _draw_fills(self, count: int, generator: torch.Generator | None, device: torch.device) -> list[_Run]:
-        """Which images of the batch get which fill.
+        pixel_values, mask = _memory(images, reuse)
+        runs = self._draw_fill_modes(batch, generator, images.device)
+        low, high = self.mask_ratio
+        target = low + (high - low) * torch.rand(batch, generator=generator, device=images.device)
+        for run in runs:
+            if run.fill_mode == "replace":
+                target[run.start : run.stop] = self.replace_ratio
 
-        As many of each as independent draws give, but side by side, so that a fill is one stretch of memory; where the
+        rows, columns = height // self.align, width // self.align
+        longest = max(1, int(rows * self.max_block_size)), max(1, int(columns * self.max_block_size))
+        with torch.autocast(images.device.type, enabled=False):  # the exponents need float32 products
+            cells = mask.squeeze(1) if self.align == 1 else mask.new_empty(batch, rows, columns)
+            source = _draw_groups(cells, target, longest, "block" in self.fill_modes, generator)
+        if self.align > 1:
+            mask.copy_(self._to_pixels(cells).unsqueeze(1))
+
+        noise = _draw_noise(images, generator) if "noise" in self.fill_modes else None
+        part = CPU_PART if images.device.type == "cpu" else batch
+        for run in runs:
+            for first in range(run.start, run.stop, part):
+                chosen = slice(first, min(first + part, run.stop))
+                content = self._content(run.fill_mode, images, chosen, noise, source)
+                # Exactly the image where the mask is 0, the content where it is 1; on a CPU much faster than `where`.
+                torch.lerp(images[chosen], content, mask[chosen].to(images.dtype), out=pixel_values[chosen])
+        return Corrupted(pixel_values, mask.view(torch.bool))
+
+    def _draw_fill_modes(self, count: int, generator: torch.Generator | None, device: torch.device) -> list[_Run]:
+        """The fill mode of each image of the batch.
+
+        As many of each as independent draws give, but side by side, so that a mode is one stretch of memory; where the
         first stretch starts is drawn too, so that all images have the same chances. (Training batches are shuffled.)
         """
         drawn = torch.randint(len(self.fill_modes), (count,), generator=generator, device=device)
@@ -147,95 +154,68 @@ class GroupMasking:
         counts = drawn.bincount(minlength=len(self.fill_modes))
         *counts, start = torch.cat((counts, start)).tolist()  # one wait for a GPU
         runs = []
-        for fill, length in zip(self.fill_modes, counts, strict=True):
+        for mode, length in zip(self.fill_modes, counts, strict=True):
             stop = start + length
-            runs += [
-                _Run(fill, start, min(stop, count)),
-                _Run(fill, 0, stop - count),
-            ]  # the end of the batch, its start
+            runs += [_Run(mode, start, min(stop, count)), _Run(mode, 0, stop - count)]  # it may go on at the start
             start = stop % count
         return [run for run in runs if run.start < run.stop]
 
-    def _draw_targets(
-        self, runs: Sequence[_Run], images: torch.Tensor, generator: torch.Generator | None
-    ) -> torch.Tensor:
-        """The share of each image to cover, (B,)."""
-        low, high = self.mask_ratio
-        target = low + (high - low) * torch.rand(len(images), generator=generator, device=images.device)
-        for run in runs:
-            if run.fill == "replace":
-                target[run.start : run.stop] = self.replace_ratio
-        return target
-
-    def _draw_groups(
-        self,
-        target: torch.Tensor,
-        size: tuple[int, int],
-        generator: torch.Generator | None,
-        memory: torch.Tensor,
-    ) -> _Groups:
-        """Groups that cover the share `target` (B,) of images of `size` pixels; `mask`, in `memory`, (B, 1, H, W)."""
-        grid = size[0] // self.align, size[1] // self.align
-        longest = max(1, int(grid[0] * self.max_block_size)), max(1, int(grid[1] * self.max_block_size))
-        with torch.autocast(target.device.type, enabled=False):  # the exponents need float32 products
-            mask = memory.squeeze(1) if self.align == 1 else memory.new_empty(len(target), *grid)
-            source = _draw_groups(mask, target, longest, "block" in self.fill_modes, generator)
-        if self.align > 1:
-            mask = mask.repeat_interleave(self.align, dim=1).repeat_interleave(self.align, dim=2)
-            memory.copy_(mask.unsqueeze(1))
-        return _Groups(memory, source)
-
     def _content(
         self,
-        name: str,
+        fill_mode: str,
         images: torch.Tensor,
-        rows: slice,
+        chosen: slice,
         noise: torch.Tensor | None,
         source: torch.Tensor | None,
     ) -> torch.Tensor:
-        """What the groups of these images would hold by the fill `name`, were they everywhere; to be read only."""
-        if name == "noise":
-            assert noise is not None  # drawn wherever it is among the fills, as is `source`
-            return noise[rows]
-        if name == "zeros":
-            return images.new_zeros(()).expand_as(images[rows])
-        if name == "replace":
+        """What groups would hold if they covered the whole of the chosen images; read only."""
+        if fill_mode == "noise":
+            assert noise is not None  # drawn wherever it is among the modes, as is `source`
+            return noise[chosen]
+        if fill_mode == "zeros":
+            return images.new_zeros(()).expand_as(images[chosen])
+        if fill_mode == "replace":
             # The batch is in random order already, so the next image is another image at random.
-            following = images[rows.start + 1 : rows.stop + 1]
-            return following if rows.stop < len(images) else torch.cat((following, images[:1]))
+            following = images[chosen.start + 1 : chosen.stop + 1]
+            return following if chosen.stop < len(images) else torch.cat((following, images[:1]))
         assert source is not None
-        return self._blocks(images[rows], source[rows])
+        height, width = images.shape[-2:]
+        columns = width // self.align
+        row = self._to_pixels(source[chosen] // columns) * self.align
+        column = self._to_pixels(source[chosen] % columns) * self.align
+        row += torch.arange(height, device=images.device).unsqueeze(1) % self.align
+        column += torch.arange(width, device=images.device) % self.align
+        pixel = (row * width + column).flatten(1).unsqueeze(1).expand(-1, images.shape[1], -1)
+        return images[chosen].flatten(2).gather(2, pixel).reshape(images[chosen].shape)
 
-    def _blocks(self, images: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        """Every pixel from where its group's block comes from; `source` (n, rows, columns) counts cells row by row."""
-        batch, channels, height, width = images.shape
-        cell_row, cell_column = source // (width // self.align), source % (width // self.align)
-        cell_row, cell_column = (
-            cells.repeat_interleave(self.align, dim=1).repeat_interleave(self.align, dim=2)
-            for cells in (cell_row, cell_column)
-        )
-        row = cell_row * self.align + torch.arange(height, device=images.device).unsqueeze(1) % self.align
-        column = cell_column * self.align + torch.arange(width, device=images.device) % self.align
-        pixel = (row * width + column).reshape(batch, 1, -1).expand(-1, channels, -1)
-        return images.flatten(2).gather(2, pixel).reshape(images.shape)
+    def _to_pixels(self, cells: torch.Tensor) -> torch.Tensor:
+        """(n, rows, columns) -> a new (n, H, W): each cell is `align` x `align` pixels."""
+        return cells.repeat_interleave(self.align, dim=1).repeat_interleave(self.align, dim=2)
+
+
+class _Run(NamedTuple):
+    """Neighbouring images start .. stop - 1 of a batch that have the same fill mode."""
+
+    fill_mode: str
+    start: int
+    stop: int
 
 
 def _memory(images: torch.Tensor, reuse: Corrupted | None) -> Corrupted:
-    """Where the corrupted images and the mask, as bytes, go: into `reuse` if it is given and fits."""
+    """Memory for the corrupted images and the mask (uint8): that of `reuse` where it fits."""
     shape = (len(images), 1, *images.shape[-2:])
-    if reuse is not None and reuse.pixel_values.data_ptr() == images.data_ptr():
-        raise SpcxrError("reuse holds the images that are to be corrupted; give a result that nobody needs any more")
-    if reuse is not None and reuse.mask.shape == shape and _is_like(reuse.pixel_values, images):
-        return Corrupted(reuse.pixel_values, reuse.mask.view(torch.uint8))
+    if reuse is not None:
+        old = reuse.pixel_values
+        if old.data_ptr() == images.data_ptr():
+            raise SpcxrError("reuse holds the images that are to be corrupted; give a result that is no longer needed")
+        same = (old.shape, old.dtype, old.device) == (images.shape, images.dtype, images.device)
+        if same and reuse.mask.shape == shape:
+            return Corrupted(old, reuse.mask.view(torch.uint8))
     return Corrupted(torch.empty_like(images), torch.empty(shape, dtype=torch.uint8, device=images.device))
 
 
-def _is_like(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-
-
-def _noise(images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """N(0, 1) noise of the shape of `images`, to be read only: in a large batch images share their numbers."""
+def _draw_noise(images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """N(0, 1) noise of the shape of `images`, read only: in a large batch images share their numbers."""
     count, pixels = len(images), images[0].numel()
     drawn = min(count, NOISE_SHEET)
     sheet = torch.randn(drawn * pixels, generator=generator, device=images.device, dtype=images.dtype)
@@ -243,20 +223,7 @@ def _noise(images: torch.Tensor, generator: torch.Generator | None) -> torch.Ten
     return sheet.as_strided((count, pixels), (shift, 1)).view(images.shape)
 
 
-class _Run(NamedTuple):
-    """Neighbouring images start .. stop - 1 of a batch that get the same fill."""
-
-    fill: str
-    start: int
-    stop: int
-
-
-class _Groups(NamedTuple):
-    """`mask` (n, rows, columns) uint8: 1 in the union of the groups, else 0. `source` (n, rows, columns): the cell that
-    each cell's block comes from. (On a CPU torch handles bytes at several times the speed of booleans.)"""
-
-    mask: torch.Tensor
-    source: torch.Tensor | None
+# ---- groups ------------------------------------------------------------------------------------------------------
 
 
 class _Spans(NamedTuple):
@@ -271,61 +238,51 @@ class _Spans(NamedTuple):
 def _draw_groups(
     mask: torch.Tensor,
     target: torch.Tensor,
-    max_block_size: tuple[int, int],
+    max_size: tuple[int, int],
     with_source: bool,
     generator: torch.Generator | None,
 ) -> torch.Tensor | None:
-    """Write groups into `mask` (B, rows, columns) until each image's share `target` (B,) of the cells is covered.
+    """Write groups into `mask` until each image's share `target` (B,) of the cells is covered.
 
-    Returns `source`, see `_Groups`; None if it is not asked for.
+    Args:
+        mask: (B, rows, columns) uint8, filled with 1 in the union of the groups, else 0. (On a CPU torch handles bytes
+            at several times the speed of booleans.)
+        max_size: of a group, in cells.
+
+    Returns:
+        With `with_source`, the number of the cell that each cell's block comes from, (B, rows, columns).
     """
     grid = rows, columns = mask.shape[1], mask.shape[2]
     device = target.device
     source = torch.arange(rows * columns, device=device).repeat(len(target), 1) if with_source else None
-    lattice = _lattice(rows), _lattice(columns)
+    lattice = [slice(max(1, size // LATTICE) // 2, None, max(1, size // LATTICE)) for size in grid]  # off the border
 
     unfinished = None  # in the first round: all
     while unfinished is None or len(unfinished):
         images = torch.arange(len(target), device=device) if unfinished is None else unfinished
-        count = (len(images), GROUPS_PER_ROUND)
-        vertical = _draw_spans(count, rows, max_block_size[0], lattice[0], generator, device)
-        horizontal = _draw_spans(count, columns, max_block_size[1], lattice[1], generator, device)
-        first = _first_group(vertical.inside, horizontal.inside)
+        spans = []
+        for size, longest, chosen in zip(grid, max_size, lattice, strict=True):
+            # 1 to `longest` cells that start anywhere and are cut off at the border
+            count = (len(images), GROUPS_PER_ROUND)
+            start = torch.randint(size, count, generator=generator, device=device)
+            length = torch.randint(1, longest + 1, count, generator=generator, device=device)
+            length = torch.minimum(length, size - start)
+            spans.append(_Spans(start, length, _inside(start, length, torch.arange(size, device=device)[chosen])))
+        first = _first_group(spans[0].inside, spans[1].inside)
         before = None if unfinished is None else mask.index_select(0, images)
         if before is not None:
             first -= (first + 1) * before[:, lattice[0], lattice[1]]  # -1 where it is covered already
         kept, done = _groups_to_keep(first, target[images])
-        after = _union(vertical, horizontal, kept, mask if before is None else torch.empty_like(before))
+        after = _union(*spans, kept, mask if before is None else torch.empty_like(before))
         if before is not None:
             after |= before
             mask.index_copy_(0, images, after)
         if source is not None:
             new = after if before is None else after - before
-            shift = _shift_to_blocks(vertical, horizontal, grid, generator) * new
+            shift = _shift_to_blocks(*spans, grid, generator) * new
             source.index_add_(0, images, shift.flatten(1))
         unfinished = images[~done]
     return source if source is None else source.view(len(target), rows, columns)
-
-
-def _draw_spans(
-    count: tuple[int, int],
-    size: int,
-    longest: int,
-    lattice: slice,
-    generator: torch.Generator | None,
-    device: torch.device,
-) -> _Spans:
-    """Intervals of 1 to `longest` cells that start anywhere in 0 .. size - 1 and are cut off at the border."""
-    start = torch.randint(size, count, generator=generator, device=device)
-    length = torch.randint(1, longest + 1, count, generator=generator, device=device)
-    length = torch.minimum(length, size - start)
-    return _Spans(start, length, _inside(start, length, torch.arange(size, device=device)[lattice]))
-
-
-def _lattice(size: int) -> slice:
-    """Every so-manieth cell, in the middle of its like, so that the border counts for no more than it is."""
-    step = max(1, size // LATTICE)
-    return slice(step // 2, None, step)
 
 
 def _inside(start: torch.Tensor, length: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
@@ -362,85 +319,54 @@ def _groups_to_keep(first: torch.Tensor, target: torch.Tensor) -> tuple[torch.Te
 def _union(vertical: _Spans, horizontal: _Spans, kept: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """`out` (n, rows, columns) uint8, filled: 1 for the cells in any of each image's first `kept` (n,) groups."""
     images, rows, columns = out.shape
-    corners = _corners(vertical, horizontal, kept)
+    # Corners (n, 4 groups): what each adds to the word of eight counts that it lies in, and to all words behind it.
+    sign = (torch.arange(vertical.start.shape[1], device=out.device) < kept.unsqueeze(1)).long()
+    top, bottom = vertical.start, vertical.start + vertical.length
+    left, right = horizontal.start, horizontal.start + horizontal.length
+    row = torch.cat((top, bottom, top, bottom), dim=1)
+    column = torch.cat((left, left, right, right), dim=1)
+    to_behind = torch.cat((sign, -sign, -sign, sign), dim=1)
+    to_word = to_behind << ((column & 7) << 3)
+
     part = min(CPU_UNION_PART, images) if out.device.type == "cpu" else images
-    # With one more row and word for what ends at the border. One piece of memory for all parts: fresh one costs more
-    # on a CPU than what is done in it.
+    # Row by row, the images of a part side by side, with one more row and word for what ends at the border. One piece
+    # of memory for all parts: to allocate it costs more on a CPU than the computation.
     memory = torch.empty(2, rows + 1, part, -(-columns // 8) + 2, dtype=torch.int64, device=out.device)
     for first in range(0, images, part):
         chosen = slice(first, min(first + part, images))
-        counts = _count_groups(corners.of(chosen), memory)[:, :rows, :columns]
-        torch.clamp(counts, max=1, out=out[chosen])
+        within, behind = counts = memory[:, :, : chosen.stop - first].zero_()
+        stride = counts.stride()
+        image = torch.arange(chosen.stop - first, device=out.device).unsqueeze(1)
+        place = row[chosen] * stride[1] + image * stride[2] + (column[chosen] >> 3)
+        memory.view(-1).scatter_add_(0, place.flatten(), to_word[chosen].flatten())
+        memory.view(-1).scatter_add_(0, place.add_(stride[0] + 1).flatten(), to_behind[chosen].flatten())
+        sums = within.add_(behind.cumsum_(dim=2)).cumsum_(dim=0).mul_(EVERY_BYTE)
+        groups = sums.view(torch.uint8).transpose(0, 1)  # over each cell: 0 .. groups, the lowest byte first
+        torch.clamp(groups[:, :rows, :columns], max=1, out=out[chosen])
     return out
-
-
-class _Corners(NamedTuple):
-    """What groups add to words of eight counts, each (images, corners): the `word` and `row` of a corner, what it adds
-    to that word (`within`) and to all words behind it (`behind`)."""
-
-    word: torch.Tensor
-    row: torch.Tensor
-    within: torch.Tensor
-    behind: torch.Tensor
-
-    def of(self, images: slice) -> _Corners:
-        """Those of some images."""
-        return _Corners(*(values[images] for values in self))
-
-
-def _corners(vertical: _Spans, horizontal: _Spans, kept: torch.Tensor) -> _Corners:
-    """The corners of each image's first `kept` (n,) groups; those of the other groups add 0."""
-    groups = vertical.start.shape[1]
-    sign = (torch.arange(groups, device=kept.device) < kept.unsqueeze(1)).long()
-    top, bottom = vertical.start, vertical.start + vertical.length
-    left, right = horizontal.start, horizontal.start + horizontal.length
-    column = torch.cat((left, left, right, right), dim=1)
-    behind = torch.cat((sign, -sign, -sign, sign), dim=1)
-    row = torch.cat((top, bottom, top, bottom), dim=1)
-    return _Corners(column >> 3, row, behind << ((column & 7) << 3), behind)
-
-
-def _count_groups(corners: _Corners, memory: torch.Tensor) -> torch.Tensor:
-    """(n, rows, columns) uint8: over each cell, how many groups; in `memory` (2, rows, at least n, words) int64."""
-    images = len(corners.word)
-    # Row by row, the images side by side.
-    within, behind = counts = memory[:, :, :images].zero_()
-    stride = counts.stride()
-    image = torch.arange(images, device=memory.device).unsqueeze(1)
-    place = corners.row * stride[1] + image * stride[2] + corners.word
-    memory.view(-1).scatter_add_(0, place.flatten(), corners.within.flatten())
-    memory.view(-1).scatter_add_(0, place.add_(stride[0] + 1).flatten(), corners.behind.flatten())
-    sums = within.add_(behind.cumsum_(dim=2)).cumsum_(dim=0).mul_(EVERY_BYTE)
-    # 0 .. groups, the lowest byte first
-    return sums.view(torch.uint8).transpose(0, 1)
 
 
 def _shift_to_blocks(
     vertical: _Spans, horizontal: _Spans, grid: tuple[int, int], generator: torch.Generator | None
 ) -> torch.Tensor:
     """(n, rows, columns): how far away, in cells counted row by row, the block of each cell's first group is."""
-    rows, columns = grid
-    shift = _draw_shift(vertical, rows, generator) * columns + _draw_shift(horizontal, columns, generator)
-    inside = [
-        _inside(spans.start, spans.length, torch.arange(size, device=shift.device))
-        for spans, size in ((vertical, rows), (horizontal, columns))
-    ]
+    shifts, inside = [], []
+    for spans, size in zip((vertical, horizontal), grid, strict=True):  # to any interval of the same length
+        position = torch.rand(spans.start.shape, generator=generator, device=spans.start.device)
+        shifts.append((position * (size - spans.length + 1)).long() - spans.start)
+        inside.append(_inside(spans.start, spans.length, torch.arange(size, device=position.device)))
     owner = _first_group(*inside).clamp(max=GROUPS_PER_ROUND - 1).long()
-    return shift.gather(1, owner.flatten(1)).reshape(owner.shape)
+    return (shifts[0] * grid[1] + shifts[1]).gather(1, owner.flatten(1)).reshape(owner.shape)
 
 
-def _draw_shift(spans: _Spans, size: int, generator: torch.Generator | None) -> torch.Tensor:
-    """How far to go from each interval to one of the same length anywhere in 0 .. size - 1, (images, groups)."""
-    position = torch.rand(spans.start.shape, generator=generator, device=spans.start.device)
-    return (position * (size - spans.length + 1)).long() - spans.start
+# ---- targets of the reconstruction -------------------------------------------------------------------------------
 
-
-SMALLEST_VARIANCE = 1e-6  # as the masked autoencoder's; a patch of one grey has no structure to scale
+MIN_VARIANCE = 1e-6  # as in the masked autoencoder; a patch of constant grey has no structure to scale
 
 
 def normalise_patches(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Images (B, C, H, W) with mean 0 and deviation 1 in each patch and channel; H and W are multiples of it."""
-    mean, deviation = _statistics(images, patch_size)
+    mean, deviation = _patch_statistics(images, patch_size)
     return (images.float() - mean) / deviation
 
 
@@ -455,18 +381,15 @@ def as_pixels(config: Any, reconstruction: torch.Tensor, clean: torch.Tensor) ->
     """
     if not getattr(config, "norm_pix_loss", False):
         return reconstruction
-    mean, deviation = _statistics(clean.to(reconstruction.device), config.patch_size)
+    mean, deviation = _patch_statistics(clean.to(reconstruction.device), config.patch_size)
     return reconstruction * deviation + mean
 
 
-def _statistics(images: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _patch_statistics(images: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of the patch that each pixel lies in, (B, C, H, W) float32."""
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     patches = images.float().reshape(batch, channels, rows, patch_size, columns, patch_size)
     variance, mean = torch.var_mean(patches, dim=(3, 5), keepdim=True)
-    deviation = (variance + SMALLEST_VARIANCE).sqrt()
+    deviation = (variance + MIN_VARIANCE).sqrt()
     return mean.expand_as(patches).reshape(images.shape), deviation.expand_as(patches).reshape(images.shape)
-
-
-__all__ = ["as_pixels", "normalise_patches"]
