@@ -14,13 +14,16 @@ PYTEST  := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytho
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test quick check compat bench evidence clean
+.PHONY: help demo cards test quick check compat bench evidence clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(VENV)/.has-demo  ## Look at a radiograph (IMAGE=path for your own)
 	$(BIN)/spcxr demo $(if $(IMAGE),"$(IMAGE)")
+
+cards: $(VENV)/.has-demo  ## Put the code beside the weights in model_cards/, for trust_remote_code
+	$(BIN)/python -m spcxr_hf.hub.folder
 
 test: $(VENV)/.has-test  ## Run every test
 	$(PYTEST)

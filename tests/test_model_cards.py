@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 import spcxr_hf
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
 from spcxr_hf.hub.expected_outputs import check_outputs
+from spcxr_hf.hub.folder import CODE, read_checkpoint
+from spcxr_hf.hub.publish import check_publishable
 from tests.made_up import write_set
 from tests.phantom import draw_chest
 from training_scripts import prepare_checkpoint
@@ -25,7 +27,6 @@ from training_scripts.benchmarks import count_sources
 CARDS = Path(__file__).parent.parent / "model_cards"
 FOLDERS = sorted(path for path in CARDS.iterdir() if path.is_dir())
 CLASSIFIERS = ("pneumonia", "screening", "covid")
-CODE = {"configuration_spcxr.py", "handler.py", "image_processing_spcxr.py", "modeling_spcxr.py"}
 
 
 def test_the_first_checkpoints_are_there():
@@ -36,13 +37,10 @@ def test_the_first_checkpoints_are_there():
 class TestCheckpoint:
     def test_is_ready_to_upload(self, folder):
         names = {path.name for path in folder.iterdir()}
-        assert (
-            CODE | {"README.md", "config.json", "preprocessor_config.json", "model.safetensors", "recipe.yaml"} <= names
-        )
+        assert {"README.md", "config.json", "preprocessor_config.json", "model.safetensors", "recipe.yaml"} <= names
         assert any((folder / "results").glob("*.json"))
         assert (folder / "model.safetensors").stat().st_size < 50e6
-        for name in CODE:  # what travels is what was tested
-            assert (folder / name).read_text() == (CARDS.parent / "modeling" / name).read_text(), name
+        check_publishable(read_checkpoint(folder, "spcxr"))
 
     def test_weights_are_half_precision_and_finite(self, folder):
         with safe_open(folder / "model.safetensors", "pt") as weights:
@@ -111,7 +109,7 @@ def test_prepare(tmp_path, monkeypatch):
     folder = cards / "toy"
     assert (folder / "README.md").read_text() == "0.75 (0.7–0.8) after 3 steps"
     assert (folder / "recipe.yaml").read_text() == "steps: 3\n"
-    assert {path.name for path in folder.glob("*.py")} == CODE
+    assert {path.name for path in folder.glob("*.py")} == CODE.keys()
     loaded = SpcxrForPreTraining.from_pretrained(folder)
     assert loaded.dtype == torch.float32
     for name, tensor in trained.state_dict().items():

@@ -61,6 +61,10 @@ def test_weights_are_safetensors(files):
     assert [path.name for path in files if path.suffix in PICKLES] == []
 
 
+def test_code_is_kept_once(files):
+    assert [path.parent.name for path in files if path.suffix == ".py" and "model_cards" in path.parts] == []
+
+
 def test_nothing_is_huge(files):
     assert [path.name for path in files if path.stat().st_size > 50 * MEBIBYTE] == []
 

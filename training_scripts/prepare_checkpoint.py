@@ -26,6 +26,7 @@ import spcxr_hf
 from spcxr_hf import SpcxrError, SpcxrImageProcessor
 from spcxr_hf.files import write_json
 from spcxr_hf.hub.expected_outputs import RECORD, record_outputs
+from spcxr_hf.hub.folder import write_code
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 from training_scripts.benchmarks.lib.results import read_cost
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     copy_files([Path(result) for result in arguments.results], folder / "results")
     copy_files([Path(picture) for picture in arguments.pictures], folder / "pictures")
     count_cost(arguments.runs, folder / "results")
-    copy_code(folder)
+    write_code(folder)
     if not arguments.card_only or not (folder / RECORD).is_file():
         record_outputs(folder)
     (folder / "README.md").write_text(render_card(arguments.name, folder), encoding="utf-8")
@@ -82,12 +83,6 @@ def copy_model(source: Path, folder: Path) -> None:
     size = (folder / "model.safetensors").stat().st_size
     if size > LARGEST_FILE:
         raise SpcxrError(f"{folder / 'model.safetensors'}: {size} bytes; a file may have {LARGEST_FILE}")
-
-
-def copy_code(folder: Path) -> None:
-    """The files that load the weights elsewhere, and answer at an Inference Endpoint, as they are in the tree now."""
-    for source in (*(REPOSITORY / "modeling").glob("*_spcxr.py"), REPOSITORY / "modeling" / "handler.py"):
-        shutil.copyfile(source, folder / source.name)
 
 
 def copy_recipe(source: Path, folder: Path) -> None:

@@ -1,10 +1,15 @@
-"""The folder of a checkpoint: what may lie in it, checked before it is installed or published, and what names it."""
+"""The folder of a checkpoint: its files, checked before it is installed or published, and the code that goes with them.
+
+The code that loads the weights without the package is kept once, in `modeling/`. `read_checkpoint` adds it to the files
+of a folder; `python -m spcxr_hf.hub.folder [FOLDER]` (`make cards`) writes it beside the weights of every checkpoint.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +19,14 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import sha256
+from spcxr_hf.files import atomic_file, sha256
+from spcxr_hf.modeling import configuration_spcxr
 
 BUNDLED = Path(__file__).resolve().parents[2] / "model_cards"
+CODE = {
+    name: Path(configuration_spcxr.__file__).with_name(name)
+    for name in ("configuration_spcxr.py", "handler.py", "image_processing_spcxr.py", "modeling_spcxr.py")
+}
 WEIGHTS = "model.safetensors"
 REQUIRED = ("config.json", WEIGHTS)
 # Formats that are pickles, or may hold one: loading them can run code.
@@ -29,10 +39,18 @@ LARGEST_HEADER = 10_000_000
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked folder: `hashes` has the SHA-256 (64 hex digits) of each file by its path in the folder."""
+    """A checked folder.
+
+    Attributes:
+        repo_id: The Hub id.
+        folder: Where it lies.
+        files: Each file by its path in the repository: those of the folder, and the installed package's code.
+        hashes: The SHA-256 (64 hex digits) of each.
+    """
 
     repo_id: str
     folder: Path
+    files: dict[str, Path]
     hashes: dict[str, str]
 
     @property
@@ -42,7 +60,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path, namespace: str) -> Checkpoint:
-    """Check a folder and hash what is in it; files whose name begins with a dot are left out.
+    """Check a folder, add the code, and hash all files; those whose name begins with a dot are left out.
 
     Args:
         folder: Its name is the last part of the id.
@@ -58,10 +76,22 @@ def read_checkpoint(folder: Path, namespace: str) -> Checkpoint:
     try:
         names = file_names(folder)
         check_files(folder, names)
-        hashes = {name: sha256(folder / name) for name in names}
+        files = {name: folder / name for name in names} | CODE
+        hashes = {name: sha256(path) for name, path in files.items()}
     except OSError as error:
         raise SpcxrError(f"{error.filename}: {error.strerror or type(error).__name__}") from error
-    return Checkpoint(f"{namespace}/{folder.name}", folder, hashes)
+    return Checkpoint(f"{namespace}/{folder.name}", folder, files, hashes)
+
+
+def write_code(folder: Path) -> None:
+    """Write the installed package's code beside the weights, for `trust_remote_code=True` and Inference Endpoints.
+
+    Raises:
+        SpcxrError: the folder cannot be written.
+    """
+    for name, source in CODE.items():
+        with atomic_file(folder / name) as partial:
+            partial.write_bytes(source.read_bytes())
 
 
 def bundled_checkpoints() -> Path:
@@ -86,7 +116,7 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise SpcxrError(f"{folder}: no such folder")
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     if (folder / "config.json").is_file():
         raise SpcxrError(f"{folder}: a checkpoint itself; give the folder that it lies in")
     if not folders:
@@ -94,14 +124,15 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return folders
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__"
+def is_hidden(name: str) -> bool:
+    """Whether a path in a checkpoint's folder is left out: a part of it begins with a dot, or is `__pycache__`."""
+    return any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
 
 
 def file_names(folder: Path) -> list[str]:
     """Every file that is not hidden, by its path in the folder, `/` between the parts."""
-    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [path.as_posix() for path in paths if not any(_is_hidden(part) for part in path.parts)]
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [name for name in names if not is_hidden(name)]
 
 
 def check_files(folder: Path, names: Sequence[str]) -> None:
@@ -173,3 +204,18 @@ def content_revision(hashes: dict[str, str]) -> str:
 def given_or_bundled(folder: str | os.PathLike | None) -> Path:
     """`folder`, or `model_cards/` of the source tree."""
     return bundled_checkpoints() if folder is None else Path(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the code beside the weights of every checkpoint in a folder, by default `model_cards/`."""
+    given = sys.argv[1:] if argv is None else argv
+    for folder in checkpoint_folders(given_or_bundled(given[0] if given else None)):
+        write_code(folder)
+        print(f"{folder}: {', '.join(CODE)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SpcxrError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -65,7 +65,8 @@ def install_checkpoints(
     In offline mode (`HF_HUB_OFFLINE=1`), with `local_files_only=True`, and without a connection. As long as the id is
     not on the Hub and the Hub is there to say so, models load without any of these, but image processors do not.
 
-    All checkpoints are checked before the first is copied; the folder is not needed afterwards.
+    All checkpoints are checked before the first is copied; the folder is not needed afterwards. The code beside the
+    weights is the installed package's, whether or not the folder has a copy of it.
 
     Args:
         folder: holds one folder per checkpoint, each with `config.json` and `model.safetensors`; hidden files are left
@@ -125,7 +126,7 @@ def _install(checkpoint: Checkpoint, repository: Path) -> Installed:
     """Copy what is missing. `main` moves last, so a reader never meets a revision that is not whole."""
     snapshot = repository / "snapshots" / checkpoint.revision
     for name, digest in checkpoint.hashes.items():
-        _add_file(checkpoint.folder / name, repository / "blobs" / digest, snapshot / name)
+        _add_file(checkpoint.files[name], repository / "blobs" / digest, snapshot / name)
     for name in set(OPTIONAL) - checkpoint.hashes.keys():
         absent = repository / ".no_exist" / checkpoint.revision / name
         absent.parent.mkdir(parents=True, exist_ok=True)

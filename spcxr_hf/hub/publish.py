@@ -1,14 +1,15 @@
 """Publishes the checkpoints of a folder, each as a repository on the Hub.
 
-publish -> _prepare  checks a folder (see `publishing_checks`, `recorded_outputs`) and says what its files are
-        -> _compare  with the repository's files: what would change
-        -> _send     creates the repository where there is none; one commit; then a tag
+publish -> check_publishable, check_outputs  every folder, before anything is sent
+        -> _compare                          with the repository's files: what would change
+        -> _send                             creates the repository where there is none; one commit; then a tag
 
 Nothing is sent before every folder has passed. A commit is one request, so a repository is at its old or its new
 commit whatever breaks, and the same command goes on from there: what is on the Hub already is not sent again.
 
-* The repository becomes what the folder is: files that the folder has no longer are deleted (and stay in its history),
-  `.gitattributes` and other hidden ones left alone. A repository of another model type is refused.
+* The repository becomes what the folder is, and the installed package's code: files that the folder has no longer are
+  deleted (and stay in its history), `.gitattributes` and other hidden ones left alone. A repository of another model
+  type is refused.
 * The tag is `v<version of this package>`. Where that one stands at another commit, the next is `v<version>-2`, and so
   on: a tag never moves. A tag that the caller names is refused where it stands elsewhere, before anything is sent.
 * With another namespace the card's `spcxr/<name>` become `<namespace>/<name>`, in front matter and text, for every
@@ -20,9 +21,10 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -35,20 +37,22 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
 from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.files import sha256
 from spcxr_hf.hub.expected_outputs import check_outputs
 from spcxr_hf.hub.folder import (
+    CODE,
     Checkpoint,
     checkpoint_folders,
-    file_names,
     git_blob_id,
     given_or_bundled,
     header_size,
+    is_hidden,
     read_checkpoint,
 )
-from spcxr_hf.modeling import configuration_spcxr
 from spcxr_hf.modeling.configuration_spcxr import SpcxrConfig
 
 NAMESPACE = "spcxr"
+CARD = "README.md"
 # What the client raises: huggingface_hub 1.x stands on httpx, 2.x on httpx2, so their base is asked for, not imported.
 HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError, ValueError, RuntimeError)
 REASONS = {
@@ -101,27 +105,6 @@ class Publication:
         return "\n".join([f"{self.repo_id}: {what}; " + ", ".join([counted, *ends]), *files])
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A checked checkpoint: files by path; `rewritten` has those whose content is not the folder's."""
-
-    checkpoint: Checkpoint
-    rewritten: dict[str, bytes] = field(default_factory=dict)
-
-    def content(self, name: str) -> bytes | Path:
-        return self.rewritten.get(name, self.checkpoint.folder / name)
-
-    def bytes(self, name: str) -> bytes:
-        content = self.content(name)
-        return content if isinstance(content, bytes) else content.read_bytes()
-
-    def is_as(self, name: str, remote: RepoFile) -> bool:
-        """Whether the Hub has this very file: large ones are known by SHA-256, small ones by git's id."""
-        if remote.lfs is not None:
-            return name not in self.rewritten and remote.lfs.sha256 == self.checkpoint.hashes[name]
-        return remote.blob_id == git_blob_id(self.bytes(name))
-
-
 def publish(
     folder: str | PathLike | None = None,
     namespace: str = NAMESPACE,
@@ -151,42 +134,34 @@ def publish(
     token = token or get_token()
     if token is None and not dry_run:
         raise SpcxrError("no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
-    folders = _chosen(checkpoint_folders(given_or_bundled(folder)), only)
-    names = [path.name for path in folders]
-    prepared = [_prepare(path, namespace, names, token) for path in folders]
-    api = HfApi(token=token or False, library_name="spcxr-hf")
-    plans = []
-    for one in prepared:
-        with hub_errors(one.checkpoint.repo_id, token, "Every folder passed the checks here; nothing was sent"):
-            _validate_card(api, one)
-            plans.append(_compare(api, one, tag, private))
-    if dry_run:
-        return [plan for plan, _ in plans]
-    published = []
-    for one, (plan, head) in zip(prepared, plans, strict=True):
-        with hub_errors(plan.repo_id, token):
-            published.append(_send(api, one, plan, head, tag, private))
-    return published
-
-
-# ---- the folder ----------------------------------------------------------------------------------------------------
-
-
-def _chosen(folders: list[Path], only: Sequence[str] | None) -> list[Path]:
-    unknown = set(only or ()) - {path.name for path in folders}
-    if unknown:
+    folders = checkpoint_folders(given_or_bundled(folder))
+    if unknown := set(only or ()) - {path.name for path in folders}:
         raise SpcxrError(f"no checkpoint {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in folders)}")
-    return [path for path in folders if not only or path.name in only]
-
-
-def _prepare(folder: Path, namespace: str, names: Sequence[str], token: str | None) -> _Prepared:
-    """Check a folder, and name the namespace in its card."""
-    checkpoint = read_checkpoint(folder, namespace)
-    check_publishable(folder, token)
-    check_outputs(folder)
-    if namespace == NAMESPACE:
-        return _Prepared(checkpoint)
-    return _Prepared(checkpoint, {CARD: in_namespace((folder / CARD).read_text("utf-8"), namespace, names).encode()})
+    folders = [path for path in folders if not only or path.name in only]
+    names = [path.name for path in folders]
+    api = HfApi(token=token or False, library_name="spcxr-hf")
+    with tempfile.TemporaryDirectory() as cards:
+        checkpoints, plans, published = [], [], []
+        for path in folders:
+            checkpoint = read_checkpoint(path, namespace)
+            check_publishable(checkpoint, token)
+            check_outputs(path)
+            if namespace != NAMESPACE:
+                card = Path(cards) / path.name
+                card.write_text(in_namespace((path / CARD).read_text("utf-8"), namespace, names), encoding="utf-8")
+                files, hashes = checkpoint.files | {CARD: card}, checkpoint.hashes | {CARD: sha256(card)}
+                checkpoint = replace(checkpoint, files=files, hashes=hashes)
+            checkpoints.append(checkpoint)
+        for checkpoint in checkpoints:
+            with hub_errors(checkpoint.repo_id, token, "Every folder passed the checks here; nothing was sent"):
+                _validate_card(api, checkpoint)
+                plans.append(_compare(api, checkpoint, tag, private))
+        if dry_run:
+            return [plan for plan, _ in plans]
+        for checkpoint, (plan, head) in zip(checkpoints, plans, strict=True):
+            with hub_errors(plan.repo_id, token):
+                published.append(_send(api, checkpoint, plan, head, tag, private))
+    return published
 
 
 def in_namespace(card: str, namespace: str, names: Sequence[str]) -> str:
@@ -199,27 +174,27 @@ def in_namespace(card: str, namespace: str, names: Sequence[str]) -> str:
 # ---- the repository ------------------------------------------------------------------------------------------------
 
 
-def _validate_card(api: HfApi, prepared: _Prepared) -> None:
+def _validate_card(api: HfApi, checkpoint: Checkpoint) -> None:
     """Let the Hub read the front matter, as it does again at the commit, before a repository is made for it.
 
     `ModelCard.validate` would do, but in huggingface_hub 1.x it asks huggingface.co whatever `HF_ENDPOINT` says.
     """
-    body = {"repoType": "model", "content": prepared.bytes(CARD).decode("utf-8")}
+    body = {"repoType": "model", "content": checkpoint.files[CARD].read_text("utf-8")}
     response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body)
     if response.status_code == 400:
         said = "; ".join(str(error.get("message")) for error in response.json().get("errors", []))
-        raise SpcxrError(f"{prepared.checkpoint.folder / CARD}: the Hub refuses its front matter ({one_line(said)})")
+        raise SpcxrError(f"{checkpoint.folder / CARD}: the Hub refuses its front matter ({one_line(said)})")
     hf_raise_for_status(response)
 
 
-def _compare(api: HfApi, prepared: _Prepared, tag: str | None, private: bool) -> tuple[Publication, str | None]:
+def _compare(api: HfApi, checkpoint: Checkpoint, tag: str | None, private: bool) -> tuple[Publication, str | None]:
     """What would change, and the commit that this was compared with; None where there is no repository."""
-    repo_id, names = prepared.checkpoint.repo_id, set(prepared.checkpoint.hashes)
+    repo_id, files = checkpoint.repo_id, checkpoint.files
     try:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
-        plan = Publication(repo_id, True, added=tuple(sorted(names)))
-        return replace(plan, size=_size(prepared, plan.added), tag=tag or _default_tag()), None
+        size = sum(path.stat().st_size for path in files.values())
+        return Publication(repo_id, True, added=tuple(sorted(files)), size=size, tag=tag or _default_tag()), None
     if private and info.private is False:
         raise SpcxrError(f"{repo_id}: public on the Hub, and --private was asked for; change that there first")
     model_type = (info.config or {}).get("model_type", SpcxrConfig.model_type)
@@ -227,28 +202,25 @@ def _compare(api: HfApi, prepared: _Prepared, tag: str | None, private: bool) ->
         raise SpcxrError(f"{repo_id}: holds a model of type {model_type!r} on the Hub; it stays as it is")
     tree = api.list_repo_tree(repo_id, recursive=True, revision=info.sha)
     there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    same = {name for name in names & there.keys() if prepared.is_as(name, there[name])}
+    same = {name for name in files.keys() & there.keys() if _is_same(checkpoint, name, there[name])}
     plan = Publication(
         repo_id,
         False,
-        added=tuple(sorted(names - there.keys())),
-        updated=tuple(sorted(names & there.keys() - same)),
-        deleted=tuple(sorted(name for name in there.keys() - names if not _is_hidden(name))),
+        added=tuple(sorted(files.keys() - there.keys())),
+        updated=tuple(sorted((files.keys() & there.keys()) - same)),
+        deleted=tuple(sorted(name for name in there.keys() - files.keys() if not is_hidden(name))),
         unchanged=tuple(sorted(same)),
+        size=sum(path.stat().st_size for name, path in files.items() if name not in same),
     )
     tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
-    head = None if plan.changed else info.sha
-    size = _size(prepared, (*plan.added, *plan.updated))
-    return replace(plan, size=size, tag=_free_tag(repo_id, tag, tags, head)), info.sha
+    return replace(plan, tag=_free_tag(repo_id, tag, tags, None if plan.changed else info.sha)), info.sha
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
-
-
-def _size(prepared: _Prepared, names: Sequence[str]) -> int:
-    contents = [prepared.content(name) for name in names]
-    return sum(len(item) if isinstance(item, bytes) else item.stat().st_size for item in contents)
+def _is_same(checkpoint: Checkpoint, name: str, remote: RepoFile) -> bool:
+    """Whether the Hub has this very file: large ones are known by SHA-256, small ones by git's id."""
+    if remote.lfs is not None:
+        return remote.lfs.sha256 == checkpoint.hashes[name]
+    return remote.blob_id == git_blob_id(checkpoint.files[name].read_bytes())
 
 
 def _default_tag() -> str:
@@ -275,18 +247,17 @@ def _free_tag(repo_id: str, tag: str | None, tags: dict[str, str], head: str | N
 
 
 def _send(
-    api: HfApi, prepared: _Prepared, plan: Publication, head: str | None, tag: str | None, private: bool
+    api: HfApi, checkpoint: Checkpoint, plan: Publication, head: str | None, tag: str | None, private: bool
 ) -> Publication:
     """Create the repository if there is none, commit what differs, set the tag."""
     is_new = plan.is_new
     if is_new:
         api.create_repo(plan.repo_id, private=private, exist_ok=True)
-        plan, head = _compare(api, prepared, tag, private)  # with what the Hub has put into it
+        plan, head = _compare(api, checkpoint, tag, private)  # with what the Hub has put into it
     commit = head
     if plan.changed:
-        changed = (*plan.added, *plan.updated)
         operations: list[Any] = [
-            *(CommitOperationAdd(name, _uploadable(prepared.content(name))) for name in changed),
+            *(CommitOperationAdd(name, str(checkpoint.files[name])) for name in (*plan.added, *plan.updated)),
             *(CommitOperationDelete(name, is_folder=False) for name in plan.deleted),
         ]
         # With the parent named, a change by somebody else in between is refused, not written over.
@@ -296,10 +267,6 @@ def _send(
     if plan.tag:
         api.create_tag(plan.repo_id, tag=plan.tag, revision=commit)
     return replace(plan, is_new=is_new, commit=commit)
-
-
-def _uploadable(content: bytes | Path) -> bytes | str:
-    return content if isinstance(content, bytes) else str(content)
 
 
 # ---- when it goes wrong --------------------------------------------------------------------------------------------
@@ -343,8 +310,7 @@ def without_token(words: str, token: str | None) -> str:
     return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "<token>", words)
 
 
-CODE = Path(configuration_spcxr.__file__).parent
-CARD = "README.md"
+# ---- what may be published -----------------------------------------------------------------------------------------
 
 SECRETS = {
     "a Hugging Face token": rb"\b(hf|api_org)_[A-Za-z0-9]{30,}",
@@ -364,29 +330,42 @@ PLACES = re.compile(
 )
 
 
-def check_publishable(folder: Path, token: str | None = None) -> None:
-    """Refuse a checkpoint's folder that should not be shown to others.
+def check_publishable(checkpoint: Checkpoint, token: str | None = None) -> None:
+    """Refuse a checkpoint that should not be shown to others.
 
     Args:
         token: The token in use, which is looked for too.
 
     Raises:
-        SpcxrError: a file holds a secret or an absolute path; its code is not the installed package's; `auto_map`
-            leads out of the folder; the card is missing or its front matter not valid. A secret is not repeated.
+        SpcxrError: a file holds a secret or an absolute path; the folder has other code than the installed package;
+            `auto_map` names code that is not there; the card is missing or its front matter not valid. A secret is not
+            repeated.
     """
-    names = file_names(folder)
-    for name in names:
-        for line, words in find_unwanted(folder / name, token):
+    folder = checkpoint.folder
+    for name, path in checkpoint.files.items():
+        for line, words in find_unwanted(path, token):
             raise SpcxrError(f"{folder / name}, line {line}: holds {words}; nothing was sent")
-    check_code(folder, names)
-    if CARD not in names:
+    for name, source in CODE.items():
+        if (folder / name).is_file() and (folder / name).read_bytes() != source.read_bytes():
+            raise SpcxrError(f"{folder / name}: not the installed package's, which is sent; delete it or `make cards`")
+    for config in ("config.json", "preprocessor_config.json"):
+        if config not in checkpoint.files:
+            raise SpcxrError(f"{folder / config}: missing")
+        classes = json.loads((folder / config).read_text(encoding="utf-8")).get("auto_map") or {}
+        if not classes:
+            raise SpcxrError(f"{folder / config}: no auto_map, so it does not load without the package")
+        for reference in _leaves(classes):
+            if not re.fullmatch(r"\w+\.\w+", reference) or f"{reference.split('.')[0]}.py" not in checkpoint.files:
+                raise SpcxrError(f"{folder / config}: auto_map names {reference!r}, which is not in the folder")
+    if CARD not in checkpoint.files:
         raise SpcxrError(f"{folder / CARD}: missing; a repository has a card")
     check_card(folder / CARD)
 
 
 def find_unwanted(path: Path, token: str | None = None) -> Iterator[tuple[int, str]]:
     """The line and the kind of each secret in a file, and of each absolute path where it is text."""
-    content = _searched_part(path)
+    with path.open("rb") as file:  # of weights the header alone: the rest is numbers
+        content = file.read(8 + header_size(path))[8:] if path.suffix == ".safetensors" else file.read()
     for words, pattern in SECRETS.items():
         for match in re.finditer(pattern, content):
             yield content.count(b"\n", 0, match.start()) + 1, words
@@ -395,37 +374,6 @@ def find_unwanted(path: Path, token: str | None = None) -> Iterator[tuple[int, s
     if b"\0" not in content:
         for match in PLACES.finditer(content):
             yield content.count(b"\n", 0, match.start()) + 1, "an absolute path"
-
-
-def _searched_part(path: Path) -> bytes:
-    """Of weights the header: the rest is numbers."""
-    if path.suffix != ".safetensors":
-        return path.read_bytes()
-    with path.open("rb") as file:
-        return file.read(8 + header_size(path))[8:]
-
-
-def check_code(folder: Path, names: list[str]) -> None:
-    """Refuse code for `trust_remote_code` that is not what the installed package runs, or that is not all there.
-
-    Raises:
-        SpcxrError: it is so; the message names the file.
-    """
-    for source in sorted(CODE.glob("*_spcxr.py")):
-        if source.name not in names or (folder / source.name).read_bytes() != source.read_bytes():
-            raise SpcxrError(
-                f"{folder / source.name}: missing or not the installed package's; renew it with "
-                f"training_scripts/prepare_checkpoint.py --name {folder.name} --card_only true"
-            )
-    for config in ("config.json", "preprocessor_config.json"):
-        if config not in names:
-            raise SpcxrError(f"{folder / config}: missing")
-        classes = json.loads((folder / config).read_text(encoding="utf-8")).get("auto_map") or {}
-        if not classes:
-            raise SpcxrError(f"{folder / config}: no auto_map, so it does not load without the package")
-        for reference in _leaves(classes):
-            if not re.fullmatch(r"\w+\.\w+", reference) or f"{reference.split('.')[0]}.py" not in names:
-                raise SpcxrError(f"{folder / config}: auto_map names {reference!r}, which is not in the folder")
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from spcxr_hf import SpcxrConfig, SpcxrForImageClassification, SpcxrImageProcessor
 from spcxr_hf.hub.expected_outputs import made_picture, record_outputs
-from spcxr_hf.hub.publish import CODE, publish
+from spcxr_hf.hub.publish import publish
 from spcxr_hf.models.auto import MODEL_CLASSES
 from tests.common import TINY
 from tests.hub_server import HubServer
@@ -138,8 +138,6 @@ def world(tmp_path_factory):
     SpcxrImageProcessor(size={"height": 32, "width": 32}).save_pretrained(cards / "findings")
     (cards / "findings" / "README.md").write_text(CARD)
     for folder in (cards / name for name in ("base", "lung-segmentation", "findings")):
-        for source in CODE.glob("*_spcxr.py"):  # as `prepare_checkpoint.py` would renew it
-            shutil.copyfile(source, folder / source.name)
         record_outputs(folder)
     Image.fromarray(made_picture(90, 120)).save(root / "picture.png")
     with HubServer() as hub, pytest.MonkeyPatch.context() as patch:

@@ -21,6 +21,7 @@ from spcxr_hf import (
     SpcxrImageProcessor,
 )
 from spcxr_hf.hub import folder, install
+from spcxr_hf.hub.folder import CODE, write_code
 from spcxr_hf.hub.install import install_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,9 +86,9 @@ def test_the_cache_has_its_real_layout(cards, cache):
     assert int(one.revision, 16)
     assert {path.name for path in repository.iterdir()} == {".no_exist", "blobs", "refs", "snapshots"}
     files = {path.relative_to(one.path).as_posix() for path in one.path.rglob("*") if path.is_file()}
-    assert files == {"config.json", "model.safetensors", "pictures/masks.png"}
+    assert files == {"config.json", "model.safetensors", "pictures/masks.png"} | CODE.keys()
     for name in files:
-        assert (one.path / name).read_bytes() == (cards / "base" / name).read_bytes()
+        assert (one.path / name).read_bytes() == CODE.get(name, cards / "base" / name).read_bytes()
         link = (one.path / name).readlink()
         assert not link.is_absolute()
         assert len(link.name) == 64
@@ -140,6 +141,16 @@ def test_the_revision_follows_from_the_content_alone(cards, tmp_path):
         install_checkpoints(tmp_path / "elsewhere", tmp_path / "b"),
     )
     assert here.revision == there.revision
+
+
+def test_code_in_the_folder_changes_nothing(cards, cache):
+    """None, that of `make cards`, or an older one that was left there: what is installed is the package's."""
+    (one,) = install_checkpoints(cards, cache)
+    assert not list(cards.rglob("*.py"))
+    write_code(cards / "base")
+    assert install_checkpoints(cards, cache) == [one._replace(is_new=False)]
+    (cards / "base" / "modeling_spcxr.py").write_text("old = True")
+    assert install_checkpoints(cards, cache) == [one._replace(is_new=False)]
 
 
 def test_new_content_is_a_new_revision_and_the_old_one_stays(cards, cache):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from spcxr_hf import (
     SpcxrConfig,
@@ -22,12 +23,13 @@ from spcxr_hf import (
     SpcxrForPreTraining,
     SpcxrImageProcessor,
 )
+from spcxr_hf.cli import app
 from spcxr_hf.hub import publish as flow
 from spcxr_hf.hub.expected_outputs import check_outputs, record_outputs
+from spcxr_hf.hub.folder import CODE
 from spcxr_hf.hub.publish import SECRETS, find_unwanted, in_namespace, publish
 from tests.common import TINY
 from tests.hub_server import Fault, HubServer
-from training_scripts import publish as script
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD = """---
@@ -113,16 +115,15 @@ def test_a_first_publish_makes_every_repository(hub, token, cards):
         repository = hub.repositories[f"spcxr/{name}"]
         assert not repository.private
         assert len(repository.commits) == 2  # the Hub's own first one, and ours
-        files = {
-            path.relative_to(cards / name).as_posix(): path for path in (cards / name).rglob("*") if path.is_file()
-        }
+        there = [path for path in (cards / name).rglob("*") if path.is_file()]
+        files = {path.relative_to(cards / name).as_posix(): path for path in there} | CODE
         assert repository.head.files.keys() == files.keys() | {".gitattributes"}
         for path, file in files.items():
             blob = repository.head.files[path]
             assert (hub.objects[blob.sha256] if blob.sha256 else blob.content) == file.read_bytes()
         assert repository.tags == {flow._default_tag(): repository.head.sha}
     assert base.commit == hub.repositories["spcxr/base"].head.sha
-    assert base.size == sum(path.stat().st_size for path in (cards / "base").rglob("*") if path.is_file())
+    assert findings.size == sum(path.stat().st_size for path in files.values())
 
 
 def test_the_same_again_sends_nothing(hub, token, cards, unchecked):
@@ -240,7 +241,7 @@ SECRET = "hf_" + "a1B2" * 9
         ("README.md", CARD.format(name="base", task="x", more="base_model: a/b/c\n"), "base_model 'a/b/c' is no id"),
         ("README.md", CARD.format(name="base", task="x", more="").replace("Not for clinical use", ""), "clinical use"),
         ("README.md", CARD.format(name="base", task="no-such-task", more=""), "no-such-task"),
-        ("modeling_spcxr.py", "import os", r"modeling_spcxr\.py: missing or not the installed package's"),
+        ("modeling_spcxr.py", "import os", r"modeling_spcxr\.py: not the installed package's"),
         ("config.json", '{"auto_map": {"AutoModel": "me/other--modeling_spcxr.SpcxrModel"}}', "is not in the folder"),
         ("expected_outputs.json", None, r"expected_outputs\.json: missing"),
         ("expected_outputs.json", "[]", "not a record of outputs"),
@@ -457,10 +458,8 @@ def test_a_first_publish_cut_at_any_request(hub, token, cards, unchecked, number
     with pytest.raises(SpcxrError, match=r"^spcxr/base: "):
         publish(cards, token=token, only=["base"])
     if "spcxr/base" in hub.repositories:
-        assert len(hub.repositories["spcxr/base"].head.files) in (
-            1,
-            1 + sum(p.is_file() for p in (cards / "base").rglob("*")),
-        )
+        files = len([path for path in (cards / "base").rglob("*") if path.is_file() and path.name not in CODE])
+        assert len(hub.repositories["spcxr/base"].head.files) in (1, 1 + files + len(CODE))
     hub.faults = []
     publish(cards, token=token, only=["base"])
     repository = hub.repositories["spcxr/base"]
@@ -471,16 +470,16 @@ def test_a_first_publish_cut_at_any_request(hub, token, cards, unchecked, number
 # ---- the command, and its token ------------------------------------------------------------------------------------
 
 
-def test_the_script(hub, token, cards, unchecked, monkeypatch, capsys):
+def test_the_command(hub, token, cards, unchecked, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)
-    script.main(["--folder", str(cards), "--only", "base", "--dry_run", "true"])
-    assert "spcxr/base: new repository" in (said := capsys.readouterr().out)
-    assert "a dry run: nothing was sent" in said
-    script.main(["--folder", str(cards), "--only", "base", "--namespace", "me", "--private", "true", "--tag", "first"])
+    command = ["publish", "base", "--checkpoints", str(cards)]
+    done = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert "spcxr/base: new repository" in done.output
+    assert hub.repositories == {}
+    done = CliRunner().invoke(app, [*command, "--namespace", "me", "--private", "--tag", "first"])
     assert hub.repositories["me/base"].tags.keys() == {"first"}
-    assert token not in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        script.main(["--token", token])  # it would stand in the shell's history
+    assert token not in done.output
+    assert CliRunner().invoke(app, [*command, "--token", token]).exit_code == 2  # it would stand in the shell's history
 
 
 def files_that_hold(folder: Path, words: str) -> list[Path]:
@@ -503,9 +502,9 @@ def test_the_token_reaches_no_log_output_or_file(cards, tmp_path, trouble):
         talkative = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "HF_HUB_DISABLE_XET": "1"}
         place = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": url, "HF_TOKEN": token}
         place |= {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-X", "dev", "-W", "ignore", str(ROOT / "training_scripts" / "publish.py")]
+        command = [sys.executable, "-X", "dev", "-W", "ignore", "-m", "spcxr_hf.cli"]
         done = subprocess.run(
-            [*command, "--folder", str(cards), "--only", "base"],
+            [*command, "publish", "base", "--checkpoints", str(cards)],
             env={**ours, **talkative, **place, "PYTHONPATH": str(ROOT)},
             cwd=tmp_path,
             capture_output=True,

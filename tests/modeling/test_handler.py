@@ -8,10 +8,8 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,7 @@ from spcxr_hf import (
     SpcxrForSemanticSegmentation,
     SpcxrImageProcessor,
 )
-from spcxr_hf.modeling import modeling_spcxr
+from spcxr_hf.hub.folder import write_code
 from tests.common import SIDE, build, tiny_config
 from tests.made_up import picture
 
@@ -156,7 +154,7 @@ def answers(models, tmp_path_factory) -> dict[str, dict[str, Any]]:
     for name, model in models.items():
         model.save_pretrained(root / name)
         PROCESSOR.save_pretrained(root / name)
-        shutil.copy(Path(modeling_spcxr.__file__).with_name("handler.py"), root / name)
+        write_code(root / name)
     requests = {**GOOD, **{name: request for name, (request, _) in BAD.items()}, **OTHERS}
     (root / "requests.json").write_text(json.dumps(requests))
     caches = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}

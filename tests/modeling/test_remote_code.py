@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,12 +15,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import spcxr_hf
-from spcxr_hf.modeling import modeling_spcxr
+from spcxr_hf.hub.folder import CODE
+from spcxr_hf.hub.folder import main as write_all_code
 from spcxr_hf.modeling.configuration_spcxr import AUTO_MAP
 from spcxr_hf.models.auto import MODEL_CLASSES
 from tests.common import SIDE, assert_same, assert_same_weights, build, flatten, pixels, saved_config
 
-CODE = Path(modeling_spcxr.__file__).parent
 AUTO_CLASSES = {auto.__name__: model_class for auto, model_class in MODEL_CLASSES.items()}
 CHECKPOINTS = {model_class.__name__: model_class for model_class in AUTO_CLASSES.values()}
 HEADS = ("reconstruction_head.", "classifier.", "decoder.")
@@ -126,6 +125,10 @@ def elsewhere(tmp_path_factory) -> SimpleNamespace:
     for name, model in models.items():
         model.save_pretrained(root / name)
         processor.save_pretrained(root / name)
+    saved = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.glob("*/*.py")}
+    for path in root.glob("*/*.py"):
+        path.unlink()
+    write_all_code([str(root)])  # as `make cards`
 
     caches = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", ELSEWHERE, str(root), ",".join(AUTO_CLASSES), ",".join(CHECKPOINTS)]
@@ -133,14 +136,16 @@ def elsewhere(tmp_path_factory) -> SimpleNamespace:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     values = processor(picture, return_tensors="pt").pixel_values
-    return SimpleNamespace(root=root, models=models, report=report, values=values)
+    return SimpleNamespace(root=root, models=models, report=report, values=values, saved=saved)
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_folder_holds_all_the_code(elsewhere, checkpoint):
     folder = elsewhere.root / checkpoint
-    for name in ("configuration_spcxr.py", "modeling_spcxr.py", "image_processing_spcxr.py"):
-        assert (folder / name).read_bytes() == (CODE / name).read_bytes()
+    for name, source in CODE.items():
+        assert (folder / name).read_bytes() == source.read_bytes()
+        # What `save_pretrained` writes is a complete checkpoint, too.
+        assert name == "handler.py" or elsewhere.saved[f"{checkpoint}/{name}"] == source.read_bytes()
     assert saved_config(folder)["auto_map"] == AUTO_MAP
     processor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     assert "AutoImageProcessor" in processor["auto_map"]
@@ -197,7 +202,7 @@ def test_saved_again_elsewhere(elsewhere):
     """What someone fine-tunes without the package is a complete checkpoint again."""
     folder = elsewhere.root / "again"
     assert saved_config(folder)["auto_map"] == AUTO_MAP
-    assert (folder / "modeling_spcxr.py").read_bytes() == (CODE / "modeling_spcxr.py").read_bytes()
+    assert (folder / "modeling_spcxr.py").read_bytes() == CODE["modeling_spcxr.py"].read_bytes()
     assert (folder / "configuration_spcxr.py").is_file()
     model = transformers.AutoModel.from_pretrained(folder)
     assert type(model) is spcxr_hf.SpcxrModel
