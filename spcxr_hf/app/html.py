@@ -117,7 +117,7 @@ def broken(page: Page) -> str:
 
 def withheld(page: Page) -> str:
     """A section for what does not look like a chest radiograph."""
-    text = f"No answer is given. This image: {'; '.join(page.concerns)}."
+    text = f"No answer is given. This image: {'; '.join(page.quality_warnings)}."
     hint = '<p>That test is a rough one. "Answer all the same" shows what the checkpoint says.</p>'
     return _section(page, [_alert(text), hint, _figure(page.shown, f"{page.name}, as read", page.name)])
 
@@ -126,8 +126,8 @@ def section(answer: Answer) -> str:
     """A page's answer."""
     page = answer.page
     parts = [f'<p class="small">Task {escape(answer.choice.title)}, checkpoint {escape(answer.model)}</p>']
-    if page.concerns:
-        parts.append(_alert(f"Not to be relied on. This image: {'; '.join(page.concerns)}."))
+    if page.quality_warnings:
+        parts.append(_alert(f"Not to be relied on. This image: {'; '.join(page.quality_warnings)}."))
     if answer.prediction is not None:
         parts.append(_prediction(answer))
     parts.append(_pictures(answer))

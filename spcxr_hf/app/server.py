@@ -190,7 +190,7 @@ def _ask(desk: Desk, pages: list[Page] | None, title: str, in_spite: bool) -> st
 def _section(desk: Desk, page: Page, title: str, in_spite: bool) -> str:
     if page.image is None:
         return html.broken(page)
-    if page.concerns and not in_spite:
+    if page.quality_warnings and not in_spite:
         return html.withheld(page)
     try:
         return html.section(desk.answer(page, title))

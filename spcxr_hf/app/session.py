@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from spcxr_hf.drawing import overlay
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.hub.folder import checkpoint_folders, given_or_bundled
-from spcxr_hf.images.reader import read_radiograph, read_with_concerns
+from spcxr_hf.images.reader import read_radiograph, read_with_quality_warnings
 from spcxr_hf.inference.demo import example_radiograph
 from spcxr_hf.inference.explain import METHODS, draw_explanation, explain, share_inside
 from spcxr_hf.inference.neighbors import Neighbour, NeighbourIndex
@@ -123,14 +123,14 @@ class Page:
         name: The file's own name, without folders.
         image: At full depth, mode `L` or `I;16`; None where the file cannot be used.
         shown: Mode `L`, at most 768 pixels a side.
-        concerns: What speaks against its being an upright frontal chest radiograph.
+        quality_warnings: Reasons to doubt that it is an upright frontal chest radiograph.
         cause: Why it cannot be used.
     """
 
     name: str
     image: Image.Image | None = None
     shown: Image.Image | None = None
-    concerns: list[str] = field(default_factory=list)
+    quality_warnings: list[str] = field(default_factory=list)
     cause: str | None = None
 
 
@@ -139,7 +139,7 @@ def read_page(path: Path) -> Page:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise SpcxrError(f"{path}: larger than {MOST_BYTES // 2**20} MB")
-        image, found = read_with_concerns(path, full_depth=True)
+        image, found = read_with_quality_warnings(path, full_depth=True)
         return Page(path.name, image, shrink(image), found)
     except SpcxrError as error:
         cause = str(error).replace(f"{path}: ", "")
@@ -299,7 +299,7 @@ class Desk:
         """The page as it was read; its size is that of the pictures, so that masks are made at that size."""
         pixel_values = loaded.processor(page.image, return_tensors="pt").pixel_values[0]
         size = (page.shown.height, page.shown.width)  # type: ignore[union-attr]
-        return Batch([Prepared(Source(Path(page.name), page.name), pixel_values, size, page.concerns)], [])
+        return Batch([Prepared(Source(Path(page.name), page.name), pixel_values, size, page.quality_warnings)], [])
 
     def _lungs_of(self, page: Page) -> np.ndarray | None:
         choice = self._first("segmentation")

@@ -23,7 +23,7 @@ from PIL import Image
 
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.images.decoder_process import decode_apart
-from spcxr_hf.images.plausibility import StatedKind
+from spcxr_hf.images.plausibility import HeaderKind
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -93,7 +93,7 @@ def read_dicom(source: "bytes | Dataset", *, full_depth: bool = False, window: i
 
 def read_dicom_and_kind(
     source: "bytes | Dataset", *, full_depth: bool = False, window: int = 0
-) -> tuple[Image.Image, StatedKind]:
+) -> tuple[Image.Image, HeaderKind]:
     """The image of `read_dicom`, and what kind of image its header says it is."""
     try:
         import pydicom  # noqa: F401
@@ -109,7 +109,7 @@ def read_dicom_and_kind(
     raise SpcxrError(f"the DICOM file is damaged ({cause})")
 
 
-def _read(source: "bytes | Dataset", full_depth: bool, window: int) -> tuple[Image.Image, StatedKind]:
+def _read(source: "bytes | Dataset", full_depth: bool, window: int) -> tuple[Image.Image, HeaderKind]:
     with quiet():
         dataset = _parse(source) if isinstance(source, bytes) else _technical_part(source)
         _check_header(dataset)
@@ -242,14 +242,14 @@ def _object_name(dataset: "Dataset") -> str:
     return f" ({entry[0]})" if entry else ""
 
 
-def _stated_kind(dataset: "Dataset") -> StatedKind:
+def _stated_kind(dataset: "Dataset") -> HeaderKind:
     texts = []
     for keyword in ("Modality", "BodyPartExamined", "ViewPosition"):
         try:
             texts.append(str(dataset.get(keyword) or ""))
         except Exception:  # whatever it holds, the image does not need it
             texts.append("")
-    return StatedKind(*texts)
+    return HeaderKind(*texts)
 
 
 def check_pixel_count(width: int, height: int) -> None:

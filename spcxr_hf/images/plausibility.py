@@ -1,14 +1,14 @@
-"""Is this an upright frontal chest radiograph, lungs dark? A cheap test that warns of what is probably something else.
+"""Plausibility: cheap tests that warn of images that are probably not upright frontal chest radiographs.
 
-concerns -> _stated                      what a DICOM header says
-         -> _emptiness, colourfulness    of the grey values
-         -> thumbnail, evidence          a linear rule on 16 x 16 pixels
+quality_warnings -> header_warnings           what a DICOM header says
+                 -> colourfulness, features   of the grey values
+                 -> chest_score               a linear rule on 16 x 16 pixels
 
 The rule is a logistic regression between radiographs (and their mirror images) and what they must be told from: the
 same radiographs as photographic negatives and lying on a side or upside down, and noise with the 1/f amplitude spectrum
 of natural images (Field, "Relations between the statistics of natural images and the response properties of cortical
-cells", 1987, section 3). It does not tell a lateral view; a header may. Fitted, with its threshold, on a random half
-of the development radiographs by
+cells", 1987, section 3). It does not detect lateral views. Fitted, with its threshold, on a random half of the
+development radiographs by
 
     python -m training_scripts.benchmarks.plausibility --data DATA --fit true --output false_alarms.json
 
@@ -22,13 +22,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-SIDE = 16  # pixels of the thumbnail, each way
-FEWEST_PIXELS = 64  # along the shorter side that are looked at, where there are so many
+SIDE = 16  # the rule takes SIDE x SIDE pixels
+MIN_SAMPLED_SIDE = 64  # pixels along the shorter side that are looked at, where there are so many
 
-LEAST_DEVIATION = 8.0  # grey levels (of 256) of the thumbnail; darker or flatter images have nothing to judge
-LARGEST_SHARE = 0.9  # of the pixels that have one and the same grey level (of 256)
+MIN_DEVIATION = 8.0  # grey levels (of 256) of the SIDE x SIDE pixels; darker or flatter images cannot be judged
+MAX_EQUAL_SHARE = 0.9  # of the pixels that have one and the same grey level (of 256)
 # Hasler & Süsstrunk, "Measuring colorfulness in natural images", 2003: 15 is slightly, 33 moderately colourful.
-LARGEST_COLOURFULNESS = 25.0
+MAX_COLOURFULNESS = 25.0
 
 # fmt: off
 HUNDREDTHS = (  # of the weights: 16 rows, top to bottom, of 16 columns
@@ -51,11 +51,11 @@ HUNDREDTHS = (  # of the weights: 16 rows, top to bottom, of 16 columns
 )
 WEIGHTS = np.array(HUNDREDTHS) / 100
 INTERCEPT = -7.16
-LEAST_EVIDENCE = -3.62
+MIN_CHEST_SCORE = -3.62
 # fmt: on
 
 
-# What no plain radiograph of a chest is. Only what stands here is ever repeated: an attribute may hold any text.
+# Values that rule out a plain chest radiograph. Messages repeat only these: an attribute may hold any text.
 MODALITIES = {  # DICOM PS3.3 C.7.3.1.1.1, those that make other images
     "BMD": "bone densitometry", "CT": "computed tomography", "ES": "endoscopy", "IO": "intra-oral radiography",
     "IVUS": "intravascular ultrasound", "MG": "mammography", "MR": "magnetic resonance", "NM": "nuclear medicine",
@@ -77,38 +77,60 @@ VIEWS = {  # DICOM PS3.3 C.8.11.5.1 and what is in use beside it
 }  # fmt: skip
 
 
-class StatedKind(NamedTuple):
-    """What a DICOM header says of an image, as it stands there: Modality, BodyPartExamined, ViewPosition; or ''."""
+class HeaderKind(NamedTuple):
+    """The kind of image by a DICOM header, as it stands there; "" where it is missing."""
 
     modality: str = ""
     body_part: str = ""
     view: str = ""
 
 
-UNSTATED = StatedKind()
+UNSTATED = HeaderKind()
 
 
 class ImplausibleWarning(UserWarning):
     """An image was read that is probably not an upright frontal chest radiograph with dark lungs."""
 
 
-def concerns(image: Image.Image, colour: float = 0.0, stated: StatedKind = UNSTATED) -> list[str]:
-    """What speaks against an image being an upright frontal chest radiograph with dark lungs.
+def quality_warnings(image: Image.Image, colour: float = 0.0, header: HeaderKind = UNSTATED) -> list[str]:
+    """Reasons to doubt that an image is an upright frontal chest radiograph with dark lungs.
 
     Args:
         image: mode `L` or `I;16`, (width, height) as read.
         colour: its `colourfulness` before it became grey.
-        stated: what its DICOM header says it is.
+        header: its kind by the DICOM header.
 
     Returns:
-        Nothing, or short texts, the most basic first.
+        Short texts, the most basic first; [] for a plausible image.
     """
-    return _stated(stated) + _seen(image, colour)
+    found = header_warnings(header)
+    grey = subsample(image)
+    pixels, deviation = _standardise(_shrink(grey))
+    counts = grey.histogram()
+    most, count = max(counts), grey.width * grey.height
+    odd = []
+    if most == count:
+        odd.append("a constant image: all its pixels are alike")
+    elif most > MAX_EQUAL_SHARE * count:
+        odd.append(f"nearly empty: {most / count:.0%} of its pixels are alike")
+    elif deviation < MIN_DEVIATION:
+        low, high = grey.getextrema()
+        odd.append(f"nearly empty: its grey levels lie within {low} to {high} of 255 and hardly differ between regions")
+    if colour > MAX_COLOURFULNESS:
+        odd.append("a colour picture, not a radiograph")
+    if not odd and chest_score(pixels) < MIN_CHEST_SCORE:
+        negative = chest_score(-pixels) >= MIN_CHEST_SCORE
+        odd.append(
+            "probably a photographic negative: lungs must be dark and bones bright"
+            if negative
+            else "does not look like an upright frontal chest radiograph"
+        )
+    return found + odd
 
 
-def _stated(stated: StatedKind) -> list[str]:
-    """Codes that the standard defines and that are not those of a frontal chest radiograph, in words."""
-    modality, body_part, view = (text.strip().upper() for text in stated)
+def header_warnings(header: HeaderKind) -> list[str]:
+    """Codes of the standard that are not those of a frontal chest radiograph, in words."""
+    modality, body_part, view = (text.strip().upper() for text in header)
     found = []
     if modality in MODALITIES:
         found.append(f"not a plain radiograph by its header: modality {modality} ({MODALITIES[modality]})")
@@ -119,44 +141,16 @@ def _stated(stated: StatedKind) -> list[str]:
     return found
 
 
-def _seen(image: Image.Image, colour: float) -> list[str]:
-    grey = subsample(image)
-    pixels, deviation = _standardise(_shrink(grey))
-    found = _emptiness(grey, deviation)
-    if colour > LARGEST_COLOURFULNESS:
-        found.append("a colour picture, not a radiograph")
-    if found:
-        return found
-    if evidence(pixels) >= LEAST_EVIDENCE:
-        return []
-    if evidence(-pixels) >= LEAST_EVIDENCE:
-        return ["probably a photographic negative: lungs must be dark and bones bright"]
-    return ["does not look like an upright frontal chest radiograph"]
-
-
 def subsample(image: Image.Image) -> Image.Image:
     """Every n-th pixel, as mode `L`, with a shorter side of at least 128 pixels where there are so many."""
-    step = max(1, min(image.size) // FEWEST_PIXELS)
+    step = max(1, min(image.size) // MIN_SAMPLED_SIDE)
     if image.mode == "L" and step == 1:
         return image
     if image.mode != "L":
         return Image.fromarray((np.asarray(image)[::step, ::step] // 257).astype(np.uint8))
     size = (-(-image.width // step), -(-image.height // step))
-    start = (1 - step) / 2  # the centre of a pixel in the result comes to lie on that of the first of every `step`
+    start = (1 - step) / 2  # so that the first of every `step` pixels is taken
     return image.transform(size, Image.Transform.AFFINE, (step, 0, start, 0, step, start), Image.Resampling.NEAREST)
-
-
-def _emptiness(grey: Image.Image, deviation: float) -> list[str]:
-    counts = grey.histogram()
-    most, pixels = max(counts), grey.width * grey.height
-    if most == pixels:
-        return ["a constant image: all its pixels are alike"]
-    if most > LARGEST_SHARE * pixels:
-        return [f"nearly empty: {most / pixels:.0%} of its pixels are alike"]
-    if deviation < LEAST_DEVIATION:
-        low, high = grey.getextrema()
-        return [f"nearly empty: its grey levels lie within {low} to {high} of 255 and hardly differ between regions"]
-    return []
 
 
 def _shrink(grey: Image.Image) -> np.ndarray:
@@ -167,24 +161,24 @@ def _shrink(grey: Image.Image) -> np.ndarray:
 
 def _standardise(small: np.ndarray) -> tuple[np.ndarray, float]:
     """Values (256,) with mean 0 and standard deviation 1, and the deviation that they had."""
-    centred = small - small.sum() / small.size  # by hand: NumPy's `mean` and `std` take longer than all the rest here
+    centred = small - small.sum() / small.size  # NumPy's `mean` and `std` take longer than all the rest
     deviation = math.sqrt(float(np.dot(centred, centred)) / small.size)
     return centred / max(deviation, 1e-3), deviation
 
 
-def thumbnail(grey: Image.Image) -> np.ndarray:
-    """Mode `L` -> (256,) float64 with mean 0 and standard deviation 1, the form that `evidence` takes."""
+def features(grey: Image.Image) -> np.ndarray:
+    """Mode `L` -> (256,) float64 with mean 0 and standard deviation 1: the input of `chest_score`."""
     return _standardise(_shrink(grey))[0]
 
 
-def evidence(pixels: np.ndarray) -> float:
-    """How much a thumbnail (256,) looks like an upright frontal chest radiograph: a log-odds, larger is more."""
+def chest_score(pixels: np.ndarray) -> float:
+    """Log-odds that `features` (256,) are those of an upright frontal chest radiograph."""
     return float(np.dot(pixels, WEIGHTS) + INTERCEPT)
 
 
 def colourfulness(image: Image.Image) -> float:
     """Of a colour picture, by Hasler & Süsstrunk 2003: 0 is grey, above 33 plainly colourful."""
-    step = max(1, min(image.size) // FEWEST_PIXELS)
+    step = max(1, min(image.size) // MIN_SAMPLED_SIDE)
     size = (max(1, image.width // step), max(1, image.height // step))
     small = image.resize(size, Image.Resampling.NEAREST).convert("RGB")
     red, green, blue = np.moveaxis(np.asarray(small).astype(np.float64), -1, 0)

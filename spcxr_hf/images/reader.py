@@ -2,7 +2,7 @@
 
 read_radiograph -> _open -> _read_bytes, _read_picture -> _to_grey    PNG, JPEG, TIFF, WebP, BMP
                          -> dicom.read_dicom_and_kind                 DICOM
-                -> _report -> plausibility.concerns                   is it a chest radiograph at all?
+                -> _report -> plausibility.quality_warnings                   is it a chest radiograph at all?
 """
 
 import os
@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import check_regular_file
 from spcxr_hf.images.dicom import MAX_PIXELS, check_pixel_count, read_dicom_and_kind
-from spcxr_hf.images.plausibility import ImplausibleWarning, StatedKind, colourfulness, concerns
+from spcxr_hf.images.plausibility import HeaderKind, ImplausibleWarning, colourfulness, quality_warnings
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -76,11 +76,11 @@ def read_radiograph(
     """
     name, image, colour, kind = _open(source, full_depth, window)
     if strict is not None:
-        _report(name, concerns(image, colour, kind), strict)
+        _report(name, quality_warnings(image, colour, kind), strict)
     return image
 
 
-def read_with_concerns(
+def read_with_quality_warnings(
     source: "str | os.PathLike | bytes | BinaryIO | Dataset", *, full_depth: bool = False, window: int = 0
 ) -> tuple[Image.Image, list[str]]:
     """The image of `read_radiograph`, and what that would warn of as texts: filters of warnings belong to all threads.
@@ -89,13 +89,13 @@ def read_with_concerns(
         SpcxrError: as `read_radiograph` does.
     """
     _, image, colour, kind = _open(source, full_depth, window)
-    return image, concerns(image, colour, kind)
+    return image, quality_warnings(image, colour, kind)
 
 
-def _open(source: Any, full_depth: bool, window: int) -> tuple[str, Image.Image, float, StatedKind]:
+def _open(source: Any, full_depth: bool, window: int) -> tuple[str, Image.Image, float, HeaderKind]:
     """The file's name in messages, the image, its `colourfulness` before it became grey, and what its header says."""
     name, content = _read_bytes(source)
-    colour, stated = 0.0, StatedKind()
+    colour, stated = 0.0, HeaderKind()
     try:
         if isinstance(content, bytes) and (kind := file_kind(content, name)) != "DICOM":
             image, colour = _read_picture(content, kind, name)

@@ -49,7 +49,7 @@ from spcxr_hf.data.table import (
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import worker_count
 from spcxr_hf.hub.install import BUNDLED, install_checkpoints
-from spcxr_hf.images.reader import read_with_concerns
+from spcxr_hf.images.reader import read_with_quality_warnings
 from spcxr_hf.models.auto import register
 
 AUTO_CLASSES: dict[str, Any] = {
@@ -268,7 +268,7 @@ def prepare(source: Source, processor: Any) -> Prepared | Failed:
     if not _is_text(str(source.path)):  # no format of the records could hold it
         return Failed(source, f"{source.path}: the name is not valid UTF-8; rename the file")
     try:
-        image, found = read_with_concerns(source.path, full_depth=True)
+        image, found = read_with_quality_warnings(source.path, full_depth=True)
         pixel_values = processor(image, return_tensors="pt").pixel_values[0]
     except SpcxrError as error:
         return Failed(source, str(error))

@@ -25,7 +25,7 @@ from spcxr_hf import (
 from spcxr_hf.app import html, server, session
 from spcxr_hf.app.session import Choice, Desk, Page, list_choices, load_index, made_radiograph, read_page
 from spcxr_hf.data.table import read_table
-from spcxr_hf.images.plausibility import concerns
+from spcxr_hf.images.plausibility import quality_warnings
 from spcxr_hf.inference.neighbors import build_index
 from spcxr_hf.inference.pipeline import Batch, Source, load_model, prepare
 from spcxr_hf.inference.tasks import Job, Predictor, embed
@@ -132,13 +132,13 @@ def test_pictures_are_small_and_of_eight_bits():
 
 
 def test_the_drawn_radiograph_is_plausible():
-    assert concerns(made_radiograph().image) == []
+    assert quality_warnings(made_radiograph().image) == []
 
 
 def test_the_public_radiograph():
     pytest.importorskip("pydicom")
     page = session.example_page()
-    assert (page.cause, page.concerns, page.image.mode) == (None, [], "I;16")
+    assert (page.cause, page.quality_warnings, page.image.mode) == (None, [], "I;16")
 
 
 # ---- answers -----------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_every_picture_has_a_text_and_no_address_is_another_host_s(desk):
 
 def test_what_is_no_radiograph_gets_no_answer_unless_asked_for(desk):
     image = Image.fromarray(np.full((64, 64), 80, np.uint8))
-    odd = Page("odd.png", image, image, concerns(image))
+    odd = Page("odd.png", image, image, quality_warnings(image))
     withheld, given = (server._ask(desk, [odd], "pneumonia", in_spite) for in_spite in (False, True))
     assert "No answer is given" in withheld
     assert "a constant image" in withheld

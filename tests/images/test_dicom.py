@@ -16,7 +16,7 @@ from PIL import Image
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.images import decoder_process, dicom, plausibility
 from spcxr_hf.images.dicom import TECHNICAL_ATTRIBUTES
-from spcxr_hf.images.reader import read_radiograph, read_with_concerns
+from spcxr_hf.images.reader import read_radiograph, read_with_quality_warnings
 from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessor, SpcxrImageProcessorPil
 
 pytest.importorskip("pydicom")
@@ -286,11 +286,11 @@ def test_only_technical_attributes_are_decoded():
     ],
 )
 def test_what_the_header_says_it_is_beside_the_pixels(stated, words, monkeypatch):
-    monkeypatch.setattr(plausibility, "LEAST_EVIDENCE", -1e9)  # a ramp would do for a chest
+    monkeypatch.setattr(plausibility, "MIN_CHEST_SCORE", -1e9)  # a ramp would do for a chest
     made = dataset(GREY[:, :54].copy(), 8, WindowCenter=128, WindowWidth=256)
     for name, value in stated.items():
         delattr(made, name) if value is None else setattr(made, name, value)
-    image, found = read_with_concerns(made, full_depth=True)
+    image, found = read_with_quality_warnings(made, full_depth=True)
     assert found == words
     assert np.array_equal(np.asarray(image), np.asarray(dicom.read_dicom(made)))
     with warnings.catch_warnings(record=True) as caught:

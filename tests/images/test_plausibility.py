@@ -8,7 +8,7 @@ from PIL import Image
 
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.images import plausibility
-from spcxr_hf.images.plausibility import ImplausibleWarning, colourfulness, concerns, evidence, thumbnail
+from spcxr_hf.images.plausibility import ImplausibleWarning, chest_score, colourfulness, features, quality_warnings
 from spcxr_hf.images.reader import read_radiograph
 from training_scripts.benchmarks import plausibility as script
 
@@ -38,8 +38,8 @@ def photograph() -> Image.Image:
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_a_chest_passes_at_any_size_and_depth(shape, mirrored):
     grey = chest(*shape)[:, :: -1 if mirrored else 1]
-    assert concerns(Image.fromarray(np.ascontiguousarray(grey))) == []
-    assert concerns(Image.fromarray(grey.astype(np.uint16) * 257)) == []
+    assert quality_warnings(Image.fromarray(np.ascontiguousarray(grey))) == []
+    assert quality_warnings(Image.fromarray(grey.astype(np.uint16) * 257)) == []
 
 
 CASES = {
@@ -89,30 +89,30 @@ def test_colourfulness_is_that_of_the_paper():
     assert colourfulness(Image.fromarray(picture)) == pytest.approx(expected)
     assert colourfulness(Image.fromarray(chest()).convert("RGB")) == 0
     tinted = np.stack([chest() * 0.9, chest() * 0.95, chest()], -1).astype(np.uint8)  # a scanned blue film
-    assert colourfulness(Image.fromarray(tinted)) < plausibility.LARGEST_COLOURFULNESS
+    assert colourfulness(Image.fromarray(tinted)) < plausibility.MAX_COLOURFULNESS
 
 
-def test_thumbnail_and_evidence():
-    pixels = thumbnail(Image.fromarray(chest()))
+def test_features_and_chest_score():
+    pixels = features(Image.fromarray(chest()))
     assert pixels.shape == (256,)
     assert pixels.mean() == pytest.approx(0, abs=1e-12)
     assert pixels.std() == pytest.approx(1)
-    brighter = thumbnail(Image.fromarray((chest() * 0.5 + 60).astype(np.uint8)))
+    brighter = features(Image.fromarray((chest() * 0.5 + 60).astype(np.uint8)))
     assert np.abs(brighter - pixels).max() < 0.1  # brightness and contrast do not matter
-    assert evidence(pixels) + evidence(-pixels) == pytest.approx(2 * plausibility.INTERCEPT)
+    assert chest_score(pixels) + chest_score(-pixels) == pytest.approx(2 * plausibility.INTERCEPT)
 
 
 def test_the_script_measures_and_fits(tmp_path, monkeypatch):
     """On made-up chests: fitted on half of them, the rule passes the other half and finds their negatives."""
     pytest.importorskip("sklearn")
-    for name in ("WEIGHTS", "INTERCEPT", "LEAST_EVIDENCE"):
+    for name in ("WEIGHTS", "INTERCEPT", "MIN_CHEST_SCORE"):
         monkeypatch.setattr(plausibility, name, getattr(plausibility, name))  # put back afterwards
     monkeypatch.setattr(script, "NOISE_IMAGES", 40)
     generator = np.random.default_rng(0)
     chests = [Image.fromarray(chest(140, int(width))) for width in generator.integers(130, 200, 20)]
     fitted = script.fit(chests, 0.0, generator)
     assert np.shape(fitted["hundredths"]) == (16, 16)
-    assert fitted["least_evidence"] == plausibility.LEAST_EVIDENCE
+    assert fitted["min_chest_score"] == plausibility.MIN_CHEST_SCORE
     result = script.measure(chests, ["made"] * 20, generator)
     assert result["false_alarm_rate"] <= 0.05  # the threshold is rounded to hundredths
     assert result["negatives_flagged"] == 1

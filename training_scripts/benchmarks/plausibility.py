@@ -78,27 +78,27 @@ def fit(images: list[Image.Image], rate: float, generator: np.random.Generator) 
     """Weights, intercept and threshold, set in `plausibility` for what is measured next, and returned."""
     from sklearn.linear_model import LogisticRegression
 
-    images = [plausibility.subsample(image) for image in images]  # as `concerns` looks at them
-    real = np.stack([plausibility.thumbnail(image) for image in images])
-    mirrored = np.stack([plausibility.thumbnail(ImageOps.mirror(image)) for image in images])
-    turned = np.stack([plausibility.thumbnail(image.transpose(TURNS[row % 3])) for row, image in enumerate(images)])
+    images = [plausibility.subsample(image) for image in images]  # as `quality_warnings` looks at them
+    real = np.stack([plausibility.features(image) for image in images])
+    mirrored = np.stack([plausibility.features(ImageOps.mirror(image)) for image in images])
+    turned = np.stack([plausibility.features(image.transpose(TURNS[row % 3])) for row, image in enumerate(images)])
     negatives = np.concatenate([-real, turned, noise(NOISE_IMAGES, generator)])
     features = np.concatenate([real, mirrored, negatives])
     labels = np.arange(len(features)) < 2 * len(real)
     model = LogisticRegression(C=0.01, max_iter=1000).fit(features, labels)
     plausibility.WEIGHTS = np.rint(100 * model.coef_[0]) / 100
     plausibility.INTERCEPT = round(float(model.intercept_[0]), 2)
-    scores = np.array([plausibility.evidence(pixels) for pixels in real])
-    plausibility.LEAST_EVIDENCE = round(float(np.quantile(scores, rate)), 2)
+    scores = np.array([plausibility.chest_score(pixels) for pixels in real])
+    plausibility.MIN_CHEST_SCORE = round(float(np.quantile(scores, rate)), 2)
     return {
         "hundredths": np.rint(100 * plausibility.WEIGHTS).astype(int).reshape(plausibility.SIDE, -1).tolist(),
         "intercept": plausibility.INTERCEPT,
-        "least_evidence": plausibility.LEAST_EVIDENCE,
+        "min_chest_score": plausibility.MIN_CHEST_SCORE,
     }
 
 
 def noise(count: int, generator: np.random.Generator) -> np.ndarray:
-    """Thumbnails (count, 256) of noise whose amplitude falls with frequency as 1 / f ** exponent."""
+    """Features (count, 256) of noise whose amplitude falls with frequency as 1 / f ** exponent."""
     side = 4 * plausibility.SIDE
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
     frequency[0, 0] = 1
@@ -107,7 +107,7 @@ def noise(count: int, generator: np.random.Generator) -> np.ndarray:
         spectrum = np.fft.fft2(generator.normal(size=(side, side))) / frequency ** EXPONENTS[row % len(EXPONENTS)]
         values = np.fft.ifft2(spectrum).real[: side // 2, : side // 2]  # a part, so that opposite borders differ
         grey = np.rint(255 * (values - values.min()) / np.ptp(values)).astype(np.uint8)
-        found.append(plausibility.thumbnail(Image.fromarray(grey)))
+        found.append(plausibility.features(Image.fromarray(grey)))
     return np.stack(found)
 
 
@@ -116,14 +116,14 @@ def noise(count: int, generator: np.random.Generator) -> np.ndarray:
 
 def measure(images: list[Image.Image], sources: list[str], generator: np.random.Generator) -> dict:
     """Shares of held-out radiographs, and of what was made from them, that the test flags."""
-    alarms = [plausibility.concerns(image) for image in images]
+    alarms = [plausibility.quality_warnings(image) for image in images]
     flagged = Counter(source for source, found in zip(sources, alarms, strict=True) if found)
-    negatives = [plausibility.concerns(Image.eval(image, lambda level: 255 - level)) for image in images]
-    turned = [plausibility.concerns(image.transpose(TURNS[row % 3])) for row, image in enumerate(images)]
-    scores = np.array([plausibility.evidence(pixels) for pixels in noise(2000, generator)])
+    negatives = [plausibility.quality_warnings(Image.eval(image, lambda level: 255 - level)) for image in images]
+    turned = [plausibility.quality_warnings(image.transpose(TURNS[row % 3])) for row, image in enumerate(images)]
+    scores = np.array([plausibility.chest_score(pixels) for pixels in noise(2000, generator)])
     return {
         "false_alarm_rate": rate_of(alarms),
-        "false_alarms_by_concern": dict(Counter(found[0].split(":")[0] for found in alarms if found)),
+        "false_alarms_by_warning": dict(Counter(found[0].split(":")[0] for found in alarms if found)),
         "false_alarm_rate_by_source": {
             source: round(flagged[source] / count, 4) for source, count in sorted(Counter(sources).items())
         },
@@ -131,7 +131,7 @@ def measure(images: list[Image.Image], sources: list[str], generator: np.random.
         "negatives_flagged": rate_of(negatives),
         "negatives_called_negative": rate_of(negatives, "negative"),
         "turned_flagged": rate_of(turned),
-        "noise_flagged": round(float((scores < plausibility.LEAST_EVIDENCE).mean()), 4),
+        "noise_flagged": round(float((scores < plausibility.MIN_CHEST_SCORE).mean()), 4),
     }
 
 
