@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.data.labels import parse_classes
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.evaluation.bootstrap import bootstrap_draws, patient_groups
 from spcxr_hf.evaluation.calibration import (
     JOIN,
@@ -61,7 +62,7 @@ from spcxr_hf.evaluation.predict import (
     select_rows,
 )
 from spcxr_hf.files import atomic_folder, write_json
-from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
+from spcxr_hf.quality.checks import SetArguments, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 
 RECIPE = "recipe.yaml"
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for name, split in splits.items():
         result["splits"][name] = report(arguments, split, calibration, list(classes), points, multi_label)
     save(arguments, model, processor, result)
-    report_skipped(Path(arguments.output) / "calibration.json", skipped)
+    write_skipped(Path(arguments.output) / "calibration.json", skipped)
     draw(arguments, result, splits, calibration, list(classes), multi_label)
     return result
 
@@ -185,7 +186,7 @@ def select(
 
     All labels are read before the first image is.
     """
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     columns = str(arguments.label_column), str(arguments.split_column)
     names = dict.fromkeys([arguments.fit_on, *arguments.splits])
     rows = {name: select_rows(table, *columns, name, classes, multi_label) for name in names}

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.data.labels import names_in, parse_classes, targets_of
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import OnError, RadiographTable, check_broken, open_image
 from spcxr_hf.evaluation.calibration import fit_temperature, to_probabilities
 from spcxr_hf.evaluation.metrics import (
@@ -39,7 +40,7 @@ from spcxr_hf.evaluation.metrics import (
 )
 from spcxr_hf.evaluation.predict import class_names, forward, is_multi_label, load_judged, match_classes
 from spcxr_hf.files import write_json
-from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
+from spcxr_hf.quality.checks import SetArguments, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, run_script
 
 
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     processes = start_processes()
     model, processor = load_judged(arguments.model, processes.device)
     classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     wanted = dict.fromkeys([*arguments.splits, *([arguments.temperature_from] if arguments.temperature_from else [])])
     sets = {split: select_split(arguments, table, split, classes, is_multi_label(model)) for split in wanted}
 
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         for split in arguments.splits:
             result["splits"][split] = report(arguments, found[split], list(classes), is_multi_label(model), temperature)
         write(arguments, result)
-        report_skipped(arguments.output, {name: why for one in found.values() for name, why in one.skipped.items()})
+        write_skipped(arguments.output, {name: why for one in found.values() for name, why in one.skipped.items()})
     processes.wait_for_everyone()
     return result
 

@@ -22,12 +22,13 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from spcxr_hf import SpcxrError
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, decode_masks, decode_set, open_image, open_mask
 from spcxr_hf.evaluation.bootstrap import patient_groups
 from spcxr_hf.evaluation.metrics import segmentation_report
 from spcxr_hf.files import write_json
 from spcxr_hf.models.precision import bf16_autocast
-from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
+from spcxr_hf.quality.checks import SetArguments, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, run_script
 
 
@@ -49,7 +50,7 @@ class Arguments(SetArguments):
 
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     skipped: dict[str, str] = {}
     mean_mask = None
     if arguments.baseline:
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         print(json.dumps({split: entry}), flush=True)
     if arguments.output:
         write_json(arguments.output, result)
-    report_skipped(arguments.output, skipped)
+    write_skipped(arguments.output, skipped)
     return result
 
 

@@ -31,12 +31,13 @@ from transformers import PreTrainedModel
 from spcxr_hf import SpcxrError
 from spcxr_hf.data.batches import MicroBatch, RadiographSet, balanced, draw_rows, select
 from spcxr_hf.data.labels import names_in, parse_classes, targets_of
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, decode_set
 from spcxr_hf.evaluation.metrics import check_packages
 from spcxr_hf.evaluation.shortcuts import lungs_alone
 from spcxr_hf.files import atomic_folder, write_json
 from spcxr_hf.models.lungs import Segmenter, find_lungs, load_segmenter
-from spcxr_hf.quality.checks import SplitArguments, check_split, list_skipped, read_rows, sketch, tell_skipped
+from spcxr_hf.quality.checks import SplitArguments, check_split, sketch, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
 from spcxr_hf.training.checkpoints import list_checkpoints
 from spcxr_hf.training.classifiers import (
@@ -129,7 +130,6 @@ def fine_tune(arguments: Arguments, is_last: bool) -> dict:
     result = describe(arguments, run, labels, training, validation)
     if run.is_main:
         finish(arguments, run, pixels, result)
-        tell_skipped(run.output)
     end(run, is_last)
     return result
 
@@ -223,7 +223,7 @@ def find_classes(arguments: Arguments, training: RadiographTable, validation: Ra
 
 def load_sets(arguments: Arguments, run: Run) -> tuple[list[str], RadiographSet, RadiographSet]:
     """The names of the classes, and the rows `train` and `val`, decoded, with their targets (n, classes)."""
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     splits = [table.where(arguments.split_column, split) for split in ("train", "val")]
     classes = find_classes(arguments, splits[0], splits[1])
     check_split(
@@ -235,7 +235,7 @@ def load_sets(arguments: Arguments, run: Run) -> tuple[list[str], RadiographSet,
             load_set(arguments, split, classes, segmenter) for split in splits
         )
     if run.is_main:
-        list_skipped(run.output, lost | lost_of_val)
+        write_skipped(run.output, lost | lost_of_val)
     training = draw_labels(arguments, training, list(classes))
     measured = measure(torch.zeros(len(validation), len(classes)), validation.columns["targets"], arguments.multi_label)
     if math.isnan(measured[arguments.metric]):

@@ -19,12 +19,13 @@ import torch
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForSemanticSegmentation, SpcxrImageProcessor
 from spcxr_hf.data.batches import MicroBatch, RadiographSet
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, decode_set
 from spcxr_hf.drawing import overlay, save_grid
 from spcxr_hf.evaluation.metrics import dice
 from spcxr_hf.files import atomic_folder
 from spcxr_hf.models.convert import change_image_size
-from spcxr_hf.quality.checks import SplitArguments, check_split, list_skipped, read_rows, sketch, tell_skipped
+from spcxr_hf.quality.checks import SplitArguments, check_split, sketch, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
 from spcxr_hf.training.engine import Run, RunArguments, learning_rate_schedule
 from spcxr_hf.training.optim import layerwise_groups, new_config
@@ -67,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(arguments, run, training, validation)
     if run.is_main:
         finish(arguments, run)
-        tell_skipped(run.output)
     run.end()
 
 
@@ -84,13 +84,13 @@ def check(arguments: Arguments) -> None:
 
 def load_sets(arguments: Arguments, run: Run) -> tuple[RadiographSet, RadiographSet]:
     """The rows `train` and `val`, decoded."""
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     splits = [table.where("lung_split", split) for split in ("train", "val")]
     check_split(table, "lung_split", arguments.allow_leaks, processes=run.accelerator, cache=arguments.cache_folder)
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
         (training, lost), (validation, lost_of_val) = (load_set(arguments, split) for split in splits)
     if run.is_main:
-        list_skipped(run.output, lost | lost_of_val)
+        write_skipped(run.output, lost | lost_of_val)
     return training.to(run.accelerator.device) if arguments.cache == "device" else training, validation
 
 

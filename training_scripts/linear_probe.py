@@ -28,10 +28,11 @@ import torch
 from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, decode_set
 from spcxr_hf.evaluation.bootstrap import bootstrap_draws, patient_groups
 from spcxr_hf.models.encoders import Encoder, check_pooling, load_encoder
-from spcxr_hf.quality.checks import SplitArguments, check_split, read_rows, report_skipped
+from spcxr_hf.quality.checks import SplitArguments, check_split, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, run_script
 
 NORMAL, ABNORMAL = "normal", "abnormal"  # what a list of findings counts as: empty, or not
@@ -166,7 +167,7 @@ class Split:
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
     check(arguments)
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     tasks = choose_tasks(arguments, table)
     encoder = load(arguments, arguments.seeds[0])
     size = arguments.image_size or encoder.image_size
@@ -190,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if arguments.output:
         Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    report_skipped(arguments.output, skipped)
+    write_skipped(arguments.output, skipped)
     return result
 
 

@@ -14,13 +14,14 @@ import torch
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
 from spcxr_hf.data.batches import MicroBatch, RadiographSet
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.streaming import StreamingRadiographs
 from spcxr_hf.data.table import decode_set
 from spcxr_hf.drawing import save_grid, to_grey
 from spcxr_hf.files import atomic_folder
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
 from spcxr_hf.models.convert import change_image_size
-from spcxr_hf.quality.checks import SetArguments, for_pretraining, list_skipped, read_rows, tell_skipped
+from spcxr_hf.quality.checks import SetArguments, for_pretraining, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
 from spcxr_hf.training.engine import Run, RunArguments, StepSource, learning_rate_schedule
 from spcxr_hf.training.optim import CosineSchedule, new_config, parameter_groups
@@ -67,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(arguments, run, images)
     if run.is_main:
         finish(arguments, run)
-        tell_skipped(run.output)
     run.end()
 
 
@@ -95,13 +95,13 @@ def load_images(arguments: Arguments, run: Run) -> StepSource:
         except SpcxrError as error:
             hint = "; --pretrain_only false takes every row" if "no column 'pretrain'" in str(error) else ""
             raise SpcxrError(f"{error}{hint}") from error
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     if arguments.pretrain_only:
         table = for_pretraining(table)
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
         decoded = decode_set(table, arguments.stored_size, arguments.cache_folder, on_error=arguments.on_error)
     if run.is_main:
-        list_skipped(run.output, decoded.skipped)
+        write_skipped(run.output, decoded.skipped)
     images = RadiographSet(decoded.images, decoded.table.ids)
     return images.to(run.accelerator.device) if arguments.cache == "device" else images
 
@@ -140,7 +140,7 @@ def train(arguments: Arguments, run: Run, source: StepSource) -> None:
         run.state["images_seen"] += arguments.batch_size
         run.bare_model.config.images_seen = run.state["images_seen"]  # travels with every checkpoint
         if run.is_due and isinstance(source, StreamingRadiographs):
-            list_skipped(run.output, source.skipped, run.accelerator)
+            write_skipped(run.output, source.skipped, run.accelerator)
         if run.is_due and run.is_main:
             draw(arguments, run, micro_batches[0].images)
 

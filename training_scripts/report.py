@@ -22,9 +22,10 @@ from accelerate.utils import parse_flag_from_env
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.data.labels import parse_classes
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import open_image
 from spcxr_hf.evaluation.calibration import to_probabilities
-from spcxr_hf.evaluation.curves import read_rows as read_result_rows
+from spcxr_hf.evaluation.curves import read_results
 from spcxr_hf.evaluation.plots import grey_picture
 from spcxr_hf.evaluation.predict import (
     LabelledRows,
@@ -38,7 +39,7 @@ from spcxr_hf.evaluation.predict import (
     select_rows,
 )
 from spcxr_hf.evaluation.report import Evaluated, ReportOptions, write_evaluation_report
-from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
+from spcxr_hf.quality.checks import SetArguments, write_skipped
 from spcxr_hf.training.arguments import fill_from_recipe, parse_arguments, run_script
 
 
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         options,
         pictures_of(arguments, rows),
     )
-    report_skipped(path, skipped)
+    write_skipped(path, skipped)
     print(path)
     return path
 
@@ -103,7 +104,7 @@ def read_efficiency(arguments: Arguments) -> list[dict]:
     """Rows for the curves of label efficiency; none where there is no file of them."""
     if not arguments.label_efficiency:
         return []
-    return read_result_rows(Path(arguments.label_efficiency), arguments.task or Path(arguments.model).resolve().name)
+    return read_results(Path(arguments.label_efficiency), arguments.task or Path(arguments.model).resolve().name)
 
 
 def check(arguments: Arguments) -> None:
@@ -120,7 +121,7 @@ def check(arguments: Arguments) -> None:
 
 def select(arguments: Arguments, model: Any) -> tuple[dict[str, LabelledRows], dict[str, str]]:
     """The labelled rows of each split, and what is left out of them: id -> cause."""
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     columns = str(arguments.label_column), str(arguments.split_column)
     classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
     found = {}

@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.data.labels import parse_classes
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import decode_images
 from spcxr_hf.evaluation.bootstrap import bootstrap_draws, patient_groups
 from spcxr_hf.evaluation.calibration import JOIN, target_columns, target_values, thresholds, to_probabilities
@@ -61,7 +62,7 @@ from spcxr_hf.evaluation.shortcuts import (
 )
 from spcxr_hf.files import write_json
 from spcxr_hf.models.lungs import load_segmenter
-from spcxr_hf.quality.checks import SetArguments, read_rows, report_skipped
+from spcxr_hf.quality.checks import SetArguments, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 
 AGAINST = " / "  # between two classes whose images alone are compared
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         print(json.dumps({name: summary(result["splits"][name])}), flush=True)
     if arguments.output:
         write_json(arguments.output, result)
-    report_skipped(arguments.output, skipped)
+    write_skipped(arguments.output, skipped)
     return result
 
 
@@ -186,7 +187,7 @@ def define_task(arguments: Arguments, model: PreTrainedModel) -> Task:
 
 def select(arguments: Arguments, task: Task) -> tuple[dict[str, LabelledRows], dict[str, str]]:
     """The rows of `train` and `val`, for the probes, and of the splits to report; what is left out: id -> cause."""
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     columns = str(arguments.label_column), str(arguments.split_column)
     wanted = dict.fromkeys(["train", "val", *arguments.splits])
     splits = {name: select_rows(table, *columns, name, task.classes, task.multi_label) for name in wanted}

@@ -320,10 +320,10 @@ class Desk:
     def _neighbours(self, embedding: torch.Tensor | None) -> list[tuple[Neighbour, Image.Image | None]] | None:
         if self.index is None or embedding is None:
             return None
-        return [(one, thumbnail(one.id)) for one in self.index.search(embedding.unsqueeze(0), NEIGHBOURS)[0]]
+        return [(one, neighbor_picture(one.id)) for one in self.index.search(embedding.unsqueeze(0), NEIGHBOURS)[0]]
 
 
-def thumbnail(name: str) -> Image.Image | None:
+def neighbor_picture(name: str) -> Image.Image | None:
     """The picture behind an id of the index; None where it is no file, or none that can be read."""
     try:
         image = read_radiograph(name, strict=None) if Path(name).is_file() else None

@@ -206,7 +206,7 @@ def _joined(values: list[bool | None]) -> float:
 # ---- tables ----------------------------------------------------------------------------------------------------
 
 
-def label_names(tables: Any) -> list[str]:
+def labels_of(tables: Any) -> list[str]:
     """The labels that any of the tables has, in the order of their first appearance.
 
     Args:
@@ -229,7 +229,7 @@ def label_matrix(tables: Any, names: Sequence[str] | None = None) -> np.ndarray:
         SpcxrError: no table has a label of this name, or two names mean the same label.
     """
     parts = _tables(tables)
-    known = label_names(parts)
+    known = labels_of(parts)
     wanted = known if names is None else [canonical_name(name) for name in names]
     unknown = sorted(set(wanted) - set(known))
     if unknown:

@@ -1,8 +1,7 @@
-"""One's own sets: manifests (CSV, TSV, Parquet), folders of pictures, WebDataset shards, `datasets` of Hugging Face.
+"""One's own sets: manifests (CSV, TSV, Parquet), folders of pictures, WebDataset shards.
 
     read_manifest   -> read_rows -> the columns of SCHEMA, labels, files that must exist -> radiographs
-    read_folder, read_shards, read_dataset                                               -> radiographs
-    unite           several sets as one
+    read_folder, read_shards                                                             -> radiographs
 
 All give a `RadiographTable` in the schema of `spcxr_hf.data.archives.registry` (see the table there).
 Nothing is decoded: an image is looked for, not read.
@@ -29,12 +28,12 @@ from spcxr_hf.data.labels import (
     Uncertain,
     canonical_name,
     label_matrix,
-    label_names,
     label_struct,
+    labels_of,
 )
 from spcxr_hf.data.shards import ShardIndex, read_index
 from spcxr_hf.data.table import PICTURE_SUFFIXES, RadiographTable, pictures_below, read_parquet
-from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.errors import SpcxrError
 
 Missing = Literal["error", "skip"]
 
@@ -382,7 +381,7 @@ def _label_columns(
     elif LABELS_COLUMN not in rows.column_names:
         return {}
     elif pa.types.is_struct(rows.schema.field(LABELS_COLUMN).type):
-        values = dict(zip(label_names(rows), label_matrix(rows).T, strict=True))
+        values = dict(zip(labels_of(rows), label_matrix(rows).T, strict=True))
     else:
         values = listed_labels(_lists(rows[LABELS_COLUMN], path))
     try:
@@ -511,127 +510,3 @@ def _shard_columns(index: ShardIndex) -> list[str]:
                     except (ValueError, TypeError) as error:
                         raise SpcxrError(f"{path}: {member.name} cannot be read ({error})") from error
     return [name for name in found if name not in ("id", "image")]
-
-
-# ---- datasets ----------------------------------------------------------------------------------------------------
-
-
-def read_dataset(source: Any, split: str | None = None, image_column: str = "image") -> RadiographTable:
-    """Read a `datasets.Dataset` or `DatasetDict`, a folder that `save_to_disk` wrote, or a set of the Hub by its id.
-
-    Args:
-        source: The object, the folder, or the id (`owner/name`).
-        split: Only this split; None: all, named in the column `split` where there are several.
-        image_column: The feature of type `Image`; it is not decoded.
-
-    Returns:
-        Features called as a column of the schema are taken for it, others stay; a `ClassLabel` becomes its name.
-
-    Raises:
-        SpcxrError: `datasets` is not installed, the set cannot be read or reached, or has no such split or images.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise SpcxrError(f'{source}: reading it needs datasets: pip install "spcxr-hf[train]"') from error
-    is_loaded = isinstance(source, datasets.Dataset | datasets.DatasetDict)
-    name = "the dataset" if is_loaded else str(source)
-    loaded = source if is_loaded else _load_dataset(name)
-    if not isinstance(loaded, datasets.Dataset | datasets.DatasetDict):
-        raise SpcxrError(f"{name}: a {type(loaded).__name__}, no Dataset or DatasetDict")
-    parts = {None: loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
-    if split is not None:
-        if split not in parts:
-            raise SpcxrError(f"{name}: no split {split!r}; there are {', '.join(map(str, parts))}")
-        parts = {split: parts[split]}
-    tables = [_dataset_part(part, key, image_column, name) for key, part in parts.items()]
-    return unite(tables, name)
-
-
-def _load_dataset(name: str) -> Any:
-    import datasets
-
-    if Path(name).exists():
-        try:
-            return datasets.load_from_disk(name)
-        except Exception as error:  # many types, by what is damaged
-            raise SpcxrError(
-                f"{name}: not a set that save_to_disk wrote ({type(error).__name__}: {one_line(error)})"
-            ) from error
-    try:
-        return datasets.load_dataset(name)
-    except Exception as error:  # no network, offline mode, no such set, no access: each its own type, by version
-        raise SpcxrError(
-            f"{name}: no such folder, and as a set of the Hub it cannot be loaded: not reachable (offline?), not "
-            f"there, or access must be asked for ({type(error).__name__}: {one_line(error)})"
-        ) from error
-
-
-def _dataset_part(part: Any, split: str | None, image_column: str, name: str) -> RadiographTable:
-    """One `datasets.Dataset` as a table in the schema."""
-    import datasets
-
-    if image_column not in part.features or not isinstance(part.features[image_column], datasets.Image):
-        raise SpcxrError(f"{name}: no feature {image_column!r} of type Image; there are {', '.join(part.features)}")
-    rows = part.cast_column(image_column, datasets.Image(decode=False)).with_format("arrow")[:]
-    rows = rows.replace_schema_metadata(None)
-    built: dict[str, Any] = {column: rows[column] for column in rows.column_names if column != image_column}
-    for column, feature in part.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            built[column] = [
-                None if number is None or number < 0 else feature.int2str(number) for number in rows[column].to_pylist()
-            ]
-    if split is not None:
-        built["split"] = split_of(split)
-    try:
-        return RadiographTable(in_schema(rows[image_column].cast(IMAGE), _unlike_left_out(built)), name)
-    except pa.ArrowException as error:
-        raise SpcxrError(f"{name}: a feature has another type than the schema's ({error})") from error
-
-
-def _unlike_left_out(columns: dict[str, Any]) -> dict[str, Any]:
-    """Without a column that has a name of the schema and a list or struct where that has none, or the reverse."""
-
-    def fits(name: str, values: Any) -> bool:
-        if name not in SCHEMA or not isinstance(values, pa.ChunkedArray):
-            return True
-        return pa.types.is_nested(values.type) == pa.types.is_nested(SCHEMA[name])
-
-    return {name if fits(name, values) else f"{name}_": values for name, values in columns.items()}
-
-
-# ---- several sets ------------------------------------------------------------------------------------------------
-
-
-def unite(tables: Sequence[RadiographTable], name: str | None = None) -> RadiographTable:
-    """Several sets as one: what a set did not label, or has no column for, is missing (null) in its rows.
-
-    Args:
-        tables: Sets; their patients and ids stay as they are (readers of archives put the set's name before them).
-        name: What to call the union in messages; None: their names.
-
-    Raises:
-        SpcxrError: there are none, or a column has types that do not go together.
-    """
-    if not tables:
-        raise SpcxrError("there are no sets to unite")
-    names = label_names(list(tables))
-    parts = []
-    for table in tables:
-        rows = table.rows
-        if names:
-            matrix = np.full((len(table), len(names)), np.nan, np.float32)
-            own = label_names(table)
-            matrix[:, [names.index(label) for label in own]] = label_matrix(table)
-            struct = label_struct(dict(zip(names, matrix.T, strict=True)))
-            if LABELS_COLUMN in rows.column_names:
-                if not pa.types.is_struct(rows.schema.field(LABELS_COLUMN).type):
-                    raise SpcxrError(f"{table.name}: the column labels is no struct with a field per label")
-                rows = rows.drop_columns([LABELS_COLUMN])
-            rows = rows.append_column(LABELS_COLUMN, struct)
-        parts.append(rows)
-    try:
-        united = pa.concat_tables(parts, promote_options="default")
-    except pa.ArrowException as error:
-        raise SpcxrError(f"the sets do not go together: {error}") from error
-    return RadiographTable(united, name or " + ".join(table.name for table in tables))

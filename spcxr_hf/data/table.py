@@ -356,7 +356,7 @@ def _decode(
     if column not in table.rows.column_names:
         raise SpcxrError(f"{table.name}: no column {column!r}; there are {', '.join(table.rows.column_names)}")
     names = table.ids
-    file = None if cache is None else Path(cache) / f"{fingerprint(table)}-{column}-{size}.npy"
+    file = None if cache is None else Path(cache) / f"{cache_key(table)}-{column}-{size}.npy"
     kept = None if file is None else _read_cache(file)
     pixels, rows = (np.zeros((len(table), 1, size, size), np.uint8), range(len(table))) if kept is None else kept
     broken: dict[int, str] = {}
@@ -392,8 +392,8 @@ def _write_cache(file: Path, pixels: np.ndarray, broken: list[int]) -> None:
         np.save(stream, pixels)
 
 
-def fingerprint(table: RadiographTable) -> str:
-    """Names the rows, their content and their files, so that a cache of others is never taken for theirs."""
+def cache_key(table: RadiographTable) -> str:
+    """Identifies the rows, their encoded content or files (place, size, time): 16 hex digits."""
     images = table.rows["image"]
     digest = hashlib.sha256(json.dumps([table.name, table.ids]).encode())
     paths = pc.struct_field(images, "path").to_pylist()
@@ -403,6 +403,37 @@ def fingerprint(table: RadiographTable) -> str:
         else:
             digest.update(json.dumps(None if path is None else _stamp(Path(path))).encode())
     return digest.hexdigest()[:16]
+
+
+def fingerprint_rows(table: RadiographTable, columns: Sequence[str] = ()) -> str:
+    """Identifies what is learned from a set, wherever it lies: 16 hex digits. No pixel is read.
+
+    Args:
+        table: The set. The order of its rows counts, each row's id, and the size of its encoded image.
+        columns: Labels and whatever else counts; of a column of pictures (masks) the sizes count.
+
+    Raises:
+        SpcxrError: there is no such column.
+    """
+    parts: list[list] = [table.ids]
+    for name in ("image", *columns):
+        is_picture = name in table.rows.column_names and _holds_pictures(table.rows.schema.field(name).type)
+        parts.append(_encoded_sizes(table, name) if is_picture else table.column(name))
+    digest = hashlib.sha256()
+    for row in zip(*parts, strict=True):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _encoded_sizes(table: RadiographTable, column: str) -> list[int | None]:
+    """Bytes of each picture, None where it is missing."""
+    cells = table.rows[column]
+    inline = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
+    paths = pc.struct_field(cells, "path").to_pylist()
+    return [
+        size if size is not None or path is None else (_stamp(Path(path))[1:2] or [None])[0]
+        for size, path in zip(inline, paths, strict=True)
+    ]
 
 
 def _stamp(path: Path) -> list:

@@ -282,7 +282,7 @@ def _efficiency(by_fraction: dict[float, dict[Any, float]]) -> Efficiency:
     return Efficiency(np.array(fractions), *columns)
 
 
-def read_rows(path: Path, task: str | None = None) -> list[dict]:
+def read_results(path: Path, task: str | None = None) -> list[dict]:
     """The rows of a results file: a JSON list, an object with a list under "rows", or what `evidence.py` writes.
 
     Args:

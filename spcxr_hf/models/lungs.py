@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
-from spcxr_hf.data.table import Decoded, fingerprint
+from spcxr_hf.data.table import Decoded, cache_key
 from spcxr_hf.errors import SpcxrError, one_line
 from spcxr_hf.files import atomic_file
 from spcxr_hf.models.encoders import LOADING_ERRORS
@@ -90,7 +90,7 @@ def find_lungs(
     shape = (len(decoded.images), *decoded.images.shape[-2:])
     file = None
     if cache is not None:
-        file = Path(cache) / f"{fingerprint(decoded.table)}-lungs-{segmenter.digest()}-{shape[-1]}.npy"
+        file = Path(cache) / f"{cache_key(decoded.table)}-lungs-{segmenter.digest()}-{shape[-1]}.npy"
         if file.is_file():
             return torch.from_numpy(np.unpackbits(np.load(file), count=int(np.prod(shape))).reshape(shape).astype(bool))
     lungs = segmenter.find(decoded.images, bf16=bf16)

@@ -1,8 +1,7 @@
 """What the scripts' command lines say of their set: rows to leave out, broken files, leaks of the split.
 
-read_rows -> read_set, less the rows of `exclude`
 check_split -> refuse_leaks, with the way out
-Skipped -> skipped.csv
+write_skipped -> skipped.csv
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from typing import Any, TypeAlias
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from spcxr_hf.data.archives.registry import read_set
-from spcxr_hf.data.table import OnError, RadiographTable, fingerprint
-from spcxr_hf.errors import SpcxrError
+from spcxr_hf.data.table import OnError, RadiographTable, cache_key
+from spcxr_hf.errors import SpcxrError, printable
+from spcxr_hf.files import atomic_file
 from spcxr_hf.quality.duplicates import SAME_IMAGE, LeakError, Leaks, refuse_leaks
 
 SKIPPED_FILE = "skipped.csv"
@@ -60,16 +59,6 @@ class SplitArguments(SetArguments):
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
-def read_rows(source: str, exclude: str | os.PathLike | None = None) -> RadiographTable:
-    """A set (whatever `read_set` takes) without the rows whose ids a file lists; None or "" is no such file.
-
-    Raises:
-        SpcxrError: it cannot be read, or the list is of another set.
-    """
-    table = read_set(source)
-    return table.without(read_ids(exclude)) if exclude else table
-
-
 def for_pretraining(table: RadiographTable) -> RadiographTable:
     """The rows whose column `pretrain` is true.
 
@@ -79,37 +68,6 @@ def for_pretraining(table: RadiographTable) -> RadiographTable:
     if "pretrain" not in table.rows.column_names:
         raise SpcxrError(f"{table.name}: no column 'pretrain'; --pretrain_only false takes every row")
     return table.where("pretrain", True)
-
-
-def read_ids(path: str | os.PathLike) -> set[str]:
-    """The ids in a text file, one a line; a line that begins with `#` is a comment.
-
-    Raises:
-        SpcxrError: the file cannot be read, or holds none.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpcxrError(f"{path}: no list of ids ({getattr(error, 'strerror', None) or error})") from error
-    ids = {name for line in lines if (name := line.strip()) and not name.startswith("#")}
-    if not ids:
-        raise SpcxrError(f"{path}: holds no ids")
-    return ids
-
-
-def write_ids(path: str | os.PathLike, ids: Sequence[str], comment: str) -> None:
-    """Write a file for `read_ids`: a comment, then the ids, sorted.
-
-    Raises:
-        SpcxrError: it cannot be written, or `read_ids` would not read an id as it is.
-    """
-    odd = [name for name in ids if name.startswith("#") or name.splitlines() != [name.strip()]]
-    if odd:
-        raise SpcxrError(f"{path}: cannot hold the id {odd[0]!r}: it begins with #, is empty or has blanks around it")
-    try:
-        Path(path).write_text("\n".join([f"# {comment}", *sorted(ids)]) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SpcxrError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def sketch(rows: Iterable[Any]) -> list[str]:
@@ -169,7 +127,7 @@ def _compare(
     images, verdict = allow not in ("images", "all"), None
     if images and cache is not None:
         wanted = json.dumps([table.column(split_column), sides, SAME_IMAGE], default=str)
-        verdict = Path(cache) / f"{fingerprint(table)}-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.no_leak"
+        verdict = Path(cache) / f"{cache_key(table)}-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.no_leak"
         images = not verdict.is_file()
     refuse_leaks(table, split_column, sides, allow=allow, images=images)
     if images and verdict is not None:
@@ -191,13 +149,13 @@ def _way_out(error: LeakError, split_column: str) -> str:
 # ---- broken files ------------------------------------------------------------------------------------------------
 
 
-def list_skipped(folder: str | os.PathLike, skipped: Mapping[str, str], processes: Processes = None) -> None:
-    """Write what was skipped, id and cause, to `skipped.csv` in a folder; all processes call it.
+def write_skipped(target: str | os.PathLike | None, skipped: Mapping[str, str], processes: Processes = None) -> None:
+    """Write the id and cause of each broken file to `skipped.csv`, and print one line; all processes call it.
 
-    Those that stand there from an earlier start are kept. Without any, nothing is written.
+    Rows of an earlier start are kept. Nothing is written, and nothing printed, where there is nothing new.
 
     Args:
-        folder: The run's output.
+        target: The folder of a run, or a results file beside which it goes; None: the files are printed.
         skipped: Id -> cause, of this process.
         processes: Those that were started together.
 
@@ -209,39 +167,18 @@ def list_skipped(folder: str | os.PathLike, skipped: Mapping[str, str], processe
     found = {name: cause for share in shares for name, cause in share.items()}
     if not found or (processes is not None and not processes.is_main_process):
         return
-    path = Path(folder) / SKIPPED_FILE
-    known = read_skipped(path)
+    if target is None:
+        for name, cause in found.items():
+            print(f"skipped {printable(name)}: {printable(cause)}")
+        return
+    folder = Path(target) if Path(target).is_dir() else Path(target).parent
+    path, known = folder / SKIPPED_FILE, {}
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            known = {row["id"]: row["cause"] for row in csv.DictReader(file)}
     if found.keys() <= known.keys():
         return
     rows = sorted({**known, **found}.items())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("id", "cause"), *rows])
-    except OSError as error:
-        raise SpcxrError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def tell_skipped(folder: str | os.PathLike) -> None:
-    """The last line of a run that skipped broken files."""
-    path = Path(folder) / SKIPPED_FILE
-    if skipped := read_skipped(path):
-        print(f"skipped {len(skipped)} broken files, listed in {path}")
-
-
-def report_skipped(output: str | os.PathLike | None, skipped: Mapping[str, str]) -> None:
-    """For a script whose results are one file: `skipped.csv` beside it, or lines where there is no such file."""
-    if output is not None:
-        list_skipped(Path(output).parent, skipped)
-        tell_skipped(Path(output).parent)
-        return
-    for name, cause in skipped.items():
-        print(f"skipped {name}: {cause}")
-
-
-def read_skipped(path: Path) -> dict[str, str]:
-    """Id -> cause in a `skipped.csv`; nothing where there is none."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row["id"]: row["cause"] for row in csv.DictReader(file)}
+    with atomic_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("id", "cause"), *rows])
+    print(f"skipped {len(rows)} broken files, listed in {path}")

@@ -186,7 +186,7 @@ def check_leaks(
     if not images:
         return LeakReport(counts, unknown, patients)
     kept = np.flatnonzero([side is not None for side in rows.sides])
-    thumbnails, broken = _read_rows(list(named.values()), kept, workers)
+    thumbnails, broken = _read_thumbnails(list(named.values()), kept, workers)
     pairs = find_duplicates(thumbnails, sides=[rows.sides[row] for row in kept], flips=flips)
     found = [_image_leak(pair, [rows.ids[row] for row in kept], [rows.sides[row] for row in kept]) for pair in pairs]
     return LeakReport(counts, unknown, patients, found, {rows.ids[kept[row]]: cause for row, cause in broken.items()})
@@ -313,10 +313,10 @@ def thumbnail(image: Image.Image) -> np.ndarray:
 
 def read_thumbnails(table: RadiographTable, workers: int | None = None) -> tuple[np.ndarray, dict[int, str]]:
     """Thumbnails (n, 64, 64) uint8 of a set, and row -> cause for images that cannot be read (black thumbnails)."""
-    return _read_rows([table], np.arange(len(table)), workers)
+    return _read_thumbnails([table], np.arange(len(table)), workers)
 
 
-def _read_rows(
+def _read_thumbnails(
     tables: Sequence[RadiographTable], kept: np.ndarray, workers: int | None
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Thumbnails of these rows of the tables laid one after the other."""

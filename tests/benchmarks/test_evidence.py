@@ -571,7 +571,7 @@ def test_the_scripts_take_every_cell_of_the_grids(path, tmp_path, monkeypatch):
     """Every flag of every cell parses, and the same budget goes to every init."""
     from spcxr_hf.training.arguments import parse_arguments
 
-    monkeypatch.setattr(grid, "fingerprint", lambda folder: "")
+    monkeypatch.setattr(grid, "weights_digest", lambda folder: "")
     arguments = evidence.Arguments(grid=str(path), data="x", output=str(tmp_path))
     plan = evidence.read_plan(arguments)
     cells = list(evidence.make_cells(arguments, plan))

@@ -31,10 +31,11 @@ from published_layouts import (
 )
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.data.archives.registry import ARCHIVES, read_archive, read_set
-from spcxr_hf.data.labels import COMMON, NIH14, VINDR28, label_matrix, label_names
-from spcxr_hf.data.manifests import SCHEMA, unite
+from spcxr_hf.data.archives.registry import ARCHIVES, read_archive
+from spcxr_hf.data.labels import COMMON, NIH14, VINDR28, label_matrix, labels_of
+from spcxr_hf.data.manifests import SCHEMA
 from spcxr_hf.data.masks import convert_jsrt, read_jsrt_image, read_mask, rle_mask, with_masks
+from spcxr_hf.data.sets import read_set, unite
 from spcxr_hf.data.table import RadiographTable, decode_images, decode_masks
 from spcxr_hf.images.reader import read_radiograph
 
@@ -70,7 +71,7 @@ def test_an_archive_is_recognised_and_in_the_schema(name, tmp_path):
     assert all(own.startswith(f"{name}/") for own in (*table.ids, *filter(None, table.column("patient"))))
     assert set(table.column("view")) <= {"PA", "AP", "lateral", None}
     assert set(table.column("split")) <= {"train", "val", "test", None}
-    assert set(label_names(table)) <= set(COMMON)
+    assert set(labels_of(table)) <= set(COMMON)
     assert all(table.column("licence")) and all(source.startswith(name) for source in table.column("source"))
 
 
@@ -123,7 +124,7 @@ def test_a_folder_of_two_archives_needs_a_name(tmp_path):
 
 def test_nih(tmp_path):
     table = read_archive(make_nih(tmp_path))
-    assert label_names(table) == [*NIH14, "No Finding"]
+    assert labels_of(table) == [*NIH14, "No Finding"]
     same(
         labels(table, "Cardiomegaly", "Effusion", "Pleural_Thickening", "No Finding"),
         [[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]],
@@ -202,7 +203,7 @@ def test_padchest(tmp_path):
 @pytest.mark.parametrize(("rule", "copd"), [("ignore", NAN), ("one", 1)])
 def test_vindr_readers_vote(tmp_path, rule, copd):
     table = read_archive(make_vindr(tmp_path), uncertain=rule)
-    assert set(label_names(table)) == set(VINDR28)
+    assert set(labels_of(table)) == set(VINDR28)
     names = ("ILD", "Cardiomegaly", "COPD", "Pleural effusion", "No Finding")
     same(labels(table, *names), [[1, 1, copd, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 1, 0]])
     assert table.column("split") == ["train", "train", "test"]
@@ -405,7 +406,7 @@ def test_archives_unite_without_mixing_patients_or_labels(tmp_path):
     assert len(union) == sum(len(table) for table in tables)
     np.testing.assert_array_equal(label_matrix(union), label_matrix(tables))
     nih = label_matrix(union)[: len(tables[0])]
-    assert np.isnan(nih[:, label_names(union).index("Fracture")]).all()  # NIH did not label it
+    assert np.isnan(nih[:, labels_of(union).index("Fracture")]).all()  # NIH did not label it
     patients = [{own for own in table.column("patient") if own} for table in tables]
     assert sum(map(len, patients)) == len(set.union(*patients))
 

@@ -13,8 +13,8 @@ from spcxr_hf.data.labels import (
     VINDR28,
     canonical_name,
     label_matrix,
-    label_names,
     label_struct,
+    labels_of,
     names_in,
     parse_classes,
     resolve,
@@ -110,7 +110,7 @@ def test_a_struct_holds_null_where_a_label_is_missing():
 
 def test_a_union_keeps_what_each_did_not_label_as_missing():
     nih, chexpert = table(Effusion=[1, 0], Mass=[0, 1]), table(**{"Pleural Effusion": [None, 0], "Fracture": [1, None]})
-    assert label_names([nih, chexpert]) == ["Pleural Effusion", "Mass", "Fracture"]
+    assert labels_of([nih, chexpert]) == ["Pleural Effusion", "Mass", "Fracture"]
     np.testing.assert_array_equal(
         label_matrix([nih, chexpert]),
         np.array([[1, 0, NAN], [0, 1, NAN], [NAN, NAN, 1], [0, NAN, NAN]], np.float32),

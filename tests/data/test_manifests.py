@@ -17,16 +17,15 @@ from spcxr_hf.data.labels import label_matrix
 from spcxr_hf.data.manifests import (
     SCHEMA,
     age_of,
-    read_dataset,
     read_folder,
     read_manifest,
     read_rows,
     read_shards,
     sex_of,
     split_of,
-    unite,
     view_of,
 )
+from spcxr_hf.data.sets import read_dataset, unite
 from spcxr_hf.data.table import decode_images
 
 NAN = float("nan")

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +219,16 @@ def test_large_samples_close_a_unit(tmp_path, monkeypatch):
 
 
 # Who reads what
+
+
+def test_a_fingerprint_of_the_rows(folders, tmp_path):
+    for kind in ("parquet", "tar"):
+        there = read_index(folders / kind)
+        shutil.copytree(folders / kind, tmp_path / kind)
+        assert read_index(tmp_path / kind).fingerprint_rows() == there.fingerprint_rows()
+        assert read_index(folders / kind, ("pretrain", True)).fingerprint_rows() != there.fingerprint_rows()
+        min((tmp_path / kind).iterdir()).unlink()
+        assert read_index(tmp_path / kind).fingerprint_rows() != there.fingerprint_rows()
 
 
 @pytest.mark.parametrize("streams", [1, 2, 5, 9, 23])

@@ -1,5 +1,6 @@
 """Sets of radiographs: reading, decoding, the cache, the order of the batches."""
 
+import functools
 import io
 import subprocess
 import sys
@@ -13,7 +14,16 @@ from PIL import Image
 
 from spcxr_hf.data.batches import batches, step_seed
 from spcxr_hf.data.manifests import read_folder
-from spcxr_hf.data.table import decode_images, decode_masks, decode_set, open_mask, read_table
+from spcxr_hf.data.table import (
+    RadiographTable,
+    decode_images,
+    decode_masks,
+    decode_set,
+    fingerprint_rows,
+    open_image,
+    open_mask,
+    read_table,
+)
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.inference.pipeline import find_sources
 from tests.made_up import STRUCT, encoded, picture, write_set
@@ -210,7 +220,7 @@ def test_the_cache_is_read_instead(shard, tmp_path, monkeypatch):
     def refuse(cell, name):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(table, "open_image", refuse)
+    monkeypatch.setattr("spcxr_hf.data.table.open_image", refuse)
     again = decode_images(table, 16, cache=tmp_path)
     assert torch.equal(first, again)
     for changed, size in ((table.where("lung_split", "train"), 16), (table, 24)):
@@ -244,14 +254,14 @@ def test_broken_rows_are_left_out_and_told(tmp_path, cached, monkeypatch):
 
 def test_a_mended_file_is_read_though_the_cache_has_none_of_it(tmp_path, monkeypatch):
     table = read_table(write_set(tmp_path / "set.parquet", ["train"] * 3))
-    whole = table.open_image
+    whole = open_image
 
     def break_row_1(cell, name):
         if name.endswith("row-1"):
             raise SpcxrError(f"{name}: broken")
         return whole(cell, name)
 
-    monkeypatch.setattr(table, "open_image", break_row_1)
+    monkeypatch.setattr("spcxr_hf.data.table.open_image", break_row_1)
     assert list(decode_set(table, 16, tmp_path, on_error="skip").skipped) == ["row-1"]
     monkeypatch.undo()
     assert torch.equal(decode_set(table, 16, tmp_path).images, decode_images(table, 16))
@@ -262,7 +272,7 @@ def test_a_mask_that_is_missing_counts_as_broken(tmp_path):
     cells = table.column("lung_mask")
     place = table.rows.column_names.index("lung_mask")
     rows = table.rows.set_column(place, "lung_mask", pa.array([None, *cells[1:]], STRUCT))
-    found = decode_set(table.RadiographTable(rows, "set"), 16, masks=True, on_error="skip")
+    found = decode_set(RadiographTable(rows, "set"), 16, masks=True, on_error="skip")
     assert found.skipped == {"row-0": "set: row-0: no lung mask in this row"}
     assert len(found.images) == len(found.masks) == 2
 
@@ -349,3 +359,30 @@ def test_a_cache_on_a_full_disk_is_named_and_leaves_nothing(shard, tmp_path, mon
     with pytest.raises(SpcxrError, match=r"image-16\.npy: cannot be written \(No space left on device\)"):
         decode_images(read_table(shard), 16, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fingerprint_of_what_is_learned_from(tmp_path):
+    table = read_table(write_set(tmp_path / "set.parquet", ["train"] * 5))
+    of = functools.partial(fingerprint_rows, columns=("pneumonia_label", "lung_mask"))
+    rows = table.rows
+    swapped = rows.take([1, 0, 2, 3, 4])
+    label = rows["pneumonia_label"].to_pylist()
+    changed = rows.set_column(rows.column_names.index("pneumonia_label"), "pneumonia_label", [[label[1], *label[1:]]])
+    image = rows["image"].to_pylist()
+    image[2] = {"bytes": image[2]["bytes"] + b"0", "path": None}
+    other = rows.set_column(rows.column_names.index("image"), "image", pa.array(image, rows.schema.field("image").type))
+    others = [rows.slice(1), swapped, changed, other]
+    assert len({of(RadiographTable(each, "a")) for each in [rows, *others]}) == 5
+    assert of(RadiographTable(rows, "elsewhere")) == of(table)
+    assert fingerprint_rows(RadiographTable(changed, "a")) == fingerprint_rows(table)
+    with pytest.raises(SpcxrError, match="no column 'age'"):
+        fingerprint_rows(table, ["age"])
+    found = []
+    for folder in ("a", "b"):
+        for grey in (9, 200):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(np.full((8, 8), grey, np.uint8)).save(tmp_path / folder / f"{grey}.png")
+        found.append(fingerprint_rows(read_table(tmp_path / folder)))
+    assert found[0] == found[1]
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "b" / "9.png")
+    assert fingerprint_rows(read_table(tmp_path / "b")) != found[0]

@@ -13,10 +13,11 @@ from published_layouts import MAKERS, make_kermany, make_nih, make_siim, write
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.data.archives.findings import PADCHEST_TERMS, PADCHEST_UNREAD
-from spcxr_hf.data.archives.registry import ARCHIVES, read_archive, read_set
+from spcxr_hf.data.archives.registry import ARCHIVES, read_archive
 from spcxr_hf.data.archives.rows import Rows
 from spcxr_hf.data.archives.xrv import READERS, as_torchxrayvision
-from spcxr_hf.data.labels import CHEXPERT14, NIH14, canonical_name, label_matrix, label_names
+from spcxr_hf.data.labels import CHEXPERT14, NIH14, canonical_name, label_matrix, labels_of
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, open_image
 
 
@@ -64,7 +65,7 @@ def test_both_read_an_archive_alike_but_where_it_is_said(name, tmp_path, torchxr
 
 def different(own: RadiographTable, theirs: RadiographTable) -> dict[str, dict[str, tuple[str, str]]]:
     """id -> label -> both values where they are not the same, of the labels that both have."""
-    names = [name for name in label_names(theirs) if name in label_names(own)]
+    names = [name for name in labels_of(theirs) if name in labels_of(own)]
     assert names
     ours = dict(zip(own.ids, label_matrix(own, names), strict=True))
     found: dict[str, dict[str, tuple[str, str]]] = {}

@@ -19,7 +19,7 @@ from spcxr_hf.evaluation.curves import (
     confusion,
     label_efficiency,
     precision_recall_curve,
-    read_rows,
+    read_results,
     reliability,
     roc_curve,
     wilson_interval,
@@ -157,11 +157,11 @@ def test_rows_of_a_file(tmp_path):
     path = tmp_path / "results.json"
     for content in (ROWS, {"rows": ROWS}):
         path.write_text(json.dumps(content))
-        assert read_rows(path) == ROWS
+        assert read_results(path) == ROWS
     for text in ("{", '{"rows": 1}', "[1]"):
         path.write_text(text)
         with pytest.raises(SpcxrError, match=r"results\.json"):
-            read_rows(path)
+            read_results(path)
 
 
 def test_rows_of_the_evidence():
@@ -169,12 +169,12 @@ def test_rows_of_the_evidence():
     settings = json.loads(path.read_text())["fine_tuning"]["covid"]["fractions"]
     found = {share: setting["inits"]["scratch"]["reports"] for share, setting in settings.items()}
     least = min((share for share in found if found[share]), key=float)  # the smallest share that was run
-    curves = label_efficiency(read_rows(path, "covid"), "auroc")
+    curves = label_efficiency(read_results(path, "covid"), "auroc")
     assert {"spcxr", "scratch"} <= set(curves)
     assert curves["scratch"].fractions[0] == float(least)
     assert curves["scratch"].mean[0] == pytest.approx(np.mean([*found[least]["test"]["auroc"]["seeds"].values()]))
     with pytest.raises(SpcxrError, match="no task 'base'; there are pneumonia, "):
-        read_rows(path, "base")
+        read_results(path, "base")
 
 
 # ---- readable ------------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 import pytest
 
+from spcxr_hf.data.sets import read_ids, read_set, write_ids
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.quality import checks
-from spcxr_hf.quality.checks import check_split, list_skipped, read_ids, read_rows, report_skipped, write_ids
+from spcxr_hf.quality.checks import check_split, write_skipped
 from tests.made_up import write_set
 
 SPLITS = ["train"] * 4 + ["val"] * 2
@@ -15,15 +16,15 @@ def test_rows_to_leave_out(tmp_path):
     write_ids(tmp_path / "out.txt", ["row-3", "row-1"], "2 rows")
     assert (tmp_path / "out.txt").read_text() == "# 2 rows\nrow-1\nrow-3\n"
     assert read_ids(tmp_path / "out.txt") == {"row-1", "row-3"}
-    assert read_rows(shard, tmp_path / "out.txt").ids == ["row-0", "row-2", "row-4", "row-5"]
-    assert len(read_rows(shard)) == len(read_rows(shard, "")) == 6
+    assert read_set(shard, tmp_path / "out.txt").ids == ["row-0", "row-2", "row-4", "row-5"]
+    assert len(read_set(shard)) == len(read_set(shard, "")) == 6
     write_ids(tmp_path / "out.txt", ["elsewhere"], "another set's")
     with pytest.raises(SpcxrError, match="none of the 1 ids to leave out is in it"):
-        read_rows(shard, tmp_path / "out.txt")
+        read_set(shard, tmp_path / "out.txt")
 
 
 def test_a_clean_verdict_is_kept_for_the_same_set_and_sides(tmp_path, monkeypatch):
-    table = read_rows(str(write_set(tmp_path / "set.parquet", SPLITS)))
+    table = read_set(str(write_set(tmp_path / "set.parquet", SPLITS)))
     compared = []
     refuse = checks.refuse_leaks
     monkeypatch.setattr(checks, "refuse_leaks", lambda *a, **k: compared.append(k["images"]) or refuse(*a, **k))
@@ -37,7 +38,7 @@ def test_a_clean_verdict_is_kept_for_the_same_set_and_sides(tmp_path, monkeypatc
 
 
 def test_a_leak_leaves_no_verdict(tmp_path):
-    table = read_rows(str(write_set(tmp_path / "set.parquet", SPLITS)))
+    table = read_set(str(write_set(tmp_path / "set.parquet", SPLITS)))
     place = table.rows.column_names.index("patient")
     rows = table.rows.set_column(place, "patient", [["one", *["two"] * 3, "one", "three"]])
     for _ in range(2):
@@ -49,14 +50,19 @@ def test_a_leak_leaves_no_verdict(tmp_path):
 
 
 def test_broken_files_of_several_starts(tmp_path, capsys):
-    list_skipped(tmp_path / "run", {})
-    assert not (tmp_path / "run").exists()
-    list_skipped(tmp_path / "run", {"b": "torn, in two", "a": 'said "no"'})
-    report_skipped(tmp_path / "run" / "results.json", {"c": "cut short"})
-    lines = (tmp_path / "run" / "skipped.csv").read_text().splitlines()
+    run, listed = tmp_path / "run", f"listed in {tmp_path / 'run' / 'skipped.csv'}\n"
+    run.mkdir()
+    write_skipped(run, {})
+    assert not list(run.iterdir())
+    write_skipped(run, {"b": "torn, in two", "a": 'said "no"'})
+    assert capsys.readouterr().out == f"skipped 2 broken files, {listed}"
+    write_skipped(run / "results.json", {"c": "cut short"})
+    assert capsys.readouterr().out == f"skipped 3 broken files, {listed}"
+    write_skipped(run, {"a": 'said "no"'})
+    assert capsys.readouterr().out == ""
+    lines = (run / "skipped.csv").read_text().splitlines()
     assert lines == ["id,cause", 'a,"said ""no"""', 'b,"torn, in two"', "c,cut short"]
-    assert capsys.readouterr().out == f"skipped 3 broken files, listed in {tmp_path / 'run' / 'skipped.csv'}\n"
-    report_skipped(None, {"c": "cut short"})
+    write_skipped(None, {"c": "cut short"})
     assert capsys.readouterr().out == "skipped c: cut short\n"
 
 

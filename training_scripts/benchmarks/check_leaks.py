@@ -40,8 +40,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError
+from spcxr_hf.data.sets import read_set, write_ids
 from spcxr_hf.data.table import RadiographTable, open_image
-from spcxr_hf.quality.checks import read_rows, write_ids
 from spcxr_hf.quality.duplicates import (
     SAME_IMAGE,
     LeakError,
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure_search(arguments: Arguments) -> None:
     """All that the first paragraphs above tell of."""
     generator = np.random.default_rng(arguments.seed)
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     if arguments.rows:
         rows = np.sort(generator.choice(len(table), min(arguments.rows, len(table)), replace=False))
         table = RadiographTable(table.rows.take(rows), table.name)
@@ -150,7 +150,7 @@ def verify(arguments: Arguments, column: str) -> None:
     Raises:
         LeakError: something does.
     """
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     if column == "pretrain":
         column = "pretrain or held out"
         table = RadiographTable(table.rows.append_column(column, pa.array(pretraining_sides(table))), table.name)
@@ -171,7 +171,7 @@ def list_copies(arguments: Arguments, split_column: str) -> None:
     """Write the images whose leaving takes every near copy off the other sides of a split."""
     if arguments.copies_list is None:
         raise SpcxrError("--copies_of lists copies: say where with --copies_list FILE")
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     side_of = dict(zip(table.ids, table.column(split_column), strict=True))
     if arguments.known_pairs is not None:
         pairs = read_pairs(Path(arguments.known_pairs))

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from spcxr_hf import SpcxrError
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable
 from spcxr_hf.files import write_json
-from spcxr_hf.quality.checks import read_rows
 from spcxr_hf.training.arguments import parse_arguments, run_script
 
 OPTIONAL = ("view", "licence_class")
@@ -38,7 +38,7 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     result: dict = {"split_column": arguments.split_column, "label_column": arguments.label_column, "splits": {}}
     for split in arguments.splits:
         value = {"true": True, "false": False}.get(split, split)

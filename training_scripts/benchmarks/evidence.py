@@ -35,7 +35,7 @@ from spcxr_hf import SpcxrError, SpcxrForPreTraining
 from spcxr_hf.files import read_json, write_json
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 from spcxr_hf.training.optim import new_config
-from training_scripts.benchmarks.lib.grid import Cell, EnergyMeter, Grid, fingerprint, network_fingerprint
+from training_scripts.benchmarks.lib.grid import Cell, EnergyMeter, Grid, network_fingerprint, weights_digest
 from training_scripts.benchmarks.lib.results import Judge, collect, training_costs
 from training_scripts.benchmarks.lib.tables import blocks, draw_curves
 from training_scripts.benchmarks.lib.timing import describe_machine, replace_block
@@ -138,7 +138,7 @@ def publish(arguments: Arguments, plan: dict[str, Any], grid: Grid, cells: list[
     results = collect(plan, grid, cells, arguments.resamples, earlier)
     named = name_values(arguments.runs, "runs")
     runs = {name: named.get(name, folders) for name, folders in plan["trainings"].items()}
-    weights = {name: fingerprint(Path(model_folder(plan, name))) for name in runs}
+    weights = {name: weights_digest(Path(model_folder(plan, name))) for name in runs}
     trainings = training_costs(runs, weights, earlier)
     energy = read_json(Path(arguments.output) / "energy.json")
     results["cost"] = {"machine": describe_machine(arguments.device), "trainings": trainings, **results["cost"]}
@@ -356,7 +356,7 @@ def name_model(name: str, folder: Path, flags: Mapping[str, Any]) -> str:
     """What a cell depends on of a checkpoint: its weights, or its network alone where these are drawn anew."""
     if flags.get("from_scratch") or flags.get("random_init"):
         return f"network of {name} {network_fingerprint(folder)}"
-    return f"{name} {fingerprint(folder)}"
+    return f"{name} {weights_digest(folder)}"
 
 
 def model_folder(plan: Mapping[str, Any], name: str) -> str:

@@ -31,8 +31,8 @@ from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.data.archives.registry import read_set
 from spcxr_hf.data.labels import parse_classes
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.drawing import to_grey
 from spcxr_hf.evaluation.bootstrap import bootstrap_interval, patient_groups
 from spcxr_hf.evaluation.plots import draw_contact_sheet, draw_perturbation, save_figure

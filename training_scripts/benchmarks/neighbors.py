@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.data.archives.registry import read_set
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, open_image
 from spcxr_hf.evaluation.plots import draw_contact_sheet, grey_picture, save_figure
 from spcxr_hf.files import software_versions, write_json

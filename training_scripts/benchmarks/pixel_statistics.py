@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from spcxr_hf.data.archives.registry import read_set
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import decode_images
 from spcxr_hf.quality.checks import for_pretraining
 from spcxr_hf.training.arguments import parse_arguments, run_script

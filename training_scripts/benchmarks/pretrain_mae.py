@@ -29,9 +29,10 @@ from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from spcxr_hf import SpcxrError, SpcxrImageProcessor
 from spcxr_hf.data.batches import MicroBatch, RadiographSet
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import decode_images
 from spcxr_hf.files import atomic_folder, write_json
-from spcxr_hf.quality.checks import for_pretraining, read_rows
+from spcxr_hf.quality.checks import for_pretraining
 from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
 from spcxr_hf.training.engine import Run, RunArguments, learning_rate_schedule
 from spcxr_hf.training.optim import CosineSchedule, new_config, parameter_groups
@@ -110,7 +111,7 @@ def check(arguments: Arguments) -> None:
 
 def load_images(arguments: Arguments, run: Run) -> RadiographSet:
     """Every image that `pretrain.py` learns from with the same flags."""
-    table = read_rows(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude)
     if arguments.pretrain_only:
         table = for_pretraining(table)
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it

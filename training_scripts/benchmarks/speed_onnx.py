@@ -32,8 +32,8 @@ import torch
 from tqdm.auto import tqdm
 
 from spcxr_hf import SpcxrError, SpcxrImageProcessor
-from spcxr_hf.data.archives.registry import read_set
 from spcxr_hf.data.labels import parse_classes
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, open_image, open_mask
 from spcxr_hf.evaluation.calibration import to_probabilities
 from spcxr_hf.evaluation.metrics import dice

@@ -1,6 +1,5 @@
 """Public archives of chest radiographs in the layout they are published in, all in one schema.
 
-    read_set      -> read_archive, or a reader of `spcxr_hf.data.manifests`, by what lies there
     read_archive  -> which archive? -> its reader (`archives_findings`, `archives_classes`) -> Rows (`archive_rows`)
                   -> files that must exist -> RadiographTable
 
@@ -33,14 +32,12 @@ is missing rather than absent, is said at its reader.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from spcxr_hf.data.archives.classes import (
     OF_EACH_IMAGE,
@@ -62,77 +59,17 @@ from spcxr_hf.data.archives.findings import (
     read_vindr,
 )
 from spcxr_hf.data.archives.rows import Rows
-from spcxr_hf.data.archives.xrv import as_torchxrayvision, is_torchxrayvision, read_torchxrayvision
+from spcxr_hf.data.archives.xrv import as_torchxrayvision
 from spcxr_hf.data.labels import LABELS_COLUMN, Uncertain, label_struct
 from spcxr_hf.data.manifests import (
-    DELIMITERS,
     Missing,
     find_files,
     radiographs,
-    read_dataset,
-    read_folder,
-    read_manifest,
-    read_shards,
 )
-from spcxr_hf.data.table import RadiographTable, read_table
+from spcxr_hf.data.table import RadiographTable
 from spcxr_hf.errors import SpcxrError
 
 LabelReader = Literal["own", "torchxrayvision"]
-
-# ---- any set -----------------------------------------------------------------------------------------------------
-
-
-def read_set(source: Any, **options: Any) -> RadiographTable:
-    """Read whatever is given, in the schema above where the source does not bring another.
-
-    Args:
-        source: A manifest (.csv, .tsv, .parquet with a column `path`); a Parquet shard or a folder of them; a .tar or
-            a folder of them; a public archive; a folder that `datasets` saved; a folder of pictures; a
-            `datasets.Dataset` or `DatasetDict`; a data set of torchxrayvision; the id of a set of the Hub
-            (`owner/name`).
-        **options: For the reader that it comes to: `read_manifest`, `read_archive`, `read_folder`, `read_shards` or
-            `read_dataset`.
-
-    Raises:
-        SpcxrError: nothing is there, or the reader refuses it.
-    """
-    if not isinstance(source, str | os.PathLike):
-        return read_torchxrayvision(source) if is_torchxrayvision(source) else read_dataset(source, **options)
-    path = Path(source)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.suffix:
-        return read_dataset(str(source), **options)
-    return (_reader_of_folder(path) if path.is_dir() else _reader_of_file(path))(path, **options)
-
-
-def _reader_of_file(path: Path) -> Callable[..., RadiographTable]:
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if suffix in DELIMITERS:
-        return read_manifest
-    if suffix == ".tar":
-        return read_shards
-    if suffix == ".parquet" and path.is_file() and "path" in _parquet_columns(path):
-        return read_manifest
-    return read_table
-
-
-def _parquet_columns(path: Path) -> list[str]:
-    """The columns of a manifest; none for a shard, which has `image`, or a damaged file, for `read_table` to refuse."""
-    try:
-        names = pq.read_schema(path).names
-    except (OSError, pa.ArrowException):
-        return []
-    return [] if "image" in names else names
-
-
-def _reader_of_folder(path: Path) -> Callable[..., RadiographTable]:
-    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return read_dataset
-    if any(path.glob("*.tar")):
-        return read_shards
-    if any(path.glob("*.parquet")):
-        return read_table
-    return read_archive if _recognised(path) else read_folder
-
 
 # ---- archives ----------------------------------------------------------------------------------------------------
 
@@ -197,7 +134,7 @@ def _find_archive(root: Path, name: str | None) -> tuple[str, Path]:
     """The archive in this folder, or the one of this name, and where its tables lie."""
     if name is not None and name not in ARCHIVES:
         raise SpcxrError(f"no archive is called {name!r}; there are {', '.join(ARCHIVES)}")
-    found = _recognised(root, name)
+    found = recognised(root, name)
     if found is None:
         wanted = ARCHIVES if name is None else {name: ARCHIVES[name]}
         expected = "; ".join(f"{key}: {', '.join(archive.markers)}" for key, archive in wanted.items())
@@ -207,7 +144,7 @@ def _find_archive(root: Path, name: str | None) -> tuple[str, Path]:
     return found
 
 
-def _recognised(root: Path, name: str | None = None) -> tuple[str, Path] | None:
+def recognised(root: Path, name: str | None = None) -> tuple[str, Path] | None:
     """The archive in this folder, or in the one of its subfolders that holds one, and where."""
     keys = list(ARCHIVES) if name is None else [name]
     places = [root, *sorted(child for child in root.iterdir() if child.is_dir())]

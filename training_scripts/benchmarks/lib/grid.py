@@ -28,7 +28,7 @@ from spcxr_hf.files import write_json
 RESULT, SETTINGS, LOG, LOCK = "result.json", "settings.json", "log.txt", "lock"
 PREDICTIONS = "predictions.parquet"
 KEPT = (SETTINGS, PREDICTIONS, RESULT)  # of a finished cell; the last makes it one
-NOT_THERE = "not there"  # in place of a fingerprint
+NOT_THERE = "not there"  # in place of a weights_digest
 # What a config says besides the network: how its weights came about, and what trainings set anew.
 NO_NETWORK = {"transformers_version", "dtype", "architectures", "auto_map"}
 NO_NETWORK |= {"images_seen", "drop_path_rate", "norm_pix_loss"}
@@ -260,7 +260,7 @@ def keep(folder: Path, place: Path) -> None:
             shutil.copyfile(folder / name, place / name)
 
 
-def fingerprint(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
     """Eight digits that name the weights of a checkpoint, or that there are none yet."""
     weights = folder / "model.safetensors"
     if not weights.is_file():

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import decode_images
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.quality.checks import read_rows
-from training_scripts.benchmarks.lib.grid import NOT_THERE, PREDICTIONS, Cell, Grid, fingerprint
+from training_scripts.benchmarks.lib.grid import NOT_THERE, PREDICTIONS, Cell, Grid, weights_digest
 from training_scripts.benchmarks.lib.predictions import (
     METHOD,
     Predictions,
@@ -104,7 +104,7 @@ class Judge:
                 section = self.plan["fine_tuning"]
                 spec = section["tasks"][task]
                 report = report_of(spec, spec["reports"][name])
-                rows, labels = report.select(read_rows(self.data, spec.get("exclude")))
+                rows, labels = report.select(read_set(self.data, spec.get("exclude")))
                 size = section.get("settings", {}).get("stored_size", 256)
                 unknown: list[Any] = [None] * len(rows)
                 patients = rows.column("patient") if "patient" in rows.rows.column_names else unknown
@@ -163,7 +163,7 @@ def training_costs(
 
     Args:
         runs: Name of a checkpoint -> folders.
-        weights: Name of a checkpoint -> its `fingerprint`.
+        weights: Name of a checkpoint -> its `weights_digest`.
         earlier: What the results file held before. A checkpoint whose runs are not here keeps its cost from there,
             unless it has other weights by now.
     """
@@ -210,7 +210,7 @@ def collect(
     results["probing"] = _collect_probes(plan, cells, found)
     results["ablations"] = _collect_ablations(plan, cells, found)
     results["cost"] = {"cells": _collect_minutes(cells, found)}
-    results["weights"] = fingerprint(Path(plan["models"].get(plan["compare"]["ours"], "")))
+    results["weights"] = weights_digest(Path(plan["models"].get(plan["compare"]["ours"], "")))
     if earlier and (earlier.get("grid"), earlier.get("weights", results["weights"])) == (
         plan["name"],
         results["weights"],

@@ -1,0 +1,250 @@
+"""Any set of radiographs as one table.
+
+read_set -> read_manifest, read_folder, read_shards (`manifests`), read_archive (`archives.registry`), read_table
+            (`table`), read_torchxrayvision (`archives.xrv`) or read_dataset, by what is given
+unite    -> several sets as one
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spcxr_hf.data.archives.registry import read_archive, recognised
+from spcxr_hf.data.archives.xrv import is_torchxrayvision, read_torchxrayvision
+from spcxr_hf.data.labels import LABELS_COLUMN, label_matrix, label_struct, labels_of
+from spcxr_hf.data.manifests import (
+    DELIMITERS,
+    IMAGE,
+    SCHEMA,
+    in_schema,
+    read_folder,
+    read_manifest,
+    read_shards,
+    split_of,
+)
+from spcxr_hf.data.table import RadiographTable, read_table
+from spcxr_hf.errors import SpcxrError, one_line
+
+
+def read_set(source: Any, exclude: str | os.PathLike | None = None, **options: Any) -> RadiographTable:
+    """Read whatever is given, in the schema of `spcxr_hf.data.archives.registry` where it does not bring another.
+
+    Args:
+        source: A manifest (.csv, .tsv, .parquet with a column `path`); a Parquet shard or a folder of them; a .tar or
+            a folder of them; a public archive; a folder that `datasets` saved; a folder of pictures; a
+            `datasets.Dataset` or `DatasetDict`; a data set of torchxrayvision; the id of a set of the Hub
+            (`owner/name`).
+        exclude: A text file with the ids of rows to leave out, one a line; None or "": none.
+        **options: For the reader that it comes to: `read_manifest`, `read_archive`, `read_folder`, `read_shards` or
+            `read_dataset`.
+
+    Raises:
+        SpcxrError: nothing is there, the reader refuses it, or the list of ids is of another set.
+    """
+    table = _reader_of(source)(source, **options)
+    return table.without(read_ids(exclude)) if exclude else table
+
+
+def _reader_of(source: Any) -> Callable[..., RadiographTable]:
+    if not isinstance(source, str | os.PathLike):
+        return read_torchxrayvision if is_torchxrayvision(source) else read_dataset
+    path = Path(source)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.suffix:
+        return read_dataset  # the id of a set of the Hub
+    return _reader_of_folder(path) if path.is_dir() else _reader_of_file(path)
+
+
+def _reader_of_file(path: Path) -> Callable[..., RadiographTable]:
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix in DELIMITERS:
+        return read_manifest
+    if suffix == ".tar":
+        return read_shards
+    if suffix == ".parquet" and path.is_file() and "path" in _parquet_columns(path):
+        return read_manifest
+    return read_table
+
+
+def _parquet_columns(path: Path) -> list[str]:
+    """The columns of a manifest; none for a shard, which has `image`, or a damaged file, for `read_table` to refuse."""
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        return []
+    return [] if "image" in names else names
+
+
+def _reader_of_folder(path: Path) -> Callable[..., RadiographTable]:
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return read_dataset
+    if any(path.glob("*.tar")):
+        return read_shards
+    if any(path.glob("*.parquet")):
+        return read_table
+    return read_archive if recognised(path) else read_folder
+
+
+# ---- lists of ids --------------------
+
+
+def read_ids(path: str | os.PathLike) -> set[str]:
+    """The ids in a text file, one a line; a line that begins with `#` is a comment.
+
+    Raises:
+        SpcxrError: the file cannot be read, or holds none.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpcxrError(f"{path}: no list of ids ({getattr(error, 'strerror', None) or error})") from error
+    ids = {name for line in lines if (name := line.strip()) and not name.startswith("#")}
+    if not ids:
+        raise SpcxrError(f"{path}: holds no ids")
+    return ids
+
+
+def write_ids(path: str | os.PathLike, ids: Sequence[str], comment: str) -> None:
+    """Write a file for `read_ids`: a comment, then the ids, sorted.
+
+    Raises:
+        SpcxrError: it cannot be written, or `read_ids` would not read an id as it is.
+    """
+    odd = [name for name in ids if name.startswith("#") or name.splitlines() != [name.strip()]]
+    if odd:
+        raise SpcxrError(f"{path}: cannot hold the id {odd[0]!r}: it begins with #, is empty or has blanks around it")
+    try:
+        Path(path).write_text("\n".join([f"# {comment}", *sorted(ids)]) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SpcxrError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+# ---- datasets ----------------------------------------------------------------------------------------------------
+
+
+def read_dataset(source: Any, split: str | None = None, image_column: str = "image") -> RadiographTable:
+    """Read a `datasets.Dataset` or `DatasetDict`, a folder that `save_to_disk` wrote, or a set of the Hub by its id.
+
+    Args:
+        source: The object, the folder, or the id (`owner/name`).
+        split: Only this split; None: all, named in the column `split` where there are several.
+        image_column: The feature of type `Image`; it is not decoded.
+
+    Returns:
+        Features called as a column of the schema are taken for it, others stay; a `ClassLabel` becomes its name.
+
+    Raises:
+        SpcxrError: `datasets` is not installed, the set cannot be read or reached, or has no such split or images.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise SpcxrError(f'{source}: reading it needs datasets: pip install "spcxr-hf[train]"') from error
+    is_loaded = isinstance(source, datasets.Dataset | datasets.DatasetDict)
+    name = "the dataset" if is_loaded else str(source)
+    loaded = source if is_loaded else _load_dataset(name)
+    if not isinstance(loaded, datasets.Dataset | datasets.DatasetDict):
+        raise SpcxrError(f"{name}: a {type(loaded).__name__}, no Dataset or DatasetDict")
+    parts = {None: loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+    if split is not None:
+        if split not in parts:
+            raise SpcxrError(f"{name}: no split {split!r}; there are {', '.join(map(str, parts))}")
+        parts = {split: parts[split]}
+    tables = [_dataset_part(part, key, image_column, name) for key, part in parts.items()]
+    return unite(tables, name)
+
+
+def _load_dataset(name: str) -> Any:
+    import datasets
+
+    if Path(name).exists():
+        try:
+            return datasets.load_from_disk(name)
+        except Exception as error:  # many types, by what is damaged
+            raise SpcxrError(
+                f"{name}: not a set that save_to_disk wrote ({type(error).__name__}: {one_line(error)})"
+            ) from error
+    try:
+        return datasets.load_dataset(name)
+    except Exception as error:  # no network, offline mode, no such set, no access: each its own type, by version
+        raise SpcxrError(
+            f"{name}: no such folder, and as a set of the Hub it cannot be loaded: not reachable (offline?), not "
+            f"there, or access must be asked for ({type(error).__name__}: {one_line(error)})"
+        ) from error
+
+
+def _dataset_part(part: Any, split: str | None, image_column: str, name: str) -> RadiographTable:
+    """One `datasets.Dataset` as a table in the schema."""
+    import datasets
+
+    if image_column not in part.features or not isinstance(part.features[image_column], datasets.Image):
+        raise SpcxrError(f"{name}: no feature {image_column!r} of type Image; there are {', '.join(part.features)}")
+    rows = part.cast_column(image_column, datasets.Image(decode=False)).with_format("arrow")[:]
+    rows = rows.replace_schema_metadata(None)
+    built: dict[str, Any] = {column: rows[column] for column in rows.column_names if column != image_column}
+    for column, feature in part.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            built[column] = [
+                None if number is None or number < 0 else feature.int2str(number) for number in rows[column].to_pylist()
+            ]
+    if split is not None:
+        built["split"] = split_of(split)
+    try:
+        return RadiographTable(in_schema(rows[image_column].cast(IMAGE), _unlike_left_out(built)), name)
+    except pa.ArrowException as error:
+        raise SpcxrError(f"{name}: a feature has another type than the schema's ({error})") from error
+
+
+def _unlike_left_out(columns: dict[str, Any]) -> dict[str, Any]:
+    """Without a column that has a name of the schema and a list or struct where that has none, or the reverse."""
+
+    def fits(name: str, values: Any) -> bool:
+        if name not in SCHEMA or not isinstance(values, pa.ChunkedArray):
+            return True
+        return pa.types.is_nested(values.type) == pa.types.is_nested(SCHEMA[name])
+
+    return {name if fits(name, values) else f"{name}_": values for name, values in columns.items()}
+
+
+# ---- several sets ------------------------------------------------------------------------------------------------
+
+
+def unite(tables: Sequence[RadiographTable], name: str | None = None) -> RadiographTable:
+    """Several sets as one: what a set did not label, or has no column for, is missing (null) in its rows.
+
+    Args:
+        tables: Sets; their patients and ids stay as they are (readers of archives put the set's name before them).
+        name: What to call the union in messages; None: their names.
+
+    Raises:
+        SpcxrError: there are none, or a column has types that do not go together.
+    """
+    if not tables:
+        raise SpcxrError("there are no sets to unite")
+    names = labels_of(list(tables))
+    parts = []
+    for table in tables:
+        rows = table.rows
+        if names:
+            matrix = np.full((len(table), len(names)), np.nan, np.float32)
+            own = labels_of(table)
+            matrix[:, [names.index(label) for label in own]] = label_matrix(table)
+            struct = label_struct(dict(zip(names, matrix.T, strict=True)))
+            if LABELS_COLUMN in rows.column_names:
+                if not pa.types.is_struct(rows.schema.field(LABELS_COLUMN).type):
+                    raise SpcxrError(f"{table.name}: the column labels is no struct with a field per label")
+                rows = rows.drop_columns([LABELS_COLUMN])
+            rows = rows.append_column(LABELS_COLUMN, struct)
+        parts.append(rows)
+    try:
+        united = pa.concat_tables(parts, promote_options="default")
+    except pa.ArrowException as error:
+        raise SpcxrError(f"the sets do not go together: {error}") from error
+    return RadiographTable(united, name or " + ".join(table.name for table in tables))
