@@ -1,7 +1,7 @@
-"""What the browser demo computes: files to pages, a page and a choice to an answer. Nothing here knows of a browser.
+"""What the browser demo computes, without the browser.
 
-list_choices -> Desk.take      files -> pages, each read once, its file removed
-             -> Desk.answer    a page and what was chosen -> pictures and numbers, nothing of it on the disk
+list_choices -> Session.read      uploaded files -> radiographs, each read once, its file removed
+             -> Session.answer    a radiograph and a choice -> numbers and pictures, kept in memory alone
 """
 
 from __future__ import annotations
@@ -22,85 +22,106 @@ from transformers import AutoConfig
 from spcxr_hf.drawing import overlay
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.hub.folder import checkpoint_folders, given_or_bundled
-from spcxr_hf.images.reader import read_radiograph, read_with_quality_warnings
+from spcxr_hf.images.reader import read_radiograph, read_with_quality_warnings, to_8_bit
 from spcxr_hf.inference.demo import example_radiograph
 from spcxr_hf.inference.explain import METHODS, draw_explanation, explain, share_inside
-from spcxr_hf.inference.neighbors import Neighbour, NeighbourIndex
+from spcxr_hf.inference.neighbors import Neighbor, NeighborIndex
 from spcxr_hf.inference.pipeline import Batch, Loaded, Prepared, Source, load_model
 from spcxr_hf.inference.tasks import Predictor, segment_lungs
 from spcxr_hf.models.auto import register
 from spcxr_hf.models.lungs import LungAreas, measure_lungs
 
 LONGEST_SIDE = 768  # pixels of the pictures that are shown
-MOST_FILES = 8  # in one go
-MOST_BYTES = 64 * 2**20  # of one file
-MOST_PIXELS = 120_000_000  # of all pages that a session holds: 240 MB
-MOST_MAPS = 3
-THUMBNAIL = 320  # pixels of a neighbour's longer side
-NEIGHBOURS = 5
+MAX_FILES = 8  # at once
+MAX_BYTES = 64 * 2**20  # of one file
+MAX_PIXELS = 120_000_000  # of all radiographs of a visitor: 240 MB
+MAX_MAPS = 3
+THUMBNAIL = 320  # pixels of a neighbor's longer side
+NEIGHBORS = 5
 TASKS = {  # a checkpoint's own class -> the task that it is offered for
     "SpcxrModel": "embedding",
     "SpcxrForPreTraining": "embedding",
     "SpcxrForSemanticSegmentation": "segmentation",
     "SpcxrForImageClassification": "classification",
 }
-TITLES = {"embedding": "embedding", "segmentation": "lungs"}
+TITLES = {  # the bundled checkpoints; another one is shown by its name
+    "lung-segmentation": "Where are the lungs?",
+    "pneumonia": "Pneumonia: bacterial or viral?",
+    "covid": "COVID-19 or another pneumonia?",
+    "screening": "Is anything abnormal?",
+    "base": "Embedding: which radiographs are alike?",
+}
+ORDER = ("segmentation", "classification", "embedding")
 MADE_SIDE = 512
+EXAMPLE_HIDES = "round masses, a finding that these classifiers were not trained for: they call it normal"
 
 
 # ---- what there is to choose -------------------------------------------------------------------------------------
 
 
 class Choice(NamedTuple):
-    """A task as people see it, what `inference.load_model` calls it, and the checkpoint: an id or a folder."""
+    """A checkpoint as the page offers it.
 
-    title: str
+    Attributes:
+        name: The folder's name or the Hub id.
+        task: "embedding", "segmentation" or "classification".
+        model: The folder or the Hub id.
+        card: The text of the folder's model card; "" for an id.
+        card_url: The address of an id's model card; "" for a folder.
+    """
+
+    name: str
     task: str
     model: str
+    card: str = ""
+    card_url: str = ""
+
+    @property
+    def title(self) -> str:
+        """As a person names the task."""
+        return TITLES.get(self.name.rpartition("/")[2], self.name)
 
 
 def list_choices(checkpoints: Path | None = None, models: Sequence[str] = ()) -> list[Choice]:
-    """A choice for each checkpoint: the embedding, the lungs, then the classifiers by name.
+    """A choice for each checkpoint: the lungs, then the classifiers, then the embedding, each by name.
 
     Args:
         checkpoints: A folder that holds a folder per checkpoint; by default the source tree's own.
-        models: Hub ids instead. What cannot be found is left out.
+        models: Hub ids instead. Those that cannot be found are left out.
 
     Raises:
         SpcxrError: there are none, or a folder's `config.json` cannot be read.
     """
-    places = list(models) or [str(path) for path in checkpoint_folders(given_or_bundled(checkpoints))]
-    found: dict[str, Choice] = {}
-    for place in places:
-        task = _task_of(place, is_id=bool(models))
-        if task is None:
-            continue
-        name = Path(place).name
-        title = TITLES.get(task, name)
-        found.setdefault(title if title not in found else f"{title} ({name})", Choice(title, task, place))
-    choices = [choice._replace(title=title) for title, choice in found.items()]
+    choices = []
+    if models:
+        register()
+        for model in models:
+            try:
+                task = TASKS.get((AutoConfig.from_pretrained(model).architectures or [""])[0])
+            except (OSError, ValueError):
+                continue
+            if task:
+                choices.append(Choice(model, task, model, card_url=f"https://huggingface.co/{model}"))
+    else:
+        for folder in checkpoint_folders(given_or_bundled(checkpoints)):
+            try:
+                config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                task = TASKS.get((config.get("architectures") or [""])[0])
+                card = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, AttributeError) as error:
+                raise SpcxrError(f"{folder}: config.json cannot be read ({type(error).__name__})") from error
+            if task:
+                text = card.split("\n---\n", 1)[1].strip() if card.startswith("---\n") and "\n---\n" in card else card
+                choices.append(Choice(folder.name, task, str(folder), text))
     if not choices:
+        places = list(models) or [str(given_or_bundled(checkpoints))]
         raise SpcxrError(f"no checkpoint that the demo can show among {', '.join(places)}")
-    order = ["embedding", "segmentation", "classification"]
-    return sorted(choices, key=lambda choice: order.index(choice.task))
+    return sorted(choices, key=lambda choice: (ORDER.index(choice.task), choice.name))
 
 
-def _task_of(place: str, is_id: bool) -> str | None:
-    """The task by the class that `config.json` names; None for what is no SPCXR checkpoint."""
-    try:
-        if is_id:
-            register()
-            names = AutoConfig.from_pretrained(place).architectures
-        else:
-            names = json.loads((Path(place) / "config.json").read_text(encoding="utf-8")).get("architectures")
-    except (OSError, ValueError, AttributeError) as error:
-        if is_id or isinstance(error, FileNotFoundError):
-            return None
-        raise SpcxrError(f"{place}: config.json cannot be read ({type(error).__name__})") from error
-    return TASKS.get((names or [""])[0])
-
-
-def load_index(place: Path) -> NeighbourIndex:
+def load_index(place: Path) -> NeighborIndex:
     """The index in a file, or in the only safetensors file of a folder.
 
     Raises:
@@ -108,59 +129,67 @@ def load_index(place: Path) -> NeighbourIndex:
     """
     files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
     if len(files) != 1:
-        raise SpcxrError(f"{place}: {len(files)} safetensors files in this folder; one index of neighbours is needed")
-    return NeighbourIndex.load(files[0])
+        raise SpcxrError(f"{place}: {len(files)} safetensors files in this folder; one index of neighbors is needed")
+    return NeighborIndex.load(files[0])
 
 
-# ---- pages -------------------------------------------------------------------------------------------------------
+# ---- radiographs -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class Page:
+class Radiograph:
     """A file as read.
 
     Attributes:
         name: The file's own name, without folders.
         image: At full depth, mode `L` or `I;16`; None where the file cannot be used.
-        shown: Mode `L`, at most 768 pixels a side.
-        quality_warnings: Reasons to doubt that it is an upright frontal chest radiograph.
+        quality_warnings: Reasons why it may not be an upright frontal chest radiograph.
+        hides: A finding in it that the classifiers cannot see; "" where none is known.
         cause: Why it cannot be used.
+        shown: Mode `L`, at most 768 pixels a side.
     """
 
     name: str
     image: Image.Image | None = None
-    shown: Image.Image | None = None
-    quality_warnings: list[str] = field(default_factory=list)
+    quality_warnings: Sequence[str] = ()
+    hides: str = ""
     cause: str | None = None
+    shown: Image.Image | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.image is not None:
+            small = self.image if self.image.mode == "L" else to_8_bit(self.image)
+            scale = min(1.0, LONGEST_SIDE / max(small.size))
+            size = (max(1, round(small.width * scale)), max(1, round(small.height * scale)))
+            object.__setattr__(self, "shown", small.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
-def read_page(path: Path) -> Page:
-    """Read one file; what is wrong with it stands in the page, and the path does not."""
+def read_upload(path: Path) -> Radiograph:
+    """Read one file; a file that cannot be used gives its cause, without the path."""
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise SpcxrError(f"{path}: larger than {MOST_BYTES // 2**20} MB")
+        if path.stat().st_size > MAX_BYTES:
+            raise SpcxrError(f"{path}: larger than {MAX_BYTES // 2**20} MB")
         image, found = read_with_quality_warnings(path, full_depth=True)
-        return Page(path.name, image, shrink(image), found)
+        return Radiograph(path.name, image, found)
     except SpcxrError as error:
         cause = str(error).replace(f"{path}: ", "")
     except FileNotFoundError:
         cause = "the file is gone; drop it again"
     except Exception as error:  # whatever a damaged file does to a library, the demo goes on
         cause = f"cannot be used ({type(error).__name__})"
-    return Page(path.name, cause=cause)
+    return Radiograph(path.name, cause=cause)
 
 
-def shrink(image: Image.Image) -> Image.Image:
-    """Mode `L` with at most 768 pixels a side; of more than 8 bits the upper ones."""
-    if image.mode != "L":
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    small = image.copy() if max(image.size) <= LONGEST_SIDE else image
-    scale = min(1.0, LONGEST_SIDE / max(image.size))
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return small.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+def read_example() -> Radiograph:
+    """The radiograph that pydicom-data has installed; one with a cause where it is missing."""
+    try:
+        found = read_upload(example_radiograph())
+    except SpcxrError as error:
+        return Radiograph("example", cause=str(error))
+    return Radiograph(found.name, found.image, found.quality_warnings, EXAMPLE_HIDES, found.cause)
 
 
-def made_radiograph() -> Page:
+def made_radiograph() -> Radiograph:
     """A drawing, nobody's radiograph: two dark lungs in a bright body, with spine, heart and ribs."""
     y, x = np.mgrid[0:MADE_SIDE, 0:MADE_SIDE] / MADE_SIDE - 0.5
 
@@ -174,32 +203,25 @@ def made_radiograph() -> Page:
     grey = 0.66 * body - lungs * (0.46 - 0.07 * ribs)
     grey += 0.2 * blob(0, 0, 0.035, 0.6) * body + 0.3 * blob(0.07, 0.12, 0.13, 0.17) * lungs
     grey += np.random.default_rng(0).normal(0, 0.012, grey.shape)
-    image = Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8))
-    return Page("made-radiograph.png", image, image)
-
-
-def example_page() -> Page:
-    """The radiograph that pydicom-data has installed; a page with its cause where it is missing."""
-    try:
-        return read_page(example_radiograph())
-    except SpcxrError as error:
-        return Page("example", cause=str(error))
+    return Radiograph("made-radiograph.png", Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8)))
 
 
 # ---- answers -----------------------------------------------------------------------------------------------------
 
 
 class Map(NamedTuple):
-    """Where an answer comes from: its target (None: the embedding), the picture, and the share inside the lungs."""
+    """A relevance map: its target (None: the embedding), the picture, the share inside the lungs, and how many times
+    the average patch's relevance the most relevant patch has."""
 
     target: str | None
     picture: Image.Image
     share: float | None
+    peak: float
 
 
 @dataclass(frozen=True)
 class Answer:
-    """All that is shown of a page. What a task has none of is None or empty.
+    """What is shown of a radiograph. What a task has none of is None or empty.
 
     Attributes:
         model: What the checkpoint is called.
@@ -207,120 +229,132 @@ class Answer:
         embedding: (D) float32.
         lungs: The picture with the lungs tinted, and their areas as shares of the image.
         maps: Relevance, for the most probable label first, then for the targets with an operating point.
-        neighbours: The nearest images of the index, each with its picture where its id is a file that can be read;
+        neighbors: The nearest images of the index, each with its picture where its id is a file that can be read;
             None without an index.
     """
 
-    page: Page
     choice: Choice
     model: str
     prediction: dict[str, Any] | None = None
     embedding: torch.Tensor | None = None
     lungs: tuple[Image.Image, LungAreas] | None = None
-    maps: list[Map] = field(default_factory=list)
-    neighbours: list[tuple[Neighbour, Image.Image | None]] | None = None
+    maps: Sequence[Map] = ()
+    neighbors: list[tuple[Neighbor, Image.Image | None]] | None = None
 
 
-class Desk:
-    """Takes files and answers; one for all sessions, which share models and nothing else.
+class Session:
+    """Reads files and answers; one for all visitors, who share the models and nothing else.
 
     Args:
         choices: From `list_choices`.
-        index: Where neighbours are looked for.
-        device: As of `inference.load_model`.
+        index: Where neighbors are searched.
+        device: As of `load_model`.
     """
 
-    def __init__(self, choices: Sequence[Choice], index: NeighbourIndex | None = None, device: str = "auto") -> None:
-        self.choices = {choice.title: choice for choice in choices}
+    def __init__(self, choices: Sequence[Choice], index: NeighborIndex | None = None, device: str = "auto") -> None:
+        self.choices = {choice.name: choice for choice in choices}
         self.index, self.device = index, device
         self._models: dict[Choice, Loaded] = {}
-        self._pages: WeakValueDictionary[Path, Page] = WeakValueDictionary()
+        self._read: WeakValueDictionary[Path, Radiograph] = WeakValueDictionary()
         # One forward pass at a time: a second would only take the cores from the first.
         self._lock = threading.Lock()
 
-    def take(self, paths: Sequence[Path]) -> list[Page]:
+    def read(self, paths: Sequence[Path]) -> list[Radiograph]:
         """Read uploaded files and remove every one of them.
 
-        An upload's folder is named by a hash of its content. So where two people drop the same file at the same
-        moment, the one's page serves the other, whose file is gone then.
+        An upload's folder is named by a hash of its content. So where two visitors drop the same file at the same
+        moment, the radiograph of the one serves the other, whose file is gone by then.
         """
-        pages: list[Page] = []
+        found: list[Radiograph] = []
+        pixels = 0
         try:
-            for path in paths[:MOST_FILES]:
-                page = self._pages.get(path) if not path.exists() else None
-                page = page or _within(read_page(path), pages)
-                self._pages[path] = page
-                pages.append(page)
+            for path in paths[:MAX_FILES]:
+                radiograph = (self._read.get(path) if not path.exists() else None) or read_upload(path)
+                if radiograph.image is not None:
+                    pixels += radiograph.image.width * radiograph.image.height
+                    if pixels > MAX_PIXELS:
+                        cause = f"too much at once: more than {MAX_PIXELS // 10**6} million pixels in all"
+                        radiograph = Radiograph(path.name, cause=cause)
+                self._read[path] = radiograph
+                found.append(radiograph)
         finally:
             for path in paths:
                 path.unlink(missing_ok=True)
-        return pages
+        return found
 
-    def answer(self, page: Page, title: str) -> Answer:
-        """What the chosen checkpoint makes of a page.
+    def reasons(self, radiograph: Radiograph, name: str) -> list[str]:
+        """Why the choice's answer is not to be relied on for this radiograph."""
+        is_classifier = name in self.choices and self.choices[name].task == "classification"
+        return [*radiograph.quality_warnings, *([radiograph.hides] if radiograph.hides and is_classifier else [])]
+
+    def answer(self, radiograph: Radiograph, name: str) -> Answer:
+        """The chosen checkpoint's answer.
 
         Raises:
-            SpcxrError: there is no such choice, the page could not be read, or the checkpoint cannot be used.
+            SpcxrError: there is no such choice, the file could not be read, or the checkpoint cannot be used.
         """
-        if page.image is None or page.shown is None:
-            raise SpcxrError(f"{page.name}: {page.cause}")
-        if title not in self.choices:
-            raise SpcxrError(f"no task {title!r}; there are {', '.join(self.choices)}")
+        if radiograph.image is None:
+            raise SpcxrError(f"{radiograph.name}: {radiograph.cause}")
+        if name not in self.choices:
+            raise SpcxrError(f"no task {name!r}; there are {', '.join(self.choices)}")
         with self._lock:
-            return self._answer(page, self.choices[title])
+            return self._answer(radiograph, self.choices[name])
 
-    def _answer(self, page: Page, choice: Choice) -> Answer:
+    def _answer(self, radiograph: Radiograph, choice: Choice) -> Answer:
         loaded = self._load(choice)
-        name = Path(choice.model).name if Path(choice.model).is_dir() else loaded.name
-        mask = self._lungs_of(page)
-        found: dict[str, Any] = {"lungs": None if mask is None else _draw_lungs(page, mask)}
+        model = Path(choice.model).name if Path(choice.model).is_dir() else loaded.name
+        grey = torch.from_numpy(np.asarray(radiograph.shown, dtype=np.float32) / 255)
+        mask, lungs, embedding, neighbors = None, None, None, None
+        if (segmenter := self._first("segmentation")) is not None:
+            found = segment_lungs(segmenter, _batch(radiograph, segmenter))[0]
+            mask = torch.from_numpy(found)
+            lungs = (_picture(overlay(grey, mask)), measure_lungs(found))
         if choice.task == "segmentation":
-            return Answer(page, choice, name, **found)
-        batch = self._batch(page, loaded)
-        targets: list[str | None] = [None]
+            return Answer(choice, model, lungs=lungs)
+        batch = _batch(radiograph, loaded)
+        prediction, targets = None, [None]
         if choice.task == "classification":
-            found["prediction"] = Predictor(loaded)(loaded, batch)[0]
-            targets = _targets(found["prediction"])
-        maps = [_draw_map(page, loaded, batch, target, mask) for target in targets]
-        embedding = self._embedding(page)
-        if choice.task == "embedding":
-            found["embedding"] = embedding
-        return Answer(page, choice, name, maps=maps, neighbours=self._neighbours(embedding), **found)
+            prediction = Predictor(loaded)(loaded, batch)[0]
+            probable = max(prediction["probabilities"], key=prediction["probabilities"].__getitem__)
+            targets = list(dict.fromkeys([probable, *prediction["targets"]]))[:MAX_MAPS]
+        maps = []
+        for target in targets:
+            relevance = explain(loaded.model, batch.pixel_values(loaded.device), target, METHODS[0])[0].cpu()
+            share = float("nan") if mask is None else share_inside(relevance, mask)
+            picture = _picture(draw_explanation(grey, relevance, mask))
+            peak = float(relevance.max() / relevance.mean()) if relevance.any() else 0.0
+            maps.append(Map(target, picture, share if share == share else None, peak))
+        if (encoder := self._first("embedding")) is not None:
+            pixel_values = _batch(radiograph, encoder).pixel_values(encoder.device)
+            with torch.inference_mode():
+                embedding = encoder.model(pixel_values).pooler_output[0].float().cpu()
+            if self.index is not None:
+                nearest = self.index.search(embedding.unsqueeze(0), NEIGHBORS)[0]
+                neighbors = [(one, neighbor_picture(one.id)) for one in nearest]
+        shown = embedding if choice.task == "embedding" else None
+        return Answer(choice, model, prediction, shown, lungs, maps, neighbors)
 
     def _load(self, choice: Choice) -> Loaded:
         if choice not in self._models:
             self._models[choice] = load_model(choice.task, choice.model, self.device)
         return self._models[choice]
 
-    def _first(self, task: str) -> Choice | None:
-        return next((choice for choice in self.choices.values() if choice.task == task), None)
+    def _first(self, task: str) -> Loaded | None:
+        """The first checkpoint of a task."""
+        found = next((choice for choice in self.choices.values() if choice.task == task), None)
+        return None if found is None else self._load(found)
 
-    def _batch(self, page: Page, loaded: Loaded) -> Batch:
-        """The page as it was read; its size is that of the pictures, so that masks are made at that size."""
-        pixel_values = loaded.processor(page.image, return_tensors="pt").pixel_values[0]
-        size = (page.shown.height, page.shown.width)  # type: ignore[union-attr]
-        return Batch([Prepared(Source(Path(page.name), page.name), pixel_values, size, page.quality_warnings)], [])
 
-    def _lungs_of(self, page: Page) -> np.ndarray | None:
-        choice = self._first("segmentation")
-        if choice is None:
-            return None
-        loaded = self._load(choice)
-        return segment_lungs(loaded, self._batch(page, loaded))[0]
+def _batch(radiograph: Radiograph, loaded: Loaded) -> Batch:
+    """The size is that of the pictures shown, so that masks are made at that size."""
+    pixel_values = loaded.processor(radiograph.image, return_tensors="pt").pixel_values[0]
+    shown: Any = radiograph.shown
+    source = Source(Path(radiograph.name), radiograph.name)
+    return Batch([Prepared(source, pixel_values, (shown.height, shown.width), list(radiograph.quality_warnings))], [])
 
-    @torch.inference_mode()
-    def _embedding(self, page: Page) -> torch.Tensor | None:
-        choice = self._first("embedding")
-        if choice is None:
-            return None
-        loaded = self._load(choice)
-        pixel_values = self._batch(page, loaded).pixel_values(loaded.device)
-        return loaded.model(pixel_values).pooler_output[0].float().cpu()
 
-    def _neighbours(self, embedding: torch.Tensor | None) -> list[tuple[Neighbour, Image.Image | None]] | None:
-        if self.index is None or embedding is None:
-            return None
-        return [(one, neighbor_picture(one.id)) for one in self.index.search(embedding.unsqueeze(0), NEIGHBOURS)[0]]
+def _picture(colour: torch.Tensor) -> Image.Image:
+    return Image.fromarray((colour.clamp(0, 1).numpy() * 255).round().astype(np.uint8))
 
 
 def neighbor_picture(name: str) -> Image.Image | None:
@@ -332,38 +366,3 @@ def neighbor_picture(name: str) -> Image.Image | None:
     if image is not None:
         image.thumbnail((THUMBNAIL, THUMBNAIL))
     return image
-
-
-def _within(page: Page, pages: Sequence[Page]) -> Page:
-    """The page, unless it is too much with the others."""
-    pixels = sum(one.image.width * one.image.height for one in [*pages, page] if one.image is not None)
-    if pixels <= MOST_PIXELS:
-        return page
-    return Page(page.name, cause=f"too much at once: more than {MOST_PIXELS // 10**6} million pixels in all")
-
-
-def _targets(prediction: dict[str, Any]) -> list[str | None]:
-    """The most probable label, then the targets that have an operating point."""
-    by_label = prediction["probabilities"]
-    labels: list[str] = [max(by_label, key=by_label.get), *prediction["targets"]]
-    return list(dict.fromkeys(labels))[:MOST_MAPS]  # type: ignore[return-value]
-
-
-def _draw_map(page: Page, loaded: Loaded, batch: Batch, target: str | None, mask: np.ndarray | None) -> Map:
-    relevance = explain(loaded.model, batch.pixel_values(loaded.device), target, METHODS[0])[0].cpu()
-    lungs = None if mask is None else torch.from_numpy(mask)
-    share = None if lungs is None else share_inside(relevance, lungs)
-    picture = _to_image(draw_explanation(_grey(page), relevance, lungs))
-    return Map(target, picture, share if share == share else None)
-
-
-def _draw_lungs(page: Page, mask: np.ndarray) -> tuple[Image.Image, LungAreas]:
-    return _to_image(overlay(_grey(page), torch.from_numpy(mask))), measure_lungs(mask)
-
-
-def _grey(page: Page) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(page.shown, dtype=np.float32) / 255)
-
-
-def _to_image(colour: torch.Tensor) -> Image.Image:
-    return Image.fromarray((colour.clamp(0, 1).numpy() * 255).round().astype(np.uint8))

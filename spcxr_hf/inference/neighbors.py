@@ -25,12 +25,12 @@ from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import atomic_file
 from spcxr_hf.models.encoders import Encoder
 
-FORMAT = "spcxr-neighbours-1"
+FORMAT = "spcxr-neighbors-1"
 EMBEDDED = {"path", "model", "note"}  # the keys that `spcxr embed` writes into a header
 QUERIES = 256  # at once: their similarities to a million images take 1 GB
 
 
-class Neighbour(NamedTuple):
+class Neighbor(NamedTuple):
     """An image of the index and its cosine similarity to the query, -1 .. 1."""
 
     id: str
@@ -38,7 +38,7 @@ class Neighbour(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NeighbourIndex:
+class NeighborIndex:
     """Features of a set of images, searched exactly by cosine similarity.
 
     Attributes:
@@ -55,7 +55,7 @@ class NeighbourIndex:
         return len(self.ids)
 
     @classmethod
-    def from_features(cls, features: torch.Tensor, ids: Sequence[str], model: str = "") -> NeighbourIndex:
+    def from_features(cls, features: torch.Tensor, ids: Sequence[str], model: str = "") -> NeighborIndex:
         """An index of features (n, D), not yet normalised.
 
         Raises:
@@ -67,7 +67,7 @@ class NeighbourIndex:
 
     def search(
         self, features: torch.Tensor, k: int = 5, exclude: Sequence[str | None] | None = None
-    ) -> list[list[Neighbour]]:
+    ) -> list[list[Neighbor]]:
         """The nearest images of each query, the nearest first; of equal ones the first in the index.
 
         Args:
@@ -86,13 +86,13 @@ class NeighbourIndex:
         if len(excluded) != len(features):
             raise SpcxrError(f"{len(excluded)} ids to exclude for {len(features)} queries")
         queries = _directions(features, [f"query {row}" for row in range(len(features))])
-        found: list[list[Neighbour]] = []
+        found: list[list[Neighbor]] = []
         for start in range(0, len(queries), QUERIES):
             similarities = queries[start : start + QUERIES] @ self.features.T
             found += [self._best(*pair, k) for pair in zip(similarities, excluded[start:], strict=False)]
         return found
 
-    def neighbours_of(self, name: str, k: int = 5) -> list[Neighbour]:
+    def neighbors_of(self, name: str, k: int = 5) -> list[Neighbor]:
         """The nearest images of one that is in the index, without itself.
 
         Raises:
@@ -103,10 +103,10 @@ class NeighbourIndex:
         row = self.ids.index(name)
         return self.search(self.features[row : row + 1], k, [name])[0]
 
-    def _best(self, similarities: torch.Tensor, excluded: str | None, k: int) -> list[Neighbour]:
+    def _best(self, similarities: torch.Tensor, excluded: str | None, k: int) -> list[Neighbor]:
         order = similarities.sort(descending=True, stable=True).indices[: k + 1].tolist()
         kept = [row for row in order if self.ids[row] != excluded][:k]
-        return [Neighbour(self.ids[row], max(-1.0, min(1.0, similarities[row].item()))) for row in kept]
+        return [Neighbor(self.ids[row], max(-1.0, min(1.0, similarities[row].item()))) for row in kept]
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all: the features, and ids and model as JSON in its header.
@@ -122,7 +122,7 @@ class NeighbourIndex:
             raise SpcxrError(f"{path}: the index could not be written ({error})") from error
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> NeighbourIndex:
+    def load(cls, path: str | os.PathLike) -> NeighborIndex:
         """Read what `save` wrote, or `spcxr embed --output FILE.safetensors`, whose ids are the paths of its images.
 
         Raises:
@@ -135,7 +135,7 @@ class NeighbourIndex:
                     ids, models = (json.loads(header[name]) for name in ("path", "model"))
                     return cls.from_features(file.get_tensor("embeddings"), ids, str(models[0]))
                 if header.get("format") != FORMAT:
-                    raise SpcxrError(f"{path}: no index of neighbours ({FORMAT})")
+                    raise SpcxrError(f"{path}: no index of neighbors ({FORMAT})")
                 features, ids = file.get_tensor("features"), json.loads(header["ids"])
         except SpcxrError as error:
             raise SpcxrError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
@@ -157,7 +157,7 @@ def build_index(
     batch_size: int = 32,
     pooling: str = "model",
     image_size: int | None = None,
-) -> NeighbourIndex:
+) -> NeighborIndex:
     """Encode every image of a set; a few are decoded at a time.
 
     Args:
@@ -177,7 +177,7 @@ def build_index(
     for start in tqdm(range(0, len(table), batch_size), desc=f"encoding {table.name}", unit="batch"):
         part = RadiographTable(table.rows.slice(start, batch_size), table.name)
         parts.append(encoder.embed(_decode(part, size), pooling))
-    return NeighbourIndex.from_features(torch.cat(parts), image_names(table), model)
+    return NeighborIndex.from_features(torch.cat(parts), image_names(table), model)
 
 
 def image_names(table: RadiographTable) -> list[str]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from spcxr_hf import SpcxrForImageClassification, SpcxrForPreTraining, SpcxrForSemanticSegmentation
 from spcxr_hf.app.server import running
-from spcxr_hf.app.session import Desk, example_page, list_choices, load_index, made_radiograph
+from spcxr_hf.app.session import MAX_BYTES, Session, list_choices, load_index, made_radiograph, read_example
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.inference.demo import example_radiograph
 from spcxr_hf.inference.pipeline import Source, load_model
@@ -45,7 +45,7 @@ def server(tmp_path_factory) -> Iterator[SimpleNamespace]:
     save_model(SpcxrForImageClassification, cards / "pneumonia", operating_points=POINTS, operating_point="youden")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tempfile.tempdir", str(uploads))
-        with running(Desk(list_choices(cards), device="cpu")) as address:
+        with running(Session(list_choices(cards), device="cpu")) as address:
             yield SimpleNamespace(address=address, uploads=uploads, cards=cards)
 
 
@@ -78,7 +78,7 @@ class Person:
         self.browser = browser
         browser.get(address)
         self.wait(lambda: self.find("#spcxr-upload button.upload-container[aria-label^=Radiographs]"))
-        self.wait(lambda: self.find("#spcxr-ask") and self.find("#spcxr-answers .spcxr"))
+        self.wait(lambda: self.find("#spcxr-ask") and self.find("#spcxr-answers section"))  # the first screen is filled
         self.tab = browser.current_window_handle
 
     def find(self, selector: str) -> list:
@@ -93,8 +93,8 @@ class Person:
     def drop(self, *paths: Path) -> str:
         """The list of files, once all of them stand there."""
         self.find("#spcxr-upload input[type=file]")[0].send_keys("\n".join(map(str, paths)))
-        self.wait(lambda: all(path.name in self.text("#spcxr-pages") for path in paths))
-        return self.text("#spcxr-pages")
+        self.wait(lambda: all(path.name in self.text("#spcxr-files") for path in paths))
+        return self.text("#spcxr-files")
 
     def choose(self, task: str) -> None:
         self.find(f"#spcxr-task input[value={task}]")[0].click()
@@ -143,7 +143,8 @@ def test_a_study_of_two_pages_png_and_dicom(page, server, tmp_path):
 
 def test_the_note_stays_in_view(page):
     page.find("#spcxr-made")[0].click()
-    page.wait(lambda: "made-radiograph.png" in page.text("#spcxr-pages"))
+    page.wait(lambda: "made-radiograph.png" in page.text("#spcxr-files"))
+    page.choose("base")
     answer = page.ask()
     assert "No index is loaded" in answer
     page.browser.set_window_size(500, 800)
@@ -168,8 +169,8 @@ def test_what_is_no_picture_and_what_is_no_radiograph(page, server, tmp_path):
     Image.fromarray(np.full((64, 64), 80, np.uint8)).save(plain)
     save_made(evil)
     page.browser.find_element("css selector", "#spcxr-upload input[type=file]").send_keys(f"{text}\n{plain}\n{evil}")
-    page.wait(lambda: "2 radiographs read" in page.text("#spcxr-pages"))
-    assert "text.png: not a PNG, JPEG, TIFF, WebP, BMP or DICOM file" in page.text("#spcxr-pages")
+    page.wait(lambda: "2 radiographs read" in page.text("#spcxr-files"))
+    assert "text.png: not a PNG, JPEG, TIFF, WebP, BMP or DICOM file" in page.text("#spcxr-files")
     answer = page.ask()
     assert "This file cannot be used: not a PNG" in answer
     assert "No answer is given. This image: a constant image" in answer
@@ -186,7 +187,7 @@ def test_fifty_megapixels(page, tmp_path, rows, outcome):
     Image.fromarray(grey).save(tmp_path / "large.png", compress_level=1)
     started = time.monotonic()
     assert outcome in page.drop(tmp_path / "large.png")
-    page.choose("lungs")
+    page.choose("lung-segmentation")
     answer = page.ask()
     assert ("Lung mask: " in answer) == (rows == 6250)
     page.keep(f"fifty_megapixels_{rows}")
@@ -196,7 +197,7 @@ def test_fifty_megapixels(page, tmp_path, rows, outcome):
 def test_a_file_beyond_the_limit(page, server, tmp_path):
     large = tmp_path / "large.dcm"
     with large.open("wb") as file:
-        file.truncate(server.MOST_BYTES + 1)
+        file.truncate(MAX_BYTES + 1)
     page.find("#spcxr-upload input[type=file]")[0].send_keys(str(large))
     page.wait(lambda: "Not taken: larger than 64 MB" in page.text("#spcxr-upload"))
     page.keep("too_large")
@@ -216,7 +217,7 @@ def test_two_people_at_once(server, browser, tmp_path):
             person.find("#spcxr-upload input[type=file]")[0].send_keys(f"{file}\n{both}")
         for person in (first, second):
             browser.switch_to.window(person.tab)
-            person.wait(lambda who=person: "2 radiographs read" in who.text("#spcxr-pages"))
+            person.wait(lambda who=person: "2 radiographs read" in who.text("#spcxr-files"))
             person.find("#spcxr-ask")[0].click()
         for person, file in zip((first, second), own, strict=True):
             browser.switch_to.window(person.tab)
@@ -239,7 +240,7 @@ def test_by_the_keyboard_alone(page):
         order.append(page.browser.execute_script("return arguments[0].closest('[id^=spcxr]')?.id || ''", reached))
         if order[-1] == "spcxr-made":
             reached.send_keys(Keys.ENTER)
-            page.wait(lambda: "made-radiograph.png" in page.text("#spcxr-pages"))
+            page.wait(lambda: "made-radiograph.png" in page.text("#spcxr-files"))
         elif order[-1] == "spcxr-task" and order.count("spcxr-task") == 2:
             reached.send_keys(Keys.SPACE)  # each task is a stop
         elif order[-1] == "spcxr-ask":
@@ -248,7 +249,7 @@ def test_by_the_keyboard_alone(page):
     wanted = ["spcxr-upload", "spcxr-example", "spcxr-made", "spcxr-task", "spcxr-ask"]
     assert [name for name in dict.fromkeys(order) if name in wanted] == wanted
     page.wait(lambda: page.find("#spcxr-answers section"))
-    assert "Task lungs" in page.text("#spcxr-answers")
+    assert "Pneumonia: bacterial or viral?" in page.text("#spcxr-answers")
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +288,7 @@ def serious_findings(page: Person, axe: str) -> list[tuple]:
     return [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in bad]
 
 
-def test_the_nearest_neighbours_are_shown(server, browser, axe, tmp_path):
+def test_the_nearest_neighbors_are_shown(server, browser, axe, tmp_path):
     """Of an index that `spcxr embed` wrote: those whose files are there, as pictures."""
     grey = np.asarray(made_radiograph().image)
     paths = [tmp_path / f"{name}.png" for name in ("same", "darker", "gone")]
@@ -296,26 +297,26 @@ def test_the_nearest_neighbours_are_shown(server, browser, axe, tmp_path):
     loaded = load_model("embedding", str(server.cards / "base"), "cpu")
     Job([Source(path, path.name) for path in paths], tmp_path / "index.safetensors").run(loaded, embed)
     paths[2].unlink()
-    desk = Desk(list_choices(server.cards), load_index(tmp_path / "index.safetensors"), "cpu")
-    with running(desk) as address:
+    session = Session(list_choices(server.cards), load_index(tmp_path / "index.safetensors"), "cpu")
+    with running(session) as address:
         page = Person(browser, address)
         page.find("#spcxr-made")[0].click()
-        page.wait(lambda: "made-radiograph.png" in page.text("#spcxr-pages"))
-        page.choose("embedding")
+        page.wait(lambda: "made-radiograph.png" in page.text("#spcxr-files"))
+        page.choose("base")
         answer = page.ask()
-        page.keep("neighbours")
+        page.keep("neighbors")
         assert f"1: {paths[0]}, similarity 1.000" in answer
-        shown = page.find("#spcxr-answers img[alt^=Neighbour]")
+        shown = page.find("#spcxr-answers img[alt^=Neighbor]")
         assert [int(one.get_property("naturalWidth")) > 0 for one in shown] == [True, True]
         assert str(paths[2]) in answer
         assert serious_findings(page, axe) == []
 
 
 def test_no_other_host_is_asked(page):
-    assert example_page().name  # the public radiograph is on this machine
+    assert read_example().name  # the public radiograph is on this machine
     page.browser.get_log("browser")
     page.find("#spcxr-made")[0].click()
-    page.wait(lambda: "made-radiograph.png" in page.text("#spcxr-pages"))
+    page.wait(lambda: "made-radiograph.png" in page.text("#spcxr-files"))
     page.ask()
     asked = page.browser.execute_script("return performance.getEntriesByType('resource').map((one) => one.name)")
     assert [url for url in asked if not url.startswith((page.browser.current_url, "data:", "blob:"))] == []

@@ -1,6 +1,5 @@
-"""What the browser demo answers and writes, without a browser: choices, pages, answers, HTML, the server's manners."""
+"""The browser demo without a browser: choices, uploads, answers, HTML, the server."""
 
-import json
 import os
 import re
 import signal
@@ -22,8 +21,16 @@ from spcxr_hf import (
     SpcxrForPreTraining,
     SpcxrForSemanticSegmentation,
 )
-from spcxr_hf.app import html, server, session
-from spcxr_hf.app.session import Choice, Desk, Page, list_choices, load_index, made_radiograph, read_page
+from spcxr_hf.app import server, session
+from spcxr_hf.app.session import (
+    Choice,
+    Radiograph,
+    Session,
+    list_choices,
+    load_index,
+    made_radiograph,
+    read_upload,
+)
 from spcxr_hf.data.table import read_table
 from spcxr_hf.images.plausibility import quality_warnings
 from spcxr_hf.inference.neighbors import build_index
@@ -48,8 +55,8 @@ def cards(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def desk(cards) -> Desk:
-    return Desk(list_choices(cards), device="cpu")
+def app(cards) -> Session:
+    return Session(list_choices(cards), device="cpu")
 
 
 def save_made(path: Path) -> Path:
@@ -60,24 +67,23 @@ def save_made(path: Path) -> Path:
 # ---- choices -----------------------------------------------------------------------------------------------------
 
 
-def test_a_choice_for_each_checkpoint(cards):
-    found = [(choice.title, choice.task) for choice in list_choices(cards)]
+def test_a_choice_for_each_checkpoint(cards, tmp_path):
+    found = [(choice.name, choice.task, choice.title) for choice in list_choices(cards)]
     assert found == [
-        ("embedding", "embedding"),
-        ("lungs", "segmentation"),
-        ("covid", "classification"),
-        ("pneumonia", "classification"),
+        ("lung-segmentation", "segmentation", "Where are the lungs?"),
+        ("covid", "classification", "COVID-19 or another pneumonia?"),
+        ("pneumonia", "classification", "Pneumonia: bacterial or viral?"),
+        ("base", "embedding", "Embedding: which radiographs are alike?"),
     ]
-
-
-def test_checkpoints_of_one_task_are_told_apart(tmp_path):
-    save_model(SpcxrForPreTraining, tmp_path / "base")
-    save_model(SpcxrForPreTraining, tmp_path / "large")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "config.json").write_text(json.dumps({"architectures": ["ViTModel"]}))
-    (tmp_path / "unfinished").mkdir()
-    choices = list_choices(tmp_path)
-    assert [choice.title for choice in choices] == ["embedding", "embedding (large)"]
+    own = save_model(SpcxrForPreTraining, tmp_path / "cards" / "large")
+    (own / "README.md").write_text("---\nlicense: other\n---\n\n# My <model>\n")
+    for name, config in (("foreign", '{"architectures": ["ViTModel"]}'), ("unfinished", None)):
+        (tmp_path / "cards" / name).mkdir()
+        if config:
+            (tmp_path / "cards" / name / "config.json").write_text(config)
+    (choice,) = list_choices(tmp_path / "cards")
+    assert (choice.title, choice.card) == ("large", "# My <model>")
+    assert "My &lt;model&gt;" in server.answer(Session([choice], device="cpu"), [made_radiograph()], "large", False)
 
 
 def test_ids_that_nobody_has_are_left_out(monkeypatch):
@@ -86,47 +92,47 @@ def test_ids_that_nobody_has_are_left_out(monkeypatch):
         list_choices(models=["nobody/nothing"])
 
 
-# ---- pages -------------------------------------------------------------------------------------------------------
+# ---- uploads -----------------------------------------------------------------------------------------------------
 
 
-def test_files_are_read_and_removed(tmp_path, desk):
+def test_files_are_read_and_removed(tmp_path, app):
     good, text = save_made(tmp_path / "good.png"), tmp_path / "text.png"
     text.write_text("no picture")
-    pages = desk.take([good, text])
-    assert [(page.name, page.cause is None) for page in pages] == [("good.png", True), ("text.png", False)]
-    assert "not a PNG" in pages[1].cause
-    assert str(tmp_path) not in pages[1].cause
+    found = app.read([good, text])
+    assert [(one.name, one.cause is None) for one in found] == [("good.png", True), ("text.png", False)]
+    assert "not a PNG" in found[1].cause
+    assert str(tmp_path) not in found[1].cause
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_same_file_from_two_people_at_once(tmp_path, desk):
+def test_the_same_file_from_two_people_at_once(tmp_path, app):
     path = save_made(tmp_path / "same.png")
-    (first,) = desk.take([path])
-    (second,) = desk.take([path])  # the upload of the second fell on the first's, which is gone
+    (first,) = app.read([path])
+    (second,) = app.read([path])  # the upload of the second fell on the first's, which is gone
     assert second is first
     del first, second
-    assert "drop it again" in desk.take([path])[0].cause
+    assert "drop it again" in app.read([path])[0].cause
 
 
-def test_files_beyond_the_most_are_removed_too(tmp_path, desk):
-    paths = [save_made(tmp_path / f"{number}.png") for number in range(session.MOST_FILES + 2)]
-    assert len(desk.take(paths)) == session.MOST_FILES
+def test_files_beyond_the_most_are_removed_too(tmp_path, app):
+    paths = [save_made(tmp_path / f"{number}.png") for number in range(session.MAX_FILES + 2)]
+    assert len(app.read(paths)) == session.MAX_FILES
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("limit", "value", "complaint"), [("MOST_BYTES", 1000, "larger than"), ("MOST_PIXELS", 1000, "too much at once")]
+    ("limit", "value", "complaint"), [("MAX_BYTES", 1000, "larger than"), ("MAX_PIXELS", 1000, "too much at once")]
 )
-def test_too_large(tmp_path, desk, monkeypatch, limit, value, complaint):
+def test_too_large(tmp_path, app, monkeypatch, limit, value, complaint):
     monkeypatch.setattr(session, limit, value)
-    (page,) = desk.take([save_made(tmp_path / "large.png")])
-    assert complaint in page.cause
-    assert page.image is None
+    (large,) = app.read([save_made(tmp_path / "large.png")])
+    assert complaint in large.cause
+    assert large.image is None
 
 
 def test_pictures_are_small_and_of_eight_bits():
     deep = Image.fromarray((np.arange(2000 * 1000, dtype=np.uint32).reshape(2000, 1000) % 65536).astype(np.uint16))
-    small = session.shrink(deep)
+    small = Radiograph("deep.png", deep).shown
     assert (small.mode, small.size) == ("L", (384, 768))
     assert abs(np.asarray(small).mean() - 127) < 2
 
@@ -137,16 +143,16 @@ def test_the_drawn_radiograph_is_plausible():
 
 def test_the_public_radiograph():
     pytest.importorskip("pydicom")
-    page = session.example_page()
-    assert (page.cause, page.quality_warnings, page.image.mode) == (None, [], "I;16")
+    found = session.read_example()
+    assert (found.cause, found.quality_warnings, found.image.mode) == (None, [], "I;16")
 
 
 # ---- answers -----------------------------------------------------------------------------------------------------
 
 
-def test_probabilities_are_the_command_line_s(tmp_path, cards, desk):
+def test_probabilities_are_the_command_line_s(tmp_path, cards, app):
     path = save_made(tmp_path / "one.png")
-    answer = desk.answer(read_page(path), "pneumonia")
+    answer = app.answer(read_upload(path), "pneumonia")
     loaded = load_model("classification", cards / "pneumonia", "cpu")
     expected = Predictor(loaded)(loaded, Batch([prepare(Source(path, "one.png"), loaded.processor)], []))[0]
     assert answer.prediction["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-6)
@@ -157,36 +163,36 @@ def test_probabilities_are_the_command_line_s(tmp_path, cards, desk):
     assert all(0 <= one.share <= 1 for one in answer.maps)
 
 
-def test_embedding_and_lungs(cards, desk):
+def test_embedding_and_lungs(cards, app):
     page = made_radiograph()
-    answer = desk.answer(page, "embedding")
+    answer = app.answer(page, "base")
     loaded = load_model("embedding", cards / "base", "cpu")
     with torch.no_grad():
         expected = loaded.model(loaded.processor(page.image, return_tensors="pt").pixel_values).pooler_output[0]
     torch.testing.assert_close(answer.embedding, expected)
     assert [one.target for one in answer.maps] == [None]
-    lungs = desk.answer(page, "lungs")
-    assert (lungs.embedding, lungs.maps, lungs.prediction) == (None, [], None)
+    lungs = app.answer(page, "lung-segmentation")
+    assert (lungs.embedding, lungs.maps, lungs.prediction) == (None, (), None)
     assert lungs.lungs[1] == answer.lungs[1]
 
 
 def test_without_a_lung_checkpoint_there_is_no_share(cards):
-    alone = Desk([Choice("covid", "classification", str(cards / "covid"))], device="cpu")
+    alone = Session([Choice("covid", "classification", str(cards / "covid"))], device="cpu")
     answer = alone.answer(made_radiograph(), "covid")
-    assert (answer.lungs, answer.neighbours, answer.embedding) == (None, None, None)
+    assert (answer.lungs, answer.neighbors, answer.embedding) == (None, None, None)
     assert answer.maps[0].share is None
-    assert "This checkpoint names none" in html.section(answer)
+    assert "This checkpoint names none" in server.HTML.answers([{"radiograph": made_radiograph(), "answer": answer}])
 
 
-def test_the_nearest_neighbour_of_an_indexed_image_is_itself(tmp_path, cards):
+def test_the_nearest_neighbor_of_an_indexed_image_is_itself(tmp_path, cards):
     (tmp_path / "images").mkdir()
     for seed in range(4):
         Image.fromarray(picture(seed, 64, opacity=30 * seed)[0]).save(tmp_path / "images" / f"{seed}.png")
     made_radiograph().image.save(tmp_path / "images" / "made.png")
     index = build_index(load_encoder(str(cards / "base")), read_table(tmp_path / "images"), "tiny")
     index.save(tmp_path / "index" / "radiographs.safetensors")
-    desk = Desk(list_choices(cards), load_index(tmp_path / "index"), "cpu")
-    first, shown = desk.answer(made_radiograph(), "embedding").neighbours[0]
+    app = Session(list_choices(cards), load_index(tmp_path / "index"), "cpu")
+    first, shown = app.answer(made_radiograph(), "base").neighbors[0]
     assert first.id.endswith("made.png")
     assert first.similarity > 0.98
     assert shown is None  # the index calls it by its name inside the folder, which is no place of a file
@@ -201,15 +207,15 @@ def test_what_the_command_line_embeds_is_an_index(tmp_path, cards):
     output.parent.mkdir()
     Job([Source(path, path.name) for path in paths], output).run(loaded, embed)
     paths[1].unlink()
-    desk = Desk(list_choices(cards), load_index(output.parent), "cpu")
-    answer = desk.answer(made_radiograph(), "embedding")
-    assert {one.id: picture is not None for one, picture in answer.neighbours} == {
+    app = Session(list_choices(cards), load_index(output.parent), "cpu")
+    answer = app.answer(made_radiograph(), "base")
+    assert {one.id: picture is not None for one, picture in answer.neighbors} == {
         str(paths[0]): True,
         str(paths[1]): False,
     }
-    assert all(one.similarity == pytest.approx(1, abs=1e-5) for one, _ in answer.neighbours)
-    section = html.section(answer)
-    assert section.count('alt="Neighbour') == 1 and "<b>made" not in section
+    assert all(one.similarity == pytest.approx(1, abs=1e-5) for one, _ in answer.neighbors)
+    section = server.HTML.answers([{"radiograph": made_radiograph(), "answer": answer}])
+    assert section.count('alt="Neighbor') == 1 and "<b>made" not in section
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -220,55 +226,59 @@ def test_an_index_folder_holds_one_file(tmp_path, count):
         load_index(tmp_path)
 
 
-def test_two_people_at_once(desk):
+def test_two_people_at_once(app):
     """Their answers are those that each would have alone."""
-    pages = {"made": made_radiograph(), "flipped": None}
-    flipped = pages["made"].image.rotate(180)
-    pages["flipped"] = Page("flipped", flipped, flipped)
-    alone = {name: desk.answer(page, "pneumonia").prediction for name, page in pages.items()}
-    found: dict[str, list] = {name: [] for name in pages}
+    images = {"made": made_radiograph(), "flipped": Radiograph("flipped", made_radiograph().image.rotate(180))}
+    alone = {name: app.answer(image, "pneumonia").prediction for name, image in images.items()}
+    found: dict[str, list] = {name: [] for name in images}
 
     def work(name):
         for _ in range(3):
-            found[name].append(desk.answer(pages[name], "pneumonia").prediction)
+            found[name].append(app.answer(images[name], "pneumonia").prediction)
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in pages]
+    threads = [threading.Thread(target=work, args=(name,)) for name in images]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert alone["made"] != alone["flipped"]
-    assert found == {name: [alone[name]] * 3 for name in pages}
+    assert found == {name: [alone[name]] * 3 for name in images}
 
 
 # ---- HTML --------------------------------------------------------------------------------------------------------
 
 
-def test_names_are_escaped(desk):
-    page = made_radiograph()
-    evil = Page("<script>x</script>.png", page.image, page.shown, ["<b>odd</b>"])
+def test_names_are_escaped(app):
+    evil = Radiograph("<script>x</script>.png", made_radiograph().image, ["<b>odd</b>"])
+    broken = Radiograph("<script>x</script>", cause="<script>x</script>")
     for text in (
-        html.section(desk.answer(evil, "pneumonia")),
-        html.withheld(evil),
-        html.list_pages([evil]),
-        html.broken(Page("<script>x</script>", cause="<script>x</script>")),
-        html.message("<script>x</script>"),
+        *(server.answer(app, [evil, broken], "pneumonia", in_spite) for in_spite in (False, True)),
+        server.HTML.radiographs([evil, broken]),
+        server.HTML.message("<script>x</script>"),
     ):
+        assert "&lt;script&gt;x" in text
         assert "<script" not in text
         assert "<b>" not in text
 
 
-def test_every_picture_has_a_text_and_no_address_is_another_host_s(desk):
-    text = html.answers([html.section(desk.answer(made_radiograph(), title)) for title in desk.choices])
-    assert len(re.findall(r'<img alt="[^"]+" src="data:image/jpeg;base64,', text)) == text.count("<img") > 8
+def test_every_picture_has_a_text_and_no_address_is_another_host_s(app):
+    text = "".join(server.answer(app, [made_radiograph()], name, False) for name in app.choices)
+    assert len(re.findall(r'<img alt="[^"]+"\s+src="data:image/jpeg;base64,', text)) == text.count("<img") > 8
     assert "http" not in text
-    assert "Operating point: youden" in text
-    assert "inside the lungs" in text
-    assert "no diagnosis" in text
+    for words in ("Operating point: youden", "inside the\nlungs", "no diagnosis", "× the average"):
+        assert words in text
 
 
-def test_what_is_no_radiograph_gets_no_answer_unless_asked_for(desk):
+def test_labels_come_in_the_order_of_their_probability(app):
+    text = server.answer(app, [made_radiograph()], "pneumonia", False)
+    found = [
+        float(value) for value in re.findall(r'scope="row">[^<]+</th><td>([\d.]+)</td>\n<td><div class="bar"', text)
+    ]
+    assert len(found) == 3 and found == sorted(found, reverse=True)
+
+
+def test_what_is_no_radiograph_gets_no_answer_unless_asked_for(app):
     image = Image.fromarray(np.full((64, 64), 80, np.uint8))
-    odd = Page("odd.png", image, image, quality_warnings(image))
-    withheld, given = (server._ask(desk, [odd], "pneumonia", in_spite) for in_spite in (False, True))
+    odd = Radiograph("odd.png", image, quality_warnings(image))
+    withheld, given = (server.answer(app, [odd], "pneumonia", in_spite) for in_spite in (False, True))
     assert "No answer is given" in withheld
     assert "a constant image" in withheld
     assert "Probabilities" not in withheld
@@ -276,34 +286,46 @@ def test_what_is_no_radiograph_gets_no_answer_unless_asked_for(desk):
     assert "Probabilities" in given
 
 
-@pytest.mark.parametrize("pages", [None, []])
-def test_asking_without_a_radiograph(desk, pages):
-    assert "drop a file" in server._ask(desk, pages, "lungs", False)
+def test_the_example_is_shown_for_the_lungs_and_not_for_what_its_masses_hide(app):
+    image = made_radiograph().image
+    example = Radiograph("example.dcm", image, hides=session.EXAMPLE_HIDES)
+    assert "No answer is given. This image: round masses" in server.answer(app, [example], "covid", False)
+    for name in ("lung-segmentation", "base"):
+        assert "Lung mask: " in server.answer(app, [example], name, False)
+
+
+@pytest.mark.parametrize("radiographs", [None, []])
+def test_asking_without_a_radiograph(app, radiographs):
+    assert "drop a file" in server.answer(app, radiographs, "lung-segmentation", False)
 
 
 def test_a_checkpoint_that_cannot_be_used_is_told(tmp_path):
-    broken = Desk([Choice("lungs", "segmentation", str(tmp_path))], device="cpu")
-    assert "config.json is missing" in server._ask(broken, [made_radiograph()], "lungs", False)
+    broken = Session([Choice("lung-segmentation", "segmentation", str(tmp_path))], device="cpu")
+    assert "config.json is missing" in server.answer(broken, [made_radiograph()], "lung-segmentation", False)
 
 
 # ---- the server --------------------------------------------------------------------------------------------------
 
 
-def test_served_on_loopback_and_nothing_left(desk, tmp_path, monkeypatch):
+def test_served_on_loopback_and_nothing_left(app, tmp_path, monkeypatch):
     pytest.importorskip("gradio")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(server, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(server, "MAX_BYTES", 2**20)
     before = dict(os.environ)
-    with server.running(desk) as address:
+    with server.running(app) as address:
         assert address.startswith("http://127.0.0.1:")
         with urllib.request.urlopen(address) as answer:
             page = answer.read().decode()
         assert "Research use only" in page
         assert "fonts.googleapis" not in page
+        rebound = urllib.request.Request(address, headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(rebound)
+        assert refused.value.code == 400
         boundary = "b0"
         body = (
             f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'.encode()
-            + b"x" * (server.MOST_BYTES + 1)
+            + b"x" * (server.MAX_BYTES + 1)
             + f"\r\n--{boundary}--\r\n".encode()
         )
         headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
@@ -335,17 +357,17 @@ def test_terminated_it_leaves_nothing(cards, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_port_that_is_taken_is_told(desk):
+def test_a_port_that_is_taken_is_told(app):
     pytest.importorskip("gradio")
-    with server.running(desk) as address, pytest.raises(SpcxrError, match="cannot be listened on"):  # noqa: SIM117
-        with server.running(desk, port=int(address.rstrip("/").rpartition(":")[2])):
+    with server.running(app) as address, pytest.raises(SpcxrError, match="cannot be listened on"):  # noqa: SIM117
+        with server.running(app, port=int(address.rstrip("/").rpartition(":")[2])):
             pass
 
 
-def test_without_gradio_the_extra_is_named(desk, monkeypatch):
+def test_without_gradio_the_extra_is_named(app, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SpcxrError, match=r'pip install "spcxr-hf\[app\]"'):
-        server.build_app(desk)
+        server.build_page(app)
 
 
 def test_the_space_is_ready_to_push():

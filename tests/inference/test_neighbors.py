@@ -1,4 +1,4 @@
-"""Nearest neighbours: exact, without the query itself, the same after a round trip through the disk."""
+"""Nearest neighbors: exact, without the query itself, the same after a round trip through the disk."""
 
 import json
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from spcxr_hf import SpcxrError, SpcxrImageProcessor, SpcxrModel
 from spcxr_hf.data.table import RadiographTable, read_table
-from spcxr_hf.inference.neighbors import NeighbourIndex, build_index
+from spcxr_hf.inference.neighbors import NeighborIndex, build_index
 from spcxr_hf.models.encoders import load_encoder
 from tests.common import build, tiny_config
 from tests.made_up import picture, write_set
@@ -22,7 +22,7 @@ def features(count=40, width=8, seed=0):
 
 
 def index(count=40):
-    return NeighbourIndex.from_features(features(count), [f"image-{row}" for row in range(count)], "tiny")
+    return NeighborIndex.from_features(features(count), [f"image-{row}" for row in range(count)], "tiny")
 
 
 def test_search_is_exact():
@@ -32,33 +32,33 @@ def test_search_is_exact():
     best = cosines.topk(3, dim=1)
     assert len(found) == 300
     for one, rows, values in zip(found, best.indices.tolist(), best.values.tolist(), strict=True):
-        assert [neighbour.id for neighbour in one] == [f"image-{row}" for row in rows]
-        assert [neighbour.similarity for neighbour in one] == pytest.approx(values, abs=1e-6)
+        assert [neighbor.id for neighbor in one] == [f"image-{row}" for row in rows]
+        assert [neighbor.similarity for neighbor in one] == pytest.approx(values, abs=1e-6)
 
 
 def test_a_query_excludes_itself():
-    found = index().neighbours_of("image-7", k=4)
-    assert len(found) == 4 and "image-7" not in {neighbour.id for neighbour in found}
+    found = index().neighbors_of("image-7", k=4)
+    assert len(found) == 4 and "image-7" not in {neighbor.id for neighbor in found}
     itself, *others = index().search(features()[7:8], k=5)[0]
     assert itself.id == "image-7" and itself.similarity == pytest.approx(1) and others == found
     assert index().search(features()[7:8], k=4, exclude=["image-7"])[0] == found
-    assert len(index().neighbours_of("image-0", k=100)) == 39
+    assert len(index().neighbors_of("image-0", k=100)) == 39
     with pytest.raises(SpcxrError, match="'x' is not in this index"):
-        index().neighbours_of("x")
+        index().neighbors_of("x")
 
 
 def test_equal_ones_come_in_order():
-    same = NeighbourIndex.from_features(torch.ones(5, 2), list("edcba"))
-    assert [neighbour.id for neighbour in same.neighbours_of("d", k=3)] == ["e", "c", "b"]
+    same = NeighborIndex.from_features(torch.ones(5, 2), list("edcba"))
+    assert [neighbor.id for neighbor in same.neighbors_of("d", k=3)] == ["e", "c", "b"]
 
 
 def test_round_trip(tmp_path):
     path = tmp_path / "new" / "index.safetensors"
     index().save(path)
-    loaded = NeighbourIndex.load(path)
+    loaded = NeighborIndex.load(path)
     assert loaded.ids == index().ids and loaded.model == "tiny" and len(loaded) == 40
     assert torch.equal(loaded.features, index().features)
-    found, expected = loaded.neighbours_of("image-3"), index().neighbours_of("image-3")
+    found, expected = loaded.neighbors_of("image-3"), index().neighbors_of("image-3")
     assert [one.id for one in found] == [one.id for one in expected]
     assert [file.name for file in path.parent.iterdir()] == ["index.safetensors"]
 
@@ -66,7 +66,7 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize("kind", ["missing", "damaged", "other", "short", "ids", "long", "nan"])
 def test_files_that_are_no_index(tmp_path, kind):
     path = tmp_path / "index.safetensors"
-    header = {"format": "spcxr-neighbours-1", "ids": json.dumps(["a"] if kind == "short" else ["a", "b"]), "model": ""}
+    header = {"format": "spcxr-neighbors-1", "ids": json.dumps(["a"] if kind == "short" else ["a", "b"]), "model": ""}
     if kind == "damaged":
         path.write_bytes(b"no tensors")
     elif kind != "missing":
@@ -74,7 +74,7 @@ def test_files_that_are_no_index(tmp_path, kind):
         length = {"long": 2.0, "nan": float("nan")}.get(kind, 1.0)
         save_file({"features": torch.eye(3)[:2] * length}, path, metadata=header)
     with pytest.raises(SpcxrError, match=r"index\.safetensors"):
-        NeighbourIndex.load(path)
+        NeighborIndex.load(path)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_files_that_are_no_index(tmp_path, kind):
 )  # fmt: skip
 def test_features_that_are_refused(vectors, ids, message):
     with pytest.raises(SpcxrError, match=message):
-        NeighbourIndex.from_features(vectors, ids)
+        NeighborIndex.from_features(vectors, ids)
 
 
 def test_queries_that_are_refused():
@@ -114,7 +114,7 @@ def test_an_index_of_a_folder(encoder, tmp_path):
     assert len(found) == 6
     assert all(name.endswith(".png") for name in found.ids)
     (name,) = (name for name in found.ids if name.endswith("0.png"))
-    assert found.neighbours_of(name, 1)[0].id.endswith("deep.png")  # the same picture at 16 bits
+    assert found.neighbors_of(name, 1)[0].id.endswith("deep.png")  # the same picture at 16 bits
 
 
 def test_an_index_of_a_set(encoder, tmp_path):

@@ -1,12 +1,12 @@
-"""Draw the nearest neighbours of radiographs in a model's feature space: a row of pictures for each of them.
+"""Draw the nearest neighbors of radiographs in a model's feature space: a row of pictures for each of them.
 
     python -m training_scripts.benchmarks.neighbors --model model_cards/base --data ../shared/data \
-        --split_column pneumonia_split --split test --label_column pneumonia_label --output neighbours/
+        --split_column pneumonia_split --split test --label_column pneumonia_label --output neighbors/
 
-Features are searched exactly, by cosine similarity. Neighbours of the same patient are left out where the set tells
+Features are searched exactly, by cosine similarity. Neighbors of the same patient are left out where the set tells
 patients apart: they are alike for another reason. `sheet.png` shows radiographs: keep the folder
 where the images may be. `index.safetensors` holds features and ids, `results.json` who is next to whom and, with a
-column of labels, how often a neighbour has the label of its image, beside how often any image of the set has.
+column of labels, how often a neighbor has the label of its image, beside how often any image of the set has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, open_image
 from spcxr_hf.evaluation.plots import draw_contact_sheet, grey_picture, save_figure
 from spcxr_hf.files import software_versions, write_json
-from spcxr_hf.inference.neighbors import NeighbourIndex, build_index
+from spcxr_hf.inference.neighbors import NeighborIndex, build_index
 from spcxr_hf.models.encoders import load_encoder
 from spcxr_hf.training.arguments import parse_arguments, run_script
 
@@ -35,7 +35,7 @@ SIDE = 320  # pixels of a picture on the sheet
 
 @dataclass
 class Arguments:
-    """Draw nearest neighbours."""
+    """Draw nearest neighbors."""
 
     model: str = field(metadata={"help": "folder or Hub id of an encoder"})
     data: str = field(metadata={"help": "the set whose images are searched, and looked for"})
@@ -45,7 +45,7 @@ class Arguments:
     label_column: str | None = field(default=None, metadata={"help": "column of labels, to stand under the pictures"})
     queries: int = field(default=6, metadata={"help": "how many images to look for, drawn at random"})
     ids: list[str] = field(default_factory=list, metadata={"help": "these images instead"})
-    neighbours: int = field(default=5, metadata={"help": "how many of each to show"})
+    neighbors: int = field(default=5, metadata={"help": "how many of each to show"})
     limit: int | None = field(default=None, metadata={"help": "take that many rows, drawn at random"})
     batch_size: int = field(default=32, metadata={"help": "images per forward pass"})
     seed: int = field(default=0, metadata={"help": "of what is drawn at random"})
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     index = build_index(load_encoder(arguments.model), table, name_of(arguments), arguments.batch_size)
     index.save(folder / "index.safetensors")
     rows = choose(arguments, index)
-    found = search(index, patients_of(table), rows, arguments.neighbours)
+    found = search(index, patients_of(table), rows, arguments.neighbors)
     labels = table.column(arguments.label_column) if arguments.label_column else None
     draw(table, index, rows, found, labels, folder / "sheet.png")
     result = describe(arguments, index, rows, found, labels)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def check(arguments: Arguments) -> None:
     """Refuse a command line that would fail late."""
-    for name in ("queries", "neighbours", "batch_size", "limit"):
+    for name in ("queries", "neighbors", "batch_size", "limit"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise SpcxrError(f"{name} must be at least 1; got {value}")
@@ -89,7 +89,7 @@ def select(arguments: Arguments) -> RadiographTable:
     return RadiographTable(table.rows.take(np.sort(order)), table.name)
 
 
-def choose(arguments: Arguments, index: NeighbourIndex) -> list[int]:
+def choose(arguments: Arguments, index: NeighborIndex) -> list[int]:
     """The rows of the images to look for."""
     if unknown := [name for name in arguments.ids if name not in index.ids]:
         raise SpcxrError(f"{unknown[0]!r} is not among the {len(index)} images")
@@ -102,7 +102,7 @@ def patients_of(table: RadiographTable) -> list | None:
     return table.column("patient") if "patient" in table.rows.column_names else None
 
 
-def search(index: NeighbourIndex, patients: list | None, rows: Sequence[int], count: int) -> list[list[tuple]]:
+def search(index: NeighborIndex, patients: list | None, rows: Sequence[int], count: int) -> list[list[tuple]]:
     """(row, similarity) of the nearest images of each, without itself and without others of its patient."""
     found = []
     for row in rows:
@@ -119,20 +119,20 @@ def same_patient(patients: list | None, one: int, other: int) -> bool:
 
 def draw(
     table: RadiographTable,
-    index: NeighbourIndex,
+    index: NeighborIndex,
     rows: Sequence[int],
     found: Sequence[Sequence[tuple]],
     labels: list | None,
     path: Path,
 ) -> None:
-    """A row for each image: itself, then its neighbours."""
+    """A row for each image: itself, then its neighbors."""
     columns = 1 + max(map(len, found))
     tiles = []
-    for row, neighbours in zip(rows, found, strict=True):
+    for row, neighbors in zip(rows, found, strict=True):
         tiles.append((picture(table, row), f"looked for\n{words(labels, row)}"))
-        tiles += [(picture(table, other), f"{value:.3f}\n{words(labels, other)}") for other, value in neighbours]
-        tiles += [(np.ones((SIDE, SIDE)), "")] * (columns - 1 - len(neighbours))
-    title = f"Nearest neighbours by {index.model}: cosine similarity. {NOTICE}"
+        tiles += [(picture(table, other), f"{value:.3f}\n{words(labels, other)}") for other, value in neighbors]
+        tiles += [(np.ones((SIDE, SIDE)), "")] * (columns - 1 - len(neighbors))
+    title = f"Nearest neighbors by {index.model}: cosine similarity. {NOTICE}"
     save_figure(draw_contact_sheet(tiles, columns, title), path)
 
 
@@ -151,7 +151,7 @@ def words(labels: list | None, row: int) -> str:
 
 def describe(
     arguments: Arguments,
-    index: NeighbourIndex,
+    index: NeighborIndex,
     rows: Sequence[int],
     found: Sequence[Sequence[tuple]],
     labels: list | None,
@@ -163,15 +163,15 @@ def describe(
         "split": arguments.split,
         "seed": arguments.seed,
         "software": software_versions(),
-        "neighbours": {
-            index.ids[row]: [{"id": index.ids[other], "similarity": value} for other, value in neighbours]
-            for row, neighbours in zip(rows, found, strict=True)
+        "neighbors": {
+            index.ids[row]: [{"id": index.ids[other], "similarity": value} for other, value in neighbors]
+            for row, neighbors in zip(rows, found, strict=True)
         },
     }
     if labels is not None:
         same = [labels[other] == labels[row] for row, near in zip(rows, found, strict=True) for other, _ in near]
         chance = [labels[other] == labels[row] for row in rows for other in range(len(index)) if other != row]
-        result["same_label"] = {"of_neighbours": float(np.mean(same)), "of_any_image": float(np.mean(chance))}
+        result["same_label"] = {"of_neighbors": float(np.mean(same)), "of_any_image": float(np.mean(chance))}
     return result
 
 
