@@ -478,9 +478,9 @@ def _register_quietly() -> None:
 
 
 def _note(what: str) -> None:
-    from spcxr_hf.files import NOTE
+    from spcxr_hf.files import RESEARCH_NOTICE
 
-    print(f"{what}. {NOTE.capitalize()}.", file=sys.stderr)
+    print(f"{what}. {RESEARCH_NOTICE.capitalize()}.", file=sys.stderr)
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from tests.inference.test_pipeline import save_model
 from tests.made_up import picture
 
 POINTS = {"bacterial + viral": {"youden": 0.0}, "viral": {"youden": 1.0}}
-SPACE = Path(server.__file__).parent / "space"
+SPACE = Path(server.__file__).parents[1] / "space"
 
 
 @pytest.fixture(scope="module")
