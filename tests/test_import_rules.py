@@ -29,7 +29,8 @@ ORDER = [  # names on one line do not import each other
     {"evaluation", "hub"},
     {"training", "inference"},
     {"app"},
-    {"cli", "space", "__init__"},
+    {"space", "__init__"},
+    {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 IMPORT_NAME = {"pillow": "PIL", "pyyaml": "yaml"}
