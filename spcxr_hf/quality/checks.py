@@ -152,7 +152,7 @@ def _way_out(error: LeakError, split_column: str) -> str:
 def write_skipped(target: str | os.PathLike | None, skipped: Mapping[str, str], processes: Processes = None) -> None:
     """Write the id and cause of each broken file to `skipped.csv`, and print one line; all processes call it.
 
-    Rows of an earlier start are kept. Nothing is written, and nothing printed, where there is nothing new.
+    Rows of an earlier start are kept. Without any broken file nothing is written.
 
     Args:
         target: The folder of a run, or a results file beside which it goes; None: the files are printed.
@@ -176,9 +176,8 @@ def write_skipped(target: str | os.PathLike | None, skipped: Mapping[str, str], 
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
             known = {row["id"]: row["cause"] for row in csv.DictReader(file)}
-    if found.keys() <= known.keys():
-        return
     rows = sorted({**known, **found}.items())
-    with atomic_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("id", "cause"), *rows])
+    if not found.keys() <= known.keys():
+        with atomic_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("id", "cause"), *rows])
     print(f"skipped {len(rows)} broken files, listed in {path}")
