@@ -240,29 +240,52 @@ class SpcxrEncoder(nn.Module):
         return tuple(all_hidden_states), tuple(all_attentions)
 
 
-def refuse_weights_elsewhere(folder: Path) -> None:
-    """Refuse a folder whose weights lie outside it: by a symbolic link, or by the index of divided weights.
+def check_weight_files(folder: Path) -> None:
+    """Refuse a folder whose weights would be read from elsewhere, or from anything but safetensors files.
 
-    Links of the Hub's cache are none of these: they lead from a snapshot to the blobs of the same repository.
+    Looked at are the symbolic links, the indices of divided weights, `transformers_weights` in `config.json`, and
+    `adapter_config.json`, which names a base model anywhere. Links of the Hub's cache are good: they lead from a
+    snapshot to the blobs of the same repository.
 
     Raises:
-        ValueError: they do, or the index cannot be read; the message names the file.
+        ValueError: it is so, or an index cannot be read; the message names the file.
     """
-    for file in sorted(folder.glob("*.safetensors")):
-        if file.is_symlink():
-            # One step alone: what the blobs of a cache are linked to is the cache's affair.
-            here = Path(os.path.normpath(folder.absolute()))
-            target = Path(os.path.normpath(here / file.readlink()))
-            if here not in target.parents and target.parent != here.parent.parent / "blobs":
-                raise ValueError(f"{file}: a symbolic link out of the folder; weights lie in their own folder")
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index}: no index of weights ({type(error).__name__})") from error
-        outside = sorted(str(name) for name in names if Path(str(name)).name != name)
-        if outside:
-            raise ValueError(f"{index}: names {outside[0]!r}; weights lie in their own folder")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder}: adapters of a model that lies elsewhere; load that one, then these with peft")
+    stated = None
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stated = config.get("transformers_weights") if isinstance(config, dict) else None
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.index*.json")]
+    if stated is not None:
+        files.append(folder / str(stated))
+    for file in sorted(files):
+        _check_weight_file(file, folder)
+        if not file.name.endswith(".safetensors"):
+            for part in _parts_of_index(file):
+                _check_weight_file(file.parent / part, folder)
+                if not part.endswith(".safetensors"):
+                    raise ValueError(f"{file}: names {part!r}; only safetensors are loaded")
+
+
+def _check_weight_file(file: Path, folder: Path) -> None:
+    """Raises ValueError where the file, its links followed, lies outside the folder."""
+    root, real = folder.resolve(), file.resolve()
+    if file.is_symlink() and root.parent.name == "snapshots" and root in (file.parent.resolve() / "-").parents:
+        # One step alone: what the blobs of a cache are linked to is the cache's affair.
+        blob = Path(os.path.normpath(file.parent.resolve() / file.readlink()))
+        real = root / file.name if blob.parent == root.parent.parent / "blobs" else real
+    if root not in real.parents:
+        raise ValueError(f"{file}: lies outside the folder {folder}; weights lie in their own folder")
+
+
+def _parts_of_index(index: Path) -> list[str]:
+    """The files that an index of divided weights names."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(os.fspath(name) for name in names)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index}: no index of weights ({type(error).__name__})") from error
 
 
 class SpcxrPreTrainedModel(PreTrainedModel):
@@ -311,13 +334,24 @@ class SpcxrPreTrainedModel(PreTrainedModel):
         """Load a checkpoint, from safetensors alone: a pickle can run code.
 
         Raises:
-            ValueError: `use_safetensors=False`, or an index of weights names a file outside the folder.
+            ValueError: `use_safetensors=False`, or weights lie outside the folder or in another format.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError(f"{pretrained_model_name_or_path}: only safetensors are loaded; a pickle can run code")
         if pretrained_model_name_or_path is not None:
-            refuse_weights_elsewhere(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            if folder.is_dir():
+                check_weight_files(folder)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        """Where the library has found out which files to read: of a Hub id it knows only here."""
+        for file in checkpoint_files or []:
+            below = str(file).replace(os.sep, "/").partition("/snapshots/")[2].split("/")
+            if not str(file).endswith(".safetensors") or ".." in below:
+                raise ValueError(f"{file}: weights are read from safetensors files in their own folder alone")
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save weights, configuration and code, so that the folder loads by itself."""

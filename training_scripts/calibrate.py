@@ -52,16 +52,15 @@ from spcxr_hf.evaluation.metrics import classification_report, multilabel_report
 from spcxr_hf.evaluation.plots import STYLES, draw_reliability, draw_roc, save_figure
 from spcxr_hf.evaluation.predict import (
     LabelledRows,
-    class_names,
-    is_multi_label,
     leave_out_broken,
-    load_judged,
+    load_classifier,
     match_classes,
     open_images,
     predict_logits,
     select_rows,
 )
 from spcxr_hf.files import atomic_folder, write_json
+from spcxr_hf.models.loading import is_multi_label, label_names
 from spcxr_hf.quality.checks import SetArguments, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 
@@ -122,9 +121,9 @@ class Split:
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
     check(arguments)
-    model, processor = load_judged(arguments.model, arguments.device)
-    classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
-    multi_label = is_multi_label(model)
+    model, processor = load_classifier(arguments.model, arguments.device)
+    classes = match_classes(arguments.model, label_names(model.config), parse_classes(arguments.classes))
+    multi_label = is_multi_label(model.config)
     rows, skipped = select(arguments, classes, multi_label)
     splits = predict(arguments, model, processor, rows)
 
@@ -220,9 +219,9 @@ def describe(
         "split_column": arguments.split_column,
         "classes": classes,
         "fitted_on": arguments.fit_on,
-        "method": "scale and bias of each label" if is_multi_label(model) else "temperature",
+        "method": "scale and bias of each label" if is_multi_label(model.config) else "temperature",
     }
-    if is_multi_label(model):
+    if is_multi_label(model.config):
         entry["scale"] = dict(zip(classes, scales, strict=True))
         entry["bias"] = dict(zip(classes, biases, strict=True))
     else:

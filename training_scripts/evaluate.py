@@ -38,8 +38,9 @@ from spcxr_hf.evaluation.metrics import (
     expected_calibration_error,
     multilabel_report,
 )
-from spcxr_hf.evaluation.predict import class_names, forward, is_multi_label, load_judged, match_classes
+from spcxr_hf.evaluation.predict import load_classifier, match_classes
 from spcxr_hf.files import write_json
+from spcxr_hf.models.loading import forward, is_multi_label, label_names, to_pixel_values
 from spcxr_hf.quality.checks import SetArguments, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, run_script
 
@@ -98,21 +99,23 @@ def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
     check(arguments)
     processes = start_processes()
-    model, processor = load_judged(arguments.model, processes.device)
-    classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
+    model, processor = load_classifier(arguments.model, processes.device)
+    classes = match_classes(arguments.model, label_names(model.config), parse_classes(arguments.classes))
     table = read_set(arguments.data, arguments.exclude)
     wanted = dict.fromkeys([*arguments.splits, *([arguments.temperature_from] if arguments.temperature_from else [])])
-    sets = {split: select_split(arguments, table, split, classes, is_multi_label(model)) for split in wanted}
+    sets = {split: select_split(arguments, table, split, classes, is_multi_label(model.config)) for split in wanted}
 
     found = {split: predict(arguments, processes, model, processor, *rows) for split, rows in sets.items()}
     temperature = None
     if arguments.temperature_from:
         fitted = found[arguments.temperature_from]
-        temperature = fit_temperature(fitted.logits, fitted.targets, is_multi_label(model))
+        temperature = fit_temperature(fitted.logits, fitted.targets, is_multi_label(model.config))
     result = describe(arguments, model, classes, temperature)
     if processes.is_main_process:
         for split in arguments.splits:
-            result["splits"][split] = report(arguments, found[split], list(classes), is_multi_label(model), temperature)
+            result["splits"][split] = report(
+                arguments, found[split], list(classes), is_multi_label(model.config), temperature
+            )
         write(arguments, result)
         write_skipped(arguments.output, {name: why for one in found.values() for name, why in one.skipped.items()})
     processes.wait_for_everyone()
@@ -174,6 +177,7 @@ def select_split(
 # ---- predictions -----------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def predict(
     arguments: Arguments,
     processes: PartialState,
@@ -191,11 +195,8 @@ def predict(
     for start in tqdm(range(0, len(own), arguments.batch_size), desc=rows.name, unit="batch"):
         images = read_images(rows, names, own[start : start + arguments.batch_size], arguments.on_error, broken)
         if images:
-            logits += zip(
-                images,
-                forward(model, processor, list(images.values()), arguments.bf16, arguments.image_size).tolist(),
-                strict=True,
-            )
+            values = to_pixel_values(processor, list(images.values()), arguments.image_size)
+            logits += zip(images, forward(model, values, arguments.bf16).logits.float().tolist(), strict=True)
     by_row = dict(gather_object(logits))  # by its number, so that none is counted twice
     broken = dict(gather_object(list(broken.items())))
     check_broken(rows.name, list(broken.values()), len(kept), arguments.on_error)

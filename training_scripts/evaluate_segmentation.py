@@ -10,7 +10,7 @@ bootstrap over patients. This script alone reads the rows `test` and `shift`: ch
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,14 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
-from spcxr_hf import SpcxrError
 from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, decode_masks, decode_set, open_image, open_mask
 from spcxr_hf.evaluation.bootstrap import patient_groups
 from spcxr_hf.evaluation.metrics import segmentation_report
 from spcxr_hf.files import write_json
-from spcxr_hf.models.precision import bf16_autocast
+from spcxr_hf.models.loading import Loaded, load_checkpoint, to_pixel_values
+from spcxr_hf.models.lungs import segment_lungs
 from spcxr_hf.quality.checks import SetArguments, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, run_script
 
@@ -55,16 +54,15 @@ def main(argv: Sequence[str] | None = None) -> dict:
     mean_mask = None
     if arguments.baseline:
         mean_mask = decode_masks(readable(arguments, table, "train", skipped), 256).float().mean(dim=0)
-    model = AutoModelForSemanticSegmentation.from_pretrained(arguments.model).to(arguments.device).eval()
-    processor = AutoImageProcessor.from_pretrained(arguments.model)
-
-    result: dict = {"model": Path(arguments.model).resolve().name, "image_size": model.config.image_size, "splits": {}}
+    loaded = load_checkpoint("segmentation", arguments.model, arguments.device, any_family=True)
+    side = loaded.model.config.image_size
+    result: dict = {"model": Path(arguments.model).resolve().name, "image_size": side, "splits": {}}
     for split in arguments.splits:
         rows = readable(arguments, table, split, skipped)
         targets = [open_mask(cell, f"{rows.name}, row {row}") for row, cell in enumerate(rows.column("lung_mask"))]
         patients = rows.column("patient") if "patient" in rows.rows.column_names else [None] * len(rows)
         entry: dict = {"images": len(rows), "patients": len(set(patient_groups(patients, len(rows)) or ()))}
-        entry["model"] = report(predict(arguments, model, processor, rows), targets, patients)
+        entry["model"] = report(predict(arguments, loaded, rows), targets, patients)
         if mean_mask is not None:
             entry["mean_training_mask"] = report(
                 (at_size(mean_mask, target) > 0.5 for target in targets), targets, patients
@@ -87,22 +85,14 @@ def readable(arguments: Arguments, table: RadiographTable, split: str, skipped: 
     return decoded.table
 
 
-@torch.no_grad()
-def predict(arguments: Arguments, model: PreTrainedModel, processor, table: RadiographTable):
+def predict(arguments: Arguments, loaded: Loaded, table: RadiographTable) -> Iterator[torch.Tensor]:
     """Yield each row's lung mask, (H, W) booleans, at the resolution of its image."""
-    lung = dict(model.config.label2id or {}).get("lung")
-    if lung is None:
-        raise SpcxrError(f"{arguments.model}: its labels are {model.config.label2id}; there is no 'lung' among them")
     cells = table.column("image")
     for start in tqdm(range(0, len(table), arguments.batch_size), desc=table.name, unit="batch"):
         part = cells[start : start + arguments.batch_size]
         images = [open_image(cell, f"{table.name}, row {start + row}") for row, cell in enumerate(part)]
-        inputs = processor(images, return_tensors="pt").to(arguments.device)
-        with bf16_autocast(arguments.device, arguments.bf16):
-            outputs = model(**inputs)
         sizes = [(image.height, image.width) for image in images]
-        for labels in processor.post_process_semantic_segmentation(outputs, sizes):
-            yield (labels == lung).cpu()
+        yield from segment_lungs(loaded, to_pixel_values(loaded.processor, images), sizes, arguments.bf16)
 
 
 def at_size(mean_mask: torch.Tensor, target: Image.Image) -> torch.Tensor:

@@ -36,6 +36,7 @@ from spcxr_hf.data.table import RadiographTable, decode_set
 from spcxr_hf.evaluation.metrics import check_packages
 from spcxr_hf.evaluation.shortcuts import lungs_alone
 from spcxr_hf.files import atomic_folder, write_json
+from spcxr_hf.models.loading import set_attention
 from spcxr_hf.models.lungs import Segmenter, find_lungs, load_segmenter
 from spcxr_hf.quality.checks import SplitArguments, check_split, sketch, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
@@ -43,7 +44,6 @@ from spcxr_hf.training.checkpoints import list_checkpoints
 from spcxr_hf.training.classifiers import (
     ClassifierArguments,
     Pixels,
-    attend_by,
     build_classifier,
     classifier_groups,
     merge_adapters,
@@ -443,7 +443,7 @@ def finish(arguments: Arguments, run: Run, pixels: Pixels, result: dict) -> None
             model.load_state_dict(load_file(run.output / "best" / "model.safetensors", device="cpu"))
         if arguments.lora_rank:
             merge_adapters(model)
-        attend_by(model.eval(), "sdpa")
+        set_attention(model.eval(), "sdpa")
         type(model).save_pretrained(model, folder)  # in the library's own form, not the checkpoints'
         pixels.processor().save_pretrained(folder)
         save_recipe(arguments, folder / "recipe.yaml")

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForSemanticSegmentation, SpcxrImageProcessor
+from spcxr_hf import SpcxrError, SpcxrForSemanticSegmentation, SpcxrImageProcessor
 from spcxr_hf.data.batches import MicroBatch, RadiographSet
 from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, decode_set
@@ -25,6 +25,7 @@ from spcxr_hf.drawing import overlay, save_grid
 from spcxr_hf.evaluation.metrics import dice
 from spcxr_hf.files import atomic_folder
 from spcxr_hf.models.convert import change_image_size
+from spcxr_hf.models.loading import load_config, load_network
 from spcxr_hf.quality.checks import SplitArguments, check_split, sketch, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
 from spcxr_hf.training.engine import Run, RunArguments, learning_rate_schedule
@@ -110,11 +111,13 @@ def build_model(arguments: Arguments) -> SpcxrForSemanticSegmentation:
         "label2id": {label: index for index, label in LABELS.items()},
     }
     if not arguments.from_scratch:
-        model = SpcxrForSemanticSegmentation.from_pretrained(arguments.init_from, dtype=torch.float32, **values)
+        model, _ = load_network(
+            SpcxrForSemanticSegmentation, str(arguments.init_from), new="head", dtype=torch.float32, **values
+        )
         change_image_size(model, arguments.image_size)
     elif arguments.init_from is not None:
         values["image_size"] = arguments.image_size
-        model = SpcxrForSemanticSegmentation(SpcxrConfig.from_pretrained(arguments.init_from, **values))
+        model = SpcxrForSemanticSegmentation(load_config(arguments.init_from, any_family=False, **values))
     else:
         values["image_size"] = arguments.image_size
         model = SpcxrForSemanticSegmentation(new_config(arguments.size, **values))
@@ -194,7 +197,8 @@ def finish(arguments: Arguments, run: Run) -> None:
     """Write the best (or the last) model, with its image processor and recipe, into `output/final`."""
     size = {"height": arguments.image_size, "width": arguments.image_size}
     with run.averaged() as last, atomic_folder(run.output / "final") as folder:
-        model = SpcxrForSemanticSegmentation.from_pretrained(run.output / "best") if arguments.final == "best" else last
+        best = str(run.output / "best")
+        model = load_network(SpcxrForSemanticSegmentation, best)[0] if arguments.final == "best" else last
         model.eval().set_attn_implementation("sdpa")
         model.save_pretrained(folder)
         SpcxrImageProcessor(size=size).save_pretrained(folder)

@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoConfig
 
-import spcxr_hf
-from spcxr_hf import SpcxrError, SpcxrImageProcessor
+from spcxr_hf import SpcxrError
 from spcxr_hf.files import write_json
 from spcxr_hf.hub.expected_outputs import RECORD, record_outputs
 from spcxr_hf.hub.folder import write_code
+from spcxr_hf.models.loading import load_config, load_network, load_processor, own_class
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 from training_scripts.benchmarks.lib.results import read_cost
 
@@ -72,14 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def copy_model(source: Path, folder: Path) -> None:
     """Weights in float16, loaded as float32 again, with the image processor and the code that loads both."""
-    config = AutoConfig.from_pretrained(source)
-    model_class = getattr(spcxr_hf, config.architectures[0])
-    model = model_class.from_pretrained(source, dtype=torch.float16)
+    model, _ = load_network(own_class(load_config(str(source), any_family=False)), str(source), dtype=torch.float16)
     model.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     saved["dtype"] = "float32"  # half precision is for the way; to compute in it is the user's choice
     (folder / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    SpcxrImageProcessor.from_pretrained(source).save_pretrained(folder)
+    load_processor(str(source)).save_pretrained(folder)
     size = (folder / "model.safetensors").stat().st_size
     if size > LARGEST_FILE:
         raise SpcxrError(f"{folder / 'model.safetensors'}: {size} bytes; a file may have {LARGEST_FILE}")

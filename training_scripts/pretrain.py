@@ -21,6 +21,7 @@ from spcxr_hf.drawing import save_grid, to_grey
 from spcxr_hf.files import atomic_folder
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
 from spcxr_hf.models.convert import change_image_size
+from spcxr_hf.models.loading import load_network
 from spcxr_hf.quality.checks import SetArguments, for_pretraining, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
 from spcxr_hf.training.engine import Run, RunArguments, StepSource, learning_rate_schedule
@@ -113,8 +114,12 @@ def build_model(arguments: Arguments) -> SpcxrForPreTraining:
         config = new_config(arguments.size, image_size=arguments.image_size, drop_path_rate=arguments.drop_path_rate)
         model = SpcxrForPreTraining(config)
     else:
-        model = SpcxrForPreTraining.from_pretrained(
-            arguments.init_from, drop_path_rate=arguments.drop_path_rate, dtype=torch.float32
+        model, _ = load_network(
+            SpcxrForPreTraining,
+            arguments.init_from,
+            new="head",
+            dtype=torch.float32,
+            drop_path_rate=arguments.drop_path_rate,
         )
         change_image_size(model, arguments.image_size)
     model.config.images_seen = getattr(model.config, "images_seen", 0)  # travels with every checkpoint

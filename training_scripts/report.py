@@ -29,16 +29,15 @@ from spcxr_hf.evaluation.curves import read_results
 from spcxr_hf.evaluation.plots import grey_picture
 from spcxr_hf.evaluation.predict import (
     LabelledRows,
-    class_names,
-    is_multi_label,
     leave_out_broken,
-    load_judged,
+    load_classifier,
     match_classes,
     open_images,
     predict_logits,
     select_rows,
 )
 from spcxr_hf.evaluation.report import Evaluated, ReportOptions, write_evaluation_report
+from spcxr_hf.models.loading import is_multi_label, label_names
 from spcxr_hf.quality.checks import SetArguments, write_skipped
 from spcxr_hf.training.arguments import fill_from_recipe, parse_arguments, run_script
 
@@ -83,14 +82,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     check(arguments)
     efficiency = read_efficiency(arguments)
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
-    model, processor = load_judged(arguments.model, device)
+    model, processor = load_classifier(arguments.model, device)
     rows, skipped = select(arguments, model)
     evaluated = [judge(arguments, model, processor, split, found) for split, found in rows.items()]
     options = options_of(arguments, model, efficiency)
     path = write_evaluation_report(
         Path(arguments.output),
         title_of(arguments),
-        class_names(model),
+        label_names(model.config),
         evaluated,
         options,
         pictures_of(arguments, rows),
@@ -123,10 +122,10 @@ def select(arguments: Arguments, model: Any) -> tuple[dict[str, LabelledRows], d
     """The labelled rows of each split, and what is left out of them: id -> cause."""
     table = read_set(arguments.data, arguments.exclude)
     columns = str(arguments.label_column), str(arguments.split_column)
-    classes = match_classes(arguments.model, class_names(model), parse_classes(arguments.classes))
+    classes = match_classes(arguments.model, label_names(model.config), parse_classes(arguments.classes))
     found = {}
     for split in dict.fromkeys(arguments.splits):
-        rows = select_rows(table, *columns, split, classes, is_multi_label(model))
+        rows = select_rows(table, *columns, split, classes, is_multi_label(model.config))
         found[split] = rows.where(draw(len(rows), arguments.limit, arguments.seed))
     return leave_out_broken(found, arguments.on_error)
 
@@ -141,7 +140,7 @@ def draw(count: int, limit: int | None, seed: int) -> np.ndarray:
 def judge(arguments: Arguments, model: Any, processor: Any, split: str, rows: LabelledRows) -> Evaluated:
     """What the model says of a split."""
     logits = predict_logits(model, processor, open_images(rows.table), arguments.batch_size, arguments.bf16, split)
-    probabilities = to_probabilities(logits, is_multi_label(model)).numpy()
+    probabilities = to_probabilities(logits, is_multi_label(model.config)).numpy()
     return Evaluated(split, probabilities, rows.targets.numpy(), rows.table.ids, rows.patients)
 
 
@@ -154,8 +153,10 @@ def options_of(arguments: Arguments, model: Any, efficiency: list[dict]) -> Repo
                                                        "bf16", "resamples", "seed")},
     }  # fmt: skip
     return ReportOptions(
-        multi_label=is_multi_label(model),
-        sums=[*dict.fromkeys([*arguments.sums, *(target for target in points if target not in class_names(model))])],
+        multi_label=is_multi_label(model.config),
+        sums=[
+            *dict.fromkeys([*arguments.sums, *(target for target in points if target not in label_names(model.config))])
+        ],
         points=points,
         efficiency=efficiency,
         metric=arguments.metric,

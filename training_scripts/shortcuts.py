@@ -43,10 +43,8 @@ from spcxr_hf.evaluation.calibration import JOIN, target_columns, target_values,
 from spcxr_hf.evaluation.metrics import classification_report
 from spcxr_hf.evaluation.predict import (
     LabelledRows,
-    class_names,
-    is_multi_label,
     leave_out_broken,
-    load_judged,
+    load_classifier,
     match_classes,
     predict_logits,
     select_rows,
@@ -61,6 +59,7 @@ from spcxr_hf.evaluation.shortcuts import (
     filled,
 )
 from spcxr_hf.files import write_json
+from spcxr_hf.models.loading import is_multi_label, label_names
 from spcxr_hf.models.lungs import load_segmenter
 from spcxr_hf.quality.checks import SetArguments, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
@@ -134,7 +133,7 @@ class Task:
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
     fill_in(arguments)
-    model, processor = load_judged(arguments.model, arguments.device)
+    model, processor = load_classifier(arguments.model, arguments.device)
     segmenter = load_segmenter(arguments.lungs, arguments.device)
     task = define_task(arguments, model)
     splits, skipped = select(arguments, task)
@@ -177,12 +176,12 @@ def fill_in(arguments: Arguments) -> None:
 
 def define_task(arguments: Arguments, model: PreTrainedModel) -> Task:
     """The classes and targets, all of them known to the model."""
-    names = class_names(model)
+    names = label_names(model.config)
     classes = match_classes(arguments.model, names, parse_classes(arguments.classes))
     for target in arguments.targets:
         for part in target.split(AGAINST):
             target_columns(part, names)
-    return Task(classes, is_multi_label(model), [*names, *arguments.targets])
+    return Task(classes, is_multi_label(model.config), [*names, *arguments.targets])
 
 
 def select(arguments: Arguments, task: Task) -> tuple[dict[str, LabelledRows], dict[str, str]]:

@@ -17,7 +17,6 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig
 
 from spcxr_hf.drawing import overlay
 from spcxr_hf.errors import SpcxrError
@@ -26,10 +25,10 @@ from spcxr_hf.images.reader import read_radiograph, read_with_quality_warnings, 
 from spcxr_hf.inference.demo import example_radiograph
 from spcxr_hf.inference.explain import METHODS, draw_explanation, explain, share_inside
 from spcxr_hf.inference.neighbors import Neighbor, NeighborIndex
-from spcxr_hf.inference.pipeline import Batch, Loaded, Prepared, Source, load_model
-from spcxr_hf.inference.tasks import Predictor, segment_lungs
-from spcxr_hf.models.auto import register
-from spcxr_hf.models.lungs import LungAreas, measure_lungs
+from spcxr_hf.inference.pipeline import Batch, Prepared, Source, load_model
+from spcxr_hf.inference.tasks import Predictor
+from spcxr_hf.models.loading import Loaded, forward, load_config
+from spcxr_hf.models.lungs import LungAreas, measure_lungs, segment_lungs
 
 LONGEST_SIDE = 768  # pixels of the pictures that are shown
 MAX_FILES = 8  # at once
@@ -94,11 +93,10 @@ def list_choices(checkpoints: Path | None = None, models: Sequence[str] = ()) ->
     """
     choices = []
     if models:
-        register()
         for model in models:
             try:
-                task = TASKS.get((AutoConfig.from_pretrained(model).architectures or [""])[0])
-            except (OSError, ValueError):
+                task = TASKS.get((load_config(model).architectures or [""])[0])
+            except SpcxrError:
                 continue
             if task:
                 choices.append(Choice(model, task, model, card_url=f"https://huggingface.co/{model}"))
@@ -306,9 +304,9 @@ class Session:
         grey = torch.from_numpy(np.asarray(radiograph.shown, dtype=np.float32) / 255)
         mask, lungs, embedding, neighbors = None, None, None, None
         if (segmenter := self._first("segmentation")) is not None:
-            found = segment_lungs(segmenter, _batch(radiograph, segmenter))[0]
-            mask = torch.from_numpy(found)
-            lungs = (_picture(overlay(grey, mask)), measure_lungs(found))
+            batch = _batch(radiograph, segmenter)
+            mask = segment_lungs(segmenter, batch.pixel_values(), [batch.images[0].size])[0]
+            lungs = (_picture(overlay(grey, mask)), measure_lungs(mask.numpy()))
         if choice.task == "segmentation":
             return Answer(choice, model, lungs=lungs)
         batch = _batch(radiograph, loaded)
@@ -319,15 +317,15 @@ class Session:
             targets = list(dict.fromkeys([probable, *prediction["targets"]]))[:MAX_MAPS]
         maps = []
         for target in targets:
-            relevance = explain(loaded.model, batch.pixel_values(loaded.device), target, METHODS[0])[0].cpu()
+            relevance = explain(loaded.model, batch.pixel_values(), target, METHODS[0])[0].cpu()
             share = float("nan") if mask is None else share_inside(relevance, mask)
             picture = _picture(draw_explanation(grey, relevance, mask))
             peak = float(relevance.max() / relevance.mean()) if relevance.any() else 0.0
             maps.append(Map(target, picture, share if share == share else None, peak))
         if (encoder := self._first("embedding")) is not None:
-            pixel_values = _batch(radiograph, encoder).pixel_values(encoder.device)
             with torch.inference_mode():
-                embedding = encoder.model(pixel_values).pooler_output[0].float().cpu()
+                outputs = forward(encoder.model, _batch(radiograph, encoder).pixel_values())
+            embedding = outputs.pooler_output[0].float().cpu()
             if self.index is not None:
                 nearest = self.index.search(embedding.unsqueeze(0), NEIGHBORS)[0]
                 neighbors = [(one, neighbor_picture(one.id)) for one in nearest]

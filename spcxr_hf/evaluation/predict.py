@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +11,13 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spcxr_hf.data.labels import targets_of
 from spcxr_hf.data.table import OnError, RadiographTable, decode_set, open_image
-from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.errors import SpcxrError
 from spcxr_hf.evaluation.metrics import check_packages
-from spcxr_hf.images.reader import to_8_bit
-from spcxr_hf.models.encoders import LOADING_ERRORS
-from spcxr_hf.models.precision import bf16_autocast
+from spcxr_hf.models.loading import forward, load_checkpoint, to_pixel_values
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -117,35 +114,15 @@ def open_images(table: RadiographTable) -> Iterator[Image.Image]:
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 
-def load_judged(source: str, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, Any]:
+def load_classifier(source: str, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, Any]:
     """A classifier of any family, in evaluation mode on its device, and its image processor.
 
     Raises:
-        SpcxrError: it is no classifier, has no weights for a part of it, or has no image processor; or what it is to be
-            judged with, scikit-learn, is missing.
+        SpcxrError: as `load_checkpoint`; or scikit-learn, which the metrics need, is missing.
     """
     check_packages()
-    try:
-        model, loading = AutoModelForImageClassification.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True
-        )
-        processor = AutoImageProcessor.from_pretrained(source)
-    except LOADING_ERRORS as error:
-        raise SpcxrError(f"{source}: no classifier with its image processor ({one_line(error)})") from error
-    lost = sorted(name for name in loading["missing_keys"] if not name.endswith("mask_token"))
-    if lost:
-        raise SpcxrError(f"{source}: no trained classifier, since there are no weights for {', '.join(lost[:4])}")
-    return model.to(device).eval(), processor
-
-
-def is_multi_label(model: PreTrainedModel) -> bool:
-    """Whether the model's labels may hold together."""
-    return model.config.problem_type == "multi_label_classification"
-
-
-def class_names(model: PreTrainedModel) -> list[str]:
-    """What the model's outputs are called, in their order."""
-    return [str(name) for _, name in sorted(dict(model.config.id2label or {}).items())]
+    loaded = load_checkpoint("classification", source, device, any_family=True)
+    return loaded.model, loaded.processor
 
 
 def match_classes(source: str, names: Sequence[str], given: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -176,7 +153,7 @@ def predict_logits(
     """Logits (n, classes) float32 of pictures of any sizes, grey of 8 or 16 bits.
 
     Args:
-        model: As of `load_judged`.
+        model: As of `load_classifier`.
         processor: Its image processor: the pictures take the way that a user's do.
         images: Read as they are needed.
         batch_size: Images per forward pass.
@@ -184,30 +161,9 @@ def predict_logits(
         name: What the progress bar says.
     """
     parts = tqdm(_batches(images, batch_size), desc=name, unit="batch")
-    return torch.cat([forward(model, processor, part, bf16) for part in parts])
-
-
-@torch.no_grad()
-def forward(
-    model: PreTrainedModel,
-    processor: Any,
-    images: list[Image.Image],
-    bf16: bool = False,
-    image_size: int | None = None,
-) -> torch.Tensor:
-    """Logits (B, classes) float32, on the CPU, of one batch; see `predict_logits`.
-
-    Args:
-        image_size: Side of the input in pixels; by default the image processor's.
-    """
-    if not hasattr(processor, "num_output_channels"):  # of another family: 8 bits and 3 channels
-        images = [_in_colour(image) for image in images]
-    options = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-    inputs = processor(images, return_tensors="pt", **options).to(model.device)
-    interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    asked = {"interpolate_pos_encoding": True} if interpolates else {}
-    with bf16_autocast(model.device, bf16):
-        return model(pixel_values=inputs["pixel_values"], **asked).logits.float().cpu()
+    with torch.no_grad():
+        found = [forward(model, to_pixel_values(processor, part), bf16).logits.float().cpu() for part in parts]
+    return torch.cat(found)
 
 
 def _batches(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
@@ -219,7 +175,3 @@ def _batches(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.Im
             part = []
     if part:
         yield part
-
-
-def _in_colour(image: Image.Image) -> Image.Image:
-    return to_8_bit(image).convert("RGB")

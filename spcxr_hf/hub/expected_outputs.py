@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoModel
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.models.auto import MODEL_CLASSES
+from spcxr_hf.models.loading import forward, load_config, load_network, load_processor, own_class, to_pixel_values
 
 RECORD = "expected_outputs.json"
 VALUES = 32
@@ -85,33 +84,17 @@ def made_outputs(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         SpcxrError: the folder does not load without a network, or not completely.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        own = _own_class(folder, config)
-        models = {"AutoModel": AutoModel.from_pretrained(folder, local_files_only=True)}
-        models[own.__name__], loading = own.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise SpcxrError(f"{folder}: does not load ({' '.join(str(error).split())})") from error
-    wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loading[kind]]
-    if wrong:
-        raise SpcxrError(f"{folder}: weights and configuration do not fit: {', '.join(map(str, sorted(wrong)[:3]))}")
+    config = load_config(str(folder), any_family=False)
+    classes = {"AutoModel": AutoModel, own_class(config).__name__: own_class(config)}
+    models = {name: load_network(one, str(folder))[0].eval() for name, one in classes.items()}
     side = config.image_size
     picture = Image.fromarray(made_picture(side + side // 4, side + side // 3))
-    values = processor(picture, return_tensors="pt").pixel_values
+    values = to_pixel_values(load_processor(str(folder)), [picture])
     outputs = {"pixel_values": values}
     for name, model in models.items():
-        tensors = {key: value for key, value in model(values).items() if isinstance(value, torch.Tensor)}
+        tensors = {key: value for key, value in forward(model, values).items() if isinstance(value, torch.Tensor)}
         outputs |= {f"{name}/{key}": value.float() for key, value in tensors.items()}
     return outputs
-
-
-def _own_class(folder: Path, config: Any) -> Any:
-    names = config.architectures or ["none"]
-    known = {model_class.__name__: model_class for model_class in MODEL_CLASSES.values()}
-    if names[0] not in known:
-        raise SpcxrError(f"{folder / 'config.json'}: its architecture {names[0]} is none of {', '.join(known)}")
-    return known[names[0]]
 
 
 def summarise(outputs: Mapping[str, torch.Tensor]) -> dict[str, dict[str, list]]:

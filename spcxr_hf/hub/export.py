@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel, ViTConfig, ViTImageProcessor
+from transformers import PreTrainedModel, ViTConfig, ViTImageProcessor
 
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
@@ -25,8 +24,7 @@ from spcxr_hf.modeling.modeling_spcxr import (
     SpcxrForSemanticSegmentation,
     SpcxrModel,
 )
-from spcxr_hf.models.auto import register
-from spcxr_hf.models.encoders import LOADING_ERRORS
+from spcxr_hf.models.loading import label_names, load_config, load_network, load_processor
 
 NOTICE = "research use only, not for clinical use"
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as the image processor makes RGB grey
@@ -71,8 +69,11 @@ def load_source(model: str | os.PathLike | PreTrainedModel, processor: Any = Non
     if isinstance(model, PreTrainedModel):
         name, network = type(model).__name__, model
     else:
-        name, network = str(model), _load(str(model))
-        processor = processor or _load_processor(name)
+        name = str(model)
+        config = load_config(name, any_family=False)
+        _, model_class = TASKS.get((config.architectures or [""])[0], ("embedding", SpcxrModel))
+        network, _ = load_network(model_class, name, dtype=torch.float32)
+        processor = processor or load_processor(name, required=False)
     if network.config.model_type != "spcxr":
         raise SpcxrError(f"{name}: a {network.config.model_type} model; only models of this family are exported")
     task, _ = TASKS.get(type(network).__name__, ("embedding", None))
@@ -83,35 +84,6 @@ def load_source(model: str | os.PathLike | PreTrainedModel, processor: Any = Non
     size = (processor.size["height"], processor.size["width"]) if processor else (side, side)
     means, stds = (processor.image_mean, processor.image_std) if processor else (RADIOGRAPH_MEAN, RADIOGRAPH_STD)
     return Source(name, network.eval(), task, size, _one_value(means, name), _one_value(stds, name))
-
-
-def _load(name: str) -> PreTrainedModel:
-    register()  # a fresh process may have imported this module alone
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise SpcxrError(f"{name}: no config.json in this folder")
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != "spcxr":
-            raise SpcxrError(f"{name}: a {config.model_type} model; only models of this family are exported")
-        _, model_class = TASKS.get((config.architectures or [""])[0], ("embedding", SpcxrModel))
-        network, loading = model_class.from_pretrained(
-            name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-    except SpcxrError:
-        raise
-    except LOADING_ERRORS as error:
-        raise SpcxrError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:240]})") from error
-    if loading["missing_keys"]:
-        raise SpcxrError(f"{name}: no weights for {', '.join(sorted(loading['missing_keys'])[:4])}")
-    return network
-
-
-def _load_processor(name: str) -> Any:
-    """The checkpoint's image processor; None where there is none."""
-    try:
-        return AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError):
-        return None
 
 
 def _one_value(values: Any, name: str) -> float:
@@ -169,7 +141,7 @@ def plain_config(source: Source, num_channels: int, **others: Any) -> ViTConfig:
             "patch_size")  # fmt: skip
     fields = {name: getattr(ours, name) for name in same}
     if source.task == "classification":
-        labels = dict(enumerate(label_names(source)))
+        labels = dict(enumerate(label_names(ours)))
         numbers = {label: index for index, label in labels.items()}
         fields |= {"id2label": labels, "label2id": numbers, "problem_type": ours.problem_type}
         for name in ("operating_points", "operating_point"):
@@ -179,17 +151,10 @@ def plain_config(source: Source, num_channels: int, **others: Any) -> ViTConfig:
     return ViTConfig(**{**fields, "num_channels": num_channels, "intended_use": NOTICE, **others})
 
 
-def label_names(source: Source) -> list[str]:
-    """The labels in the order of the logits."""
-    names = {int(index): label for index, label in (source.model.config.id2label or {}).items()}
-    return [names[index] for index in sorted(names)]
-
-
 __all__ = [
     "NOTICE",
     "Source",
     "check_channels",
-    "label_names",
     "load_source",
     "patch_weight",
     "picture_processor",

@@ -29,13 +29,13 @@ from spcxr_hf.hub.export import (
     NOTICE,
     Source,
     check_channels,
-    label_names,
     load_source,
     patch_weight,
     picture_processor,
     plain_config,
 )
 from spcxr_hf.hub.export_vit import check_target
+from spcxr_hf.models.loading import label_names
 
 MODEL_FILE = "onnx/model.onnx"  # where Transformers.js looks; the 8-bit one is model_quantized.onnx (its dtype "q8")
 INT8_FILE = "onnx/model_quantized.onnx"
@@ -216,7 +216,7 @@ def _write_metadata(onnx: Any, file: Path, source: Source, num_channels: int) ->
         "pooling": config.pooling,
     }
     if source.task != "embedding":
-        facts["labels"] = label_names(source)
+        facts["labels"] = label_names(source.model.config)
     if source.task == "classification":
         facts["problem_type"] = config.problem_type or "single_label_classification"
         facts["operating_points"] = getattr(config, "operating_points", None) or {}

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature
 
 from spcxr_hf.drawing import overlay, to_grey
 from spcxr_hf.errors import SpcxrError
@@ -25,8 +24,9 @@ from spcxr_hf.files import RESEARCH_NOTICE
 from spcxr_hf.hub.install import install_checkpoints
 from spcxr_hf.images.dicom import quiet
 from spcxr_hf.images.reader import file_kind, read_radiograph
-from spcxr_hf.inference.pipeline import Loaded, load_model
-from spcxr_hf.models.lungs import LungAreas, measure_lungs
+from spcxr_hf.inference.pipeline import load_model
+from spcxr_hf.models.loading import Loaded, forward, to_pixel_values
+from spcxr_hf.models.lungs import LungAreas, measure_lungs, segment_lungs
 from spcxr_hf.transforms.group_masking import GroupMasking, as_pixels
 
 BASE, LUNGS = "spcxr/base", "spcxr/lung-segmentation"
@@ -89,7 +89,8 @@ def run_demo(
 
     encoded = encode(base, radiograph)
     reconstructed = reconstruct(base, radiograph)
-    lung_mask = segment_lungs(lungs, radiograph)
+    size = (radiograph.height, radiograph.width)
+    lung_mask = segment_lungs(lungs, to_pixel_values(lungs.processor, [radiograph]), [size])[0]
     panels = compose_panels(radiograph, lung_mask, encoded.attention, reconstructed)
     draw(panels, radiograph.size, output)
     findings = Findings(
@@ -167,8 +168,8 @@ def encode(base: Loaded, radiograph: Image.Image) -> Encoded:
     attention to each: so the attention to a patch, averaged over the tokens and the heads, is the weight with which
     that patch's content enters the embedding there. It tells where the block looks, not what it concludes.
     """
-    pixel_values = base.processor(radiograph, return_tensors="pt").pixel_values  # (1, C, H, W)
-    outputs = base.model.base_model(pixel_values, output_attentions=True)
+    pixel_values = to_pixel_values(base.processor, [radiograph])  # (1, C, H, W)
+    outputs = forward(base.model.base_model, pixel_values, output_attentions=True)
     weights = outputs.attentions[-1].mean(dim=1)[0, 1:, 1:].mean(dim=0)  # (N,), CLS left out on both sides
     patch = base.model.config.patch_size
     rows, columns = (side // patch for side in pixel_values.shape[-2:])
@@ -178,28 +179,16 @@ def encode(base: Loaded, radiograph: Image.Image) -> Encoded:
 @torch.inference_mode()
 def reconstruct(base: Loaded, radiograph: Image.Image) -> Reconstructed:
     """Corrupt groups of pixels by noise, the same ones at every start, and let the model fill them in."""
-    clean = base.processor(radiograph, return_tensors="pt").pixel_values
+    clean = to_pixel_values(base.processor, [radiograph])
     # "replace", the other fill of the pretraining, takes pixels from a second image.
     corrupted, mask = GroupMasking(fill_modes=("noise",))(clean, torch.Generator().manual_seed(SEED))
-    reconstruction = as_pixels(base.model.config, base.model(corrupted).reconstruction, clean)
+    reconstruction = as_pixels(base.model.config, forward(base.model, corrupted).reconstruction, clean)
     composed = torch.where(mask, reconstruction, clean)
     mean, std = base.processor.image_mean[0], base.processor.image_std[0]
     grey, corrupted_grey, composed_grey = (to_grey(values, mean, std)[0] for values in (clean, corrupted, composed))
     pixel_mask = mask[0, 0]
     error = (composed_grey - grey).abs()[pixel_mask].mean().item()
     return Reconstructed(corrupted_grey, composed_grey, pixel_mask, error)
-
-
-@torch.inference_mode()
-def segment_lungs(lungs: Loaded, radiograph: Image.Image) -> torch.Tensor:
-    """True where lung is, (height, width) of the radiograph itself."""
-    labels = lungs.model.config.label2id or {}
-    if "lung" not in labels:
-        raise SpcxrError(f"{lungs.name} names no label 'lung'; it has {', '.join(labels)}")
-    inputs: BatchFeature = lungs.processor(radiograph, return_tensors="pt")
-    outputs = lungs.model(**inputs)
-    size = (radiograph.height, radiograph.width)
-    return lungs.processor.post_process_semantic_segmentation(outputs, target_sizes=[size])[0] == labels["lung"]
 
 
 # ---- the picture -------------------------------------------------------------------------------------------------

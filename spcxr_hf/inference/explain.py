@@ -23,6 +23,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from transformers import PreTrainedModel
 
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.models.loading import is_sigmoid, probabilities
 
 METHODS = ("relevance", "rollout")
 
@@ -150,7 +151,7 @@ def _score(model: PreTrainedModel, pixels: torch.Tensor, target: Target) -> tupl
     wanted = target_matrix(model, target, len(pixels))
     logits = model.get_submodule("classifier")(encoded.pooler_output).float()
     inside = logits.masked_fill(~wanted, -torch.inf).logsumexp(dim=1)
-    if _is_sigmoid(model):
+    if is_sigmoid(model.config):
         return inside, encoded
     return inside - logits.masked_fill(wanted, -torch.inf).logsumexp(dim=1), encoded
 
@@ -173,7 +174,7 @@ def target_matrix(model: PreTrainedModel, target: Target, batch: int) -> torch.T
     matrix = torch.zeros(batch, count, dtype=torch.bool)
     for row, one in enumerate(targets):
         matrix[row, _labels_of(model, one)] = True
-    if not _is_sigmoid(model) and matrix.all(dim=1).any():
+    if not is_sigmoid(model.config) and matrix.all(dim=1).any():
         raise SpcxrError(f"the target {targets[0]!r} holds every class: its probability is always 1")
     return matrix.to(model.device)
 
@@ -193,13 +194,7 @@ def _labels_of(model: PreTrainedModel, target: int | str) -> list[int]:
 
 def target_probability(model: PreTrainedModel, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The probability (B,) of what `target_matrix` says, from logits (B, L); of several labels the sum, at most 1."""
-    values = logits.float()
-    probabilities = values.sigmoid() if _is_sigmoid(model) else values.softmax(dim=1)
-    return (probabilities * wanted).sum(dim=1).clamp(max=1)
-
-
-def _is_sigmoid(model: PreTrainedModel) -> bool:
-    return model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
+    return (probabilities(model.config, logits) * wanted).sum(dim=1).clamp(max=1)
 
 
 def _run(model: torch.nn.Module, pixels: torch.Tensor) -> Any:

@@ -1,7 +1,7 @@
 """From files to answers: sources found, a model loaded, images read ahead by threads, batches through the model.
 
 find_sources              files, folders, patterns -> what there is to do, in order
-load_model                an id or a folder -> model and image processor on a device
+load_model                an id or a folder -> model and image processor on a device (`models.loading`)
 read_batches -> prepare   files -> batches, a bounded number of images ahead of the model
 answers                   batches -> records, by one of the functions of `tasks`
 
@@ -16,27 +16,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForPreTraining,
-    AutoModelForSemanticSegmentation,
-    PreTrainedModel,
-)
-from transformers.utils import logging
 
 from spcxr_hf.data.table import (
     PICTURE_SUFFIXES,
@@ -50,14 +37,8 @@ from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import worker_count
 from spcxr_hf.hub.install import BUNDLED, install_checkpoints
 from spcxr_hf.images.reader import read_with_quality_warnings
-from spcxr_hf.models.auto import register
+from spcxr_hf.models.loading import Loaded, is_local, load_checkpoint
 
-AUTO_CLASSES: dict[str, Any] = {
-    "embedding": AutoModel,
-    "reconstruction": AutoModelForPreTraining,
-    "classification": AutoModelForImageClassification,
-    "segmentation": AutoModelForSemanticSegmentation,
-}
 NAMESPACE = "spcxr/"
 AHEAD = 2  # batches that are read while the model works on one
 
@@ -126,121 +107,27 @@ def table_of(words: Sequence[str | os.PathLike]) -> RadiographTable:
 # ---- the model ---------------------------------------------------------------------------------------------------
 
 
-class Loaded(NamedTuple):
-    """A model in evaluation mode on its device, its image processor, and what records call it: id@revision, folder."""
-
-    name: str
-    model: PreTrainedModel
-    processor: Any
-    device: torch.device
-
-
 def load_model(task: str, model: str | os.PathLike, device: str = "auto") -> Loaded:
-    """Load a checkpoint for "embedding", "reconstruction", "classification" or "segmentation".
-
-    An id that the local Hub cache has is loaded from there. Of the ids `spcxr/...` the bundled checkpoint is installed
-    first where it is missing, if the source tree is there. Any other id is downloaded.
-
-    Args:
-        task: What it is for.
-        model: A Hub id or a folder.
-        device: "auto" (a GPU where there is one), or as `torch.device` has it: "cpu", "cuda:1", "mps".
+    """`models.loading.load_checkpoint` for the commands: of the ids `spcxr/...`, the bundled checkpoint is installed
+    into the local Hub cache first where it is missing, if the source tree is there.
 
     Raises:
-        SpcxrError: it is not there, is damaged, is no SPCXR model, or was not trained for this task; or there is no
-            such device.
+        SpcxrError: as `load_checkpoint`.
     """
-    register()
-    place, chosen = _find_checkpoint(os.fspath(model)), choose_device(device)
-    where = {"local_files_only": True} if place.is_local else {}
-    try:
-        with _no_progress_bar():
-            config = AutoConfig.from_pretrained(place.name, **where)
-            if config.model_type != "spcxr":
-                raise SpcxrError(f"{model}: a model of the type {config.model_type}, not an SPCXR checkpoint")
-            loaded, loading = AUTO_CLASSES[task].from_pretrained(place.name, output_loading_info=True, **where)
-            processor = AutoImageProcessor.from_pretrained(place.name, **where)
-    except SpcxrError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SpcxrError(f"{model}: {_cause(error, place)}") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise SpcxrError(f"{model}: no checkpoint for {task}; it lacks {len(missing)} weights, {missing[0]} among them")
-    return Loaded(_name_with_revision(place.name), loaded.eval().to(chosen), processor, chosen)
-
-
-class _Place(NamedTuple):
-    name: str
-    is_local: bool
-
-
-def _find_checkpoint(model: str) -> _Place:
-    if Path(model).is_dir():
-        if not (Path(model) / "config.json").is_file():
-            raise SpcxrError(f"{model}: no checkpoint, config.json is missing in this folder")
-        return _Place(model, True)
-    try:
-        validate_repo_id(model)
-    except HFValidationError as error:
-        raise SpcxrError(f"{model}: neither a folder nor a Hub id") from error
-    if not _is_cached(model) and model.startswith(NAMESPACE) and (BUNDLED / model.removeprefix(NAMESPACE)).is_dir():
+    name = os.fspath(model)
+    if name.startswith(NAMESPACE) and not is_local(name) and (BUNDLED / name.removeprefix(NAMESPACE)).is_dir():
         install_checkpoints()
-    return _Place(model, _is_cached(model))
-
-
-def _is_cached(repo_id: str) -> bool:
-    return all(_cached_file(repo_id, file) for file in ("config.json", "model.safetensors"))
-
-
-def _cached_file(repo_id: str, file: str) -> Path | None:
-    found = try_to_load_from_cache(repo_id, file, cache_dir=constants.HF_HUB_CACHE)
-    return Path(found) if isinstance(found, str) else None
-
-
-def _name_with_revision(name: str) -> str:
-    """A folder as it is; an id with the start of the revision that the cache holds it at."""
-    file = None if Path(name).is_dir() else _cached_file(name, "config.json")
-    return f"{name}@{file.parent.name[:12]}" if file else name
-
-
-def _cause(error: Exception, place: _Place) -> str:
-    """One line. transformers begins its own with what was asked for, and tells of the network at length."""
-    if place.is_local:
-        return f"cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
-    bundled = [NAMESPACE + folder.name for folder in BUNDLED.glob("*") if (folder / "config.json").is_file()]
-    near = difflib.get_close_matches(place.name, bundled, n=1, cutoff=0.85)
-    return (
-        "is not in the local Hub cache, and the Hub could not be asked for it or does not have it. `spcxr install` "
-        f"puts the bundled checkpoints there; --model takes a folder, too{f'. Did you mean {near[0]}?' if near else ''}"
-    )
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" is a GPU where there is one.
-
-    Raises:
-        SpcxrError: there is none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SpcxrError(f"no device {name!r} on this machine: {str(error).strip().partition(chr(10))[0]}") from error
-    return device
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """A bar over a hundred weights that are there in an instant says nothing."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
+        return load_checkpoint(task, name, device)
+    except SpcxrError as error:
+        if is_local(name):
+            raise
+        bundled = [NAMESPACE + folder.name for folder in BUNDLED.glob("*") if (folder / "config.json").is_file()]
+        near = difflib.get_close_matches(name, bundled, n=1, cutoff=0.85)
+        raise SpcxrError(
+            f"{error}. `spcxr install` puts the bundled checkpoints there; --model takes a folder, too"
+            f"{f'. Did you mean {near[0]}?' if near else ''}"
+        ) from error
 
 
 # ---- images ------------------------------------------------------------------------------------------------------
@@ -291,9 +178,9 @@ class Batch(NamedTuple):
     images: list[Prepared]
     failed: list[Failed]
 
-    def pixel_values(self, device: torch.device) -> torch.Tensor:
-        """(B, C, H, W) on the device."""
-        return torch.stack([image.pixel_values for image in self.images]).to(device)
+    def pixel_values(self) -> torch.Tensor:
+        """(B, C, H, W)."""
+        return torch.stack([image.pixel_values for image in self.images])
 
 
 def read_batches(

@@ -23,7 +23,6 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from transformers import PreTrainedModel
 
 from spcxr_hf.drawing import font_for, to_grey, with_words
 from spcxr_hf.errors import SpcxrError, printable
@@ -33,7 +32,8 @@ from spcxr_hf.inference.dicom_seg import SourceError, check_highdicom, write_seg
 from spcxr_hf.inference.explain import draw_explanation, explain, share_inside, target_matrix
 from spcxr_hf.inference.pipeline import Answer, Batch, Failed, Loaded, Prepared, Source, answers, prepare
 from spcxr_hf.inference.writers import check_output, choose_format, finished, open_writer
-from spcxr_hf.models.lungs import measure_lungs
+from spcxr_hf.models.loading import forward, is_sigmoid, label_names, probabilities
+from spcxr_hf.models.lungs import measure_lungs, segment_lungs
 from spcxr_hf.transforms.group_masking import FILL_MODES, GroupMasking, as_pixels
 
 Record = dict[str, Any]
@@ -71,8 +71,8 @@ class Predictor:
         config = loaded.model.config
         if config.problem_type == "regression":
             raise SpcxrError(f"{loaded.name}: a regression model gives no probabilities")
-        self.labels = [str(name) for _, name in sorted((config.id2label or {}).items())]
-        self.exclusive = not _is_sigmoid(loaded.model)
+        self.labels = label_names(config)
+        self.exclusive = not is_sigmoid(config)
         self.point, self.thresholds = choose_operating_point(config, operating_point)
         for target in self.thresholds:
             self._members(target)
@@ -83,7 +83,8 @@ class Predictor:
 
         Of labels that exclude each other, `label` is the most probable; it knows nothing of thresholds.
         """
-        values = probabilities(loaded.model, loaded.model(batch.pixel_values(loaded.device)).logits).cpu()
+        logits = forward(loaded.model, batch.pixel_values()).logits
+        values = probabilities(loaded.model.config, logits).cpu()
         if not values.isfinite().all():
             raise SpcxrError(f"{loaded.name}: the model's answers are not finite numbers; the checkpoint is damaged")
         return [
@@ -122,23 +123,13 @@ def choose_operating_point(config: Any, name: str | None = None) -> tuple[str | 
     return chosen, {target: values[chosen] for target, values in points.items() if chosen in values}
 
 
-def probabilities(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
-    """Logits (B, L) -> probabilities (B, L), as the pipelines of transformers have them."""
-    return logits.float().sigmoid() if _is_sigmoid(model) else logits.float().softmax(dim=-1)
-
-
-def _is_sigmoid(model: PreTrainedModel) -> bool:
-    """Whether each label has a probability of its own, as those that may hold together have, and the only one."""
-    return model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
-
-
 # ---- embed -------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def embed(loaded: Loaded, batch: Batch) -> list[Record]:
     """A record per image: `embedding`, the pooled vector, as a list of D numbers."""
-    pooled = loaded.model(batch.pixel_values(loaded.device)).pooler_output.float().cpu()
+    pooled = forward(loaded.model, batch.pixel_values()).pooler_output.float().cpu()
     if not pooled.isfinite().all():
         raise SpcxrError(f"{loaded.name}: the model's answers are not finite numbers; the checkpoint is damaged")
     return [_record(loaded, image, embedding=row) for image, row in zip(batch.images, pooled.tolist(), strict=True)]
@@ -161,9 +152,10 @@ def segment(loaded: Loaded, batch: Batch, save: Callable[[np.ndarray, Prepared],
     Raises:
         SpcxrError: the model has no such label, or a mask cannot be saved.
     """
-    masks = segment_lungs(loaded, batch)
+    masks = segment_lungs(loaded, batch.pixel_values(), [image.size for image in batch.images])
     found: list[Record | Failed] = []
-    for image, mask in zip(batch.images, masks, strict=True):
+    for image, lungs in zip(batch.images, masks, strict=True):
+        mask = lungs.numpy()
         try:
             found.append(_record(loaded, image, mask=str(save(mask, image)), lung_area=_areas(mask)))
         except SourceError as error:
@@ -194,22 +186,6 @@ def mask_saver(mask_format: str, model: str) -> tuple[Callable[..., Path], str]:
         return path
 
     return save, ".png" if mask_format == "png" else ".dcm"
-
-
-@torch.inference_mode()
-def segment_lungs(loaded: Loaded, batch: Batch) -> list[np.ndarray]:
-    """True where lung is, (height, width) of each image itself.
-
-    Raises:
-        SpcxrError: the model has no label "lung".
-    """
-    labels = loaded.model.config.label2id or {}
-    if "lung" not in labels:
-        raise SpcxrError(f"{loaded.name} names no label 'lung'; it has {', '.join(labels)}")
-    outputs = loaded.model(batch.pixel_values(loaded.device))
-    sizes = [image.size for image in batch.images]
-    found = loaded.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
-    return [(labelled == labels["lung"]).cpu().numpy() for labelled in found]
 
 
 def _areas(mask: np.ndarray) -> dict[str, float]:
@@ -255,7 +231,7 @@ class Reconstructor:
         clean = image.pixel_values.unsqueeze(0)
         corrupted, masks = zip(*(self._corrupt(clean, fill) for fill in self.fill_modes), strict=True)
         images, mask = torch.cat(corrupted), torch.cat(masks)
-        reconstruction = loaded.model(images.to(loaded.device)).reconstruction.float().cpu()
+        reconstruction = forward(loaded.model, images).reconstruction.float().cpu()
         reconstruction = as_pixels(loaded.model.config, reconstruction, clean)
         composed = torch.where(mask, reconstruction, clean)
         mean, std = loaded.processor.image_mean[0], loaded.processor.image_std[0]
@@ -339,7 +315,7 @@ class Explainer:
 
     def __call__(self, loaded: Loaded, batch: Batch) -> list[Record]:
         """A record per image: `picture`, `target`, `method`, and `relevance_in_lungs` beside `lung_area` (0 .. 1)."""
-        pixel_values = batch.pixel_values(loaded.device)
+        pixel_values = batch.pixel_values()
         names = self._targets(loaded, pixel_values)
         targets = None if self.target is None else [str(name) for name in names]
         maps = explain(loaded.model, pixel_values, targets, self.method).cpu()
@@ -351,9 +327,8 @@ class Explainer:
     def _targets(self, loaded: Loaded, pixel_values: torch.Tensor) -> list[str | None]:
         if self.target != "probable":
             return [self.target] * len(pixel_values)
-        best = loaded.model(pixel_values).logits.argmax(dim=-1).tolist()
-        names: Any = loaded.model.config.id2label
-        return [str(names[index]) for index in best]
+        names = label_names(loaded.model.config)
+        return [names[index] for index in forward(loaded.model, pixel_values).logits.argmax(dim=-1).tolist()]
 
     def _draw(self, loaded: Loaded, image: Prepared, target: str | None, relevance: torch.Tensor) -> Record:
         radiograph = read_radiograph(image.source.path, strict=None)
@@ -375,7 +350,7 @@ class Explainer:
         seen = prepare(image.source, self.lungs.processor)
         if isinstance(seen, Failed):
             raise SpcxrError(seen.cause)
-        return torch.from_numpy(segment_lungs(self.lungs, Batch([seen], []))[0])
+        return segment_lungs(self.lungs, seen.pixel_values.unsqueeze(0), [seen.size])[0]
 
 
 def _of_good_size(radiograph: Image.Image) -> Image.Image:

@@ -10,25 +10,18 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from spcxr_hf.errors import SpcxrError, one_line
 from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessor
-from spcxr_hf.models.precision import bf16_autocast
+from spcxr_hf.models.loading import forward, load_config, load_network, load_processor, loading_errors, set_attention
 
 POOLINGS = ("model", "mean", "cls")
 
 DEFAULT_IMAGE_SIZE = 224  # pixels; of a model that names none, as ResNet without an image processor
-
-# What the library raises for a folder, id or configuration that it cannot use.
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError,
-                  StrictDataclassError)  # fmt: skip
 
 
 @dataclass
@@ -129,17 +122,13 @@ class Encoder:
 
     @torch.no_grad()
     def _run(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> Any:
-        device = self.model.device
         options: dict[str, Any] = {}
-        known = inspect.signature(self.model.forward).parameters
-        if "interpolate_pos_encoding" in known:
-            options["interpolate_pos_encoding"] = True  # this family's needs no asking
-        if _masks_patches(self.model.config, known):
+        # A masked autoencoder shuffles and masks its patches by a noise that can be given (ViTMAE, arXiv 2111.06377).
+        if hasattr(self.model.config, "mask_ratio") and "noise" in inspect.signature(self.model.forward).parameters:
             # The library keeps the patches with the smallest noise, in its order: rising noise leaves them in theirs.
-            patches = _count_patches(self.model.config, pixel_values.shape[-2:])
-            options["noise"] = torch.arange(patches, dtype=torch.float32, device=device).repeat(len(pixel_values), 1)
-        with bf16_autocast(device, self.bf16):
-            return self.model(pixel_values.to(device), output_hidden_states=output_hidden_states, **options)
+            noise = torch.arange(_count_patches(self.model.config, pixel_values.shape[-2:]), dtype=torch.float32)
+            options["noise"] = noise.to(self.model.device).repeat(len(pixel_values), 1)
+        return forward(self.model, pixel_values, self.bf16, output_hidden_states=output_hidden_states, **options)
 
     def _pooler_output(self, outputs: Any) -> torch.Tensor:
         name = type(self.model).__name__
@@ -187,25 +176,30 @@ def load_encoder(
         SpcxrError: there is no such model, it takes no images, its configuration is impossible, or its weights are
             missing, damaged or not those of its configuration.
     """
-    config = _load_config(model)
-    try:
-        network, missing = _load_network(model, config, seed if random_init else None, attention)
-    except LOADING_ERRORS as error:
-        raise SpcxrError(f"{model}: the encoder cannot be loaded ({one_line(error)})") from error
+    config = load_config(model)
+    config = getattr(config, "vision_config", config)
+    if hasattr(config, "mask_ratio"):
+        config.mask_ratio = 0.0
+    network, fresh = _load_network(model, config, seed if random_init else None)
     if network.main_input_name != "pixel_values":
         raise SpcxrError(f"{model}: {type(network).__name__} takes {network.main_input_name}, no images")
-    pooler = [key for key in missing if "pooler" in key]
-    if len(missing) > len(pooler):
-        lost = sorted(set(missing) - set(pooler))
-        raise SpcxrError(f"{model}: no weights for {len(lost)} parameters of its configuration, {lost[0]} among them")
-    processor = _load_processor(model)
+    set_attention(network, attention)
+    processor = load_processor(model, required=False)
     try:
         mean, std = _pixel_statistics(processor or SpcxrImageProcessor(), getattr(config, "num_channels", 3))
         network = network.to(device).float().eval()
-        size = _native_size(processor, config)
-        return Encoder(network, mean, std, size, bf16=bf16, random_pooler=bool(pooler))
+        return Encoder(network, mean, std, _native_size(processor, config), bf16=bf16, random_pooler=bool(fresh))
     except SpcxrError as error:
         raise SpcxrError(f"{model}: {error}") from error
+
+
+def _load_network(model: str, config: Any, seed: int | None) -> tuple[Any, list[str]]:
+    """The network and the names of weights that are newly initialised; all are random where a seed is given."""
+    if seed is None:
+        return load_network(AutoModel, model, new="pooler", config=config)
+    with torch.random.fork_rng(devices=[]), loading_errors(model, "no model can be made of it"):
+        torch.manual_seed(seed)
+        return AutoModel.from_config(config, trust_remote_code=False), []
 
 
 def check_pooling(pooling: str, layer: int | None) -> None:
@@ -218,51 +212,6 @@ def check_pooling(pooling: str, layer: int | None) -> None:
         raise SpcxrError(f"pooling must be model, mean or cls; got {pooling!r}")
     if layer is not None and pooling == "model":
         raise SpcxrError("a layer needs pooling mean or cls: pooler_output is the last layer's")
-
-
-def _load_config(model: str) -> Any:
-    """The configuration; of a model of images and text, that of its image half."""
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise SpcxrError(f"{model}: no config.json in this folder")
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except LOADING_ERRORS as error:
-        raise SpcxrError(f"{model}: no model that transformers loads ({one_line(error)})") from error
-    return getattr(config, "vision_config", config)
-
-
-def _load_network(model: str, config: Any, seed: int | None, attention: str) -> tuple[Any, list[str]]:
-    """The network and the names of weights that the checkpoint lacks; random weights where a seed is given."""
-    if hasattr(config, "mask_ratio"):
-        config.mask_ratio = 0.0
-    if seed is None and Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
-        raise SpcxrError("no .safetensors weights in this folder; --random_init true needs none")
-    try:
-        return _build_network(model, config, seed, attention)
-    except ValueError as error:
-        if attention != "sdpa" or "attention implementation" not in str(error):
-            raise
-        return _build_network(model, config, seed, "eager")  # convolutions, for one, have no choice
-
-
-def _build_network(model: str, config: Any, seed: int | None, attention: str) -> tuple[Any, list[str]]:
-    if seed is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return AutoModel.from_config(config, attn_implementation=attention), []
-    network, loading = AutoModel.from_pretrained(
-        model, config=config, attn_implementation=attention, use_safetensors=True, output_loading_info=True
-    )
-    # The mask token stands in for masked patches in pretraining; features never hold it.
-    return network, [key for key in loading["missing_keys"] if not key.endswith("mask_token")]
-
-
-def _load_processor(model: str) -> Any:
-    """The checkpoint's image processor, None where there is none: a training checkpoint, or a bare configuration."""
-    try:
-        return AutoImageProcessor.from_pretrained(model)
-    except (OSError, ValueError):
-        return None
 
 
 def _pixel_statistics(processor: Any, num_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -286,11 +235,6 @@ def _native_size(processor: Any, config: Any) -> int:
             return side
     size = getattr(config, "image_size", None) or DEFAULT_IMAGE_SIZE
     return size if isinstance(size, int) else size[0]
-
-
-def _masks_patches(config: Any, parameters: Any) -> bool:
-    """Whether the model shuffles and masks its patches by a noise that can be given (ViTMAE, arXiv 2111.06377)."""
-    return hasattr(config, "mask_ratio") and "noise" in parameters
 
 
 def _count_patches(config: Any, size: torch.Size) -> int:

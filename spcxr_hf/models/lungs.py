@@ -1,39 +1,60 @@
-"""A segmentation model that finds the lungs of a set's images, for whatever hides or outlines them.
+"""Lung masks by a segmentation model: of a batch of images, of a decoded set, and their areas.
 
+segment_lungs                          pixel values -> lungs, each at its image's own size
 load_segmenter -> Segmenter.find       decoded images (n, 1, S, S) -> lungs (n, S, S)
 find_lungs -> Segmenter.find           the same, kept in a folder for the next start
+measure_lungs                          areas of the two lungs
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from spcxr_hf.data.table import Decoded, cache_key
-from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import atomic_file
-from spcxr_hf.models.encoders import LOADING_ERRORS
-from spcxr_hf.models.precision import bf16_autocast
+from spcxr_hf.models.loading import Loaded, forward, load_checkpoint, to_pixel_values
+
+
+def segment_lungs(
+    loaded: Loaded, pixel_values: torch.Tensor, sizes: Sequence[tuple[int, int]], bf16: bool = False
+) -> list[torch.Tensor]:
+    """True where lung is: booleans (height, width) of each image itself, on the CPU.
+
+    Args:
+        loaded: A segmentation model with a label "lung".
+        pixel_values: (B, C, H, W), of the model's image processor.
+        sizes: (height, width) of each image before the image processor.
+        bf16: Run the model in bfloat16 autocast.
+
+    Raises:
+        SpcxrError: the model has no label "lung".
+    """
+    labels = loaded.model.config.label2id or {}
+    if "lung" not in labels:
+        raise SpcxrError(f"{loaded.name}: its labels are {', '.join(labels)}; there is no 'lung' among them")
+    with torch.no_grad():
+        outputs = forward(loaded.model, pixel_values, bf16)
+        found = loaded.processor.post_process_semantic_segmentation(outputs, target_sizes=list(sizes))
+    return [(labelled == labels["lung"]).cpu() for labelled in found]
 
 
 @dataclass(frozen=True)
 class Segmenter:
-    """A model with a label `lung`, on its device, its image processor, and the number of that label."""
+    """A model with a label `lung` and its image processor."""
 
-    model: PreTrainedModel
-    processor: Any
-    lung: int
+    loaded: Loaded
 
-    @torch.no_grad()
     def find(self, images: torch.Tensor, batch_size: int = 32, bf16: bool = False) -> torch.Tensor:
         """The lungs of images (n, 1, S, S) uint8: (n, S, S) booleans on the CPU.
 
@@ -44,37 +65,29 @@ class Segmenter:
         """
         found = []
         for part in tqdm(images.split(batch_size), desc="lungs", unit="batch"):
-            inputs = self.processor([Image.fromarray(image[0].numpy()) for image in part.cpu()], return_tensors="pt")
-            with bf16_autocast(self.model.device, bf16):
-                outputs = self.model(**inputs.to(self.model.device))
-            sizes = [tuple(part.shape[-2:])] * len(part)
-            labels = self.processor.post_process_semantic_segmentation(outputs, sizes)
-            found += [(one == self.lung).cpu() for one in labels]
+            pictures = [Image.fromarray(image[0].numpy()) for image in part.cpu()]
+            pixel_values = to_pixel_values(self.loaded.processor, pictures)
+            found += segment_lungs(self.loaded, pixel_values, [tuple(part.shape[-2:])] * len(part), bf16)
         return torch.stack(found)
 
     def digest(self) -> str:
         """Eight digits that name the weights and the size of the input."""
-        digest = hashlib.sha256(str(self.processor.size).encode())
-        for name, values in sorted(self.model.state_dict().items()):
+        digest = hashlib.sha256(str(self.loaded.processor.size).encode())
+        for name, values in sorted(self.loaded.model.state_dict().items()):
             digest.update(name.encode() + values.cpu().float().numpy().tobytes())
         return digest.hexdigest()[:8]
 
 
 def load_segmenter(source: str, device: torch.device | str = "cpu") -> Segmenter:
-    """A segmentation model by its folder or Hub id.
+    """A segmentation model of any family by its folder or Hub id.
 
     Raises:
-        SpcxrError: it is none, has no image processor, or has no label `lung`.
+        SpcxrError: as `load_checkpoint`, or it has no label `lung`.
     """
-    try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(source, use_safetensors=True)
-        processor = AutoImageProcessor.from_pretrained(source)
-    except LOADING_ERRORS as error:
-        raise SpcxrError(f"{source}: no segmentation model ({one_line(error)})") from error
-    labels = dict(model.config.label2id or {})
-    if "lung" not in labels:
+    loaded = load_checkpoint("segmentation", source, device, any_family=True)
+    if "lung" not in (labels := loaded.model.config.label2id or {}):
         raise SpcxrError(f"{source}: its labels are {', '.join(labels)}; there is no 'lung' among them")
-    return Segmenter(model.to(device).eval(), processor, labels["lung"])
+    return Segmenter(loaded)
 
 
 def find_lungs(

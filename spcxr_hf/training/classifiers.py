@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,14 +16,21 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, ViTConfig
+from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig
 
-from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.errors import SpcxrError
 from spcxr_hf.modeling.configuration_spcxr import SpcxrConfig
 from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessor
 from spcxr_hf.modeling.modeling_spcxr import SpcxrForImageClassification
 from spcxr_hf.models.convert import change_image_size
-from spcxr_hf.models.encoders import LOADING_ERRORS
+from spcxr_hf.models.loading import (
+    forward_options,
+    load_config,
+    load_network,
+    load_processor,
+    loading_errors,
+    set_attention,
+)
 from spcxr_hf.training.engine import RunArguments
 from spcxr_hf.training.optim import layerwise_groups, new_config, parameter_groups
 
@@ -71,7 +77,7 @@ def build_classifier(arguments: ClassifierArguments, labels: list[str]) -> PreTr
     model = (
         _build_own(arguments, values) if arguments.model is None else _build_other(arguments, arguments.model, values)
     )
-    attend_by(model, arguments.attention)
+    set_attention(model, arguments.attention)
     _restrict(arguments, model)
     return set_training(model, arguments.freeze_encoder)
 
@@ -81,20 +87,20 @@ def _build_own(arguments: ClassifierArguments, values: dict[str, Any]) -> PreTra
     values["drop_path_rate"] = arguments.drop_path_rate
     if arguments.init_from is None:
         return SpcxrForImageClassification(new_config(arguments.size, image_size=arguments.image_size, **values))
-    config = _load_config(arguments.init_from)
+    config = load_config(arguments.init_from)
     if config.model_type != SpcxrConfig.model_type:
         raise SpcxrError(f"{arguments.init_from}: a model of type {config.model_type}, not spcxr; give it as --model")
     if arguments.from_scratch:
         values["image_size"] = arguments.image_size
-        return SpcxrForImageClassification(SpcxrConfig.from_pretrained(arguments.init_from, **values))
-    model = _load_weights(SpcxrForImageClassification, arguments.init_from, **values)
+        return SpcxrForImageClassification(load_config(arguments.init_from, **values))
+    model, _ = load_network(SpcxrForImageClassification, arguments.init_from, new="head", dtype=torch.float32, **values)
     change_image_size(cast(SpcxrForImageClassification, model), arguments.image_size)
     return model
 
 
 def _build_other(arguments: ClassifierArguments, source: str, values: dict[str, Any]) -> PreTrainedModel:
     """A model of another family; one of this family is trained as `init_from` trains it."""
-    config = _load_config(source)
+    config = load_config(source)
     if config.model_type == SpcxrConfig.model_type:
         return _build_own(dataclasses.replace(arguments, init_from=source, model=None), values)
     if config.model_type == "vit_mae":  # a ViT: its encoder is fine-tuned under a ViT's classifier (arXiv 2111.06377)
@@ -115,53 +121,10 @@ def _build_other(arguments: ClassifierArguments, source: str, values: dict[str, 
 
 
 def _load_other(arguments: ClassifierArguments, source: str, config: Any) -> PreTrainedModel:
-    if not arguments.from_scratch:
-        return _load_weights(AutoModelForImageClassification, source, config=config)
-    try:
-        return AutoModelForImageClassification.from_config(config)
-    except LOADING_ERRORS as error:
-        raise SpcxrError(f"{source}: no classifier can be made of it ({one_line(error)})") from error
-
-
-def _load_config(source: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(source)
-    except LOADING_ERRORS as error:
-        raise SpcxrError(f"{source}: no model that transformers loads ({one_line(error)})") from error
-
-
-def _load_weights(model_class: Any, source: str, **values: Any) -> PreTrainedModel:
-    """The checkpoint's encoder in float32; a head of another number of classes is left aside.
-
-    Raises:
-        SpcxrError: it cannot be loaded, or holds no weights for a part of the encoder.
-    """
-    try:
-        model, loading = model_class.from_pretrained(
-            source,
-            dtype=torch.float32,
-            use_safetensors=True,  # a pickle can run code
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **values,
-        )
-    except LOADING_ERRORS as error:
-        raise SpcxrError(f"{source}: no classifier can be made of it ({one_line(error)})") from error
-    encoder = {name for name in loading["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")}
-    lost = sorted(name for name in encoder if not name.endswith("mask_token"))
-    if lost:
-        raise SpcxrError(f"{source}: no weights for {len(lost)} parameters of the encoder, {lost[0]} among them")
-    return model
-
-
-def attend_by(model: PreTrainedModel, implementation: str) -> None:
-    """Choose the attention implementation; eager where a family has no fused one."""
-    try:
-        model.set_attn_implementation(implementation)
-    except (ValueError, ImportError) as error:
-        if implementation != "sdpa":
-            raise SpcxrError(f"attention {implementation!r} is refused ({one_line(error)})") from error
-        model.set_attn_implementation("eager")
+    with loading_errors(source, "no classifier can be made of it"):
+        if arguments.from_scratch:
+            return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+        return load_network(AutoModelForImageClassification, source, new="head", config=config, dtype=torch.float32)[0]
 
 
 def _restrict(arguments: ClassifierArguments, model: PreTrainedModel) -> None:
@@ -269,17 +232,18 @@ class Pixels:
     @classmethod
     def of(cls, arguments: ClassifierArguments, model: PreTrainedModel) -> Pixels:
         """Those of a model, by the image processor that lies beside its checkpoint, or else SPCXR's."""
-        processor = _load_processor(arguments.init_from or arguments.model)
+        source = arguments.init_from or arguments.model
+        processor = load_processor(source, required=False) if source is not None else None
+        if getattr(processor, "image_mean", None) is None:  # there is none, or it does not normalise by numbers
+            processor = SpcxrImageProcessor()
         channels = getattr(model.config, "num_channels", 3)
         mean, std = (
             torch.as_tensor(values).float().flatten() for values in (processor.image_mean, processor.image_std)
         )
         if not {len(mean), len(std)} <= {1, channels}:
             raise SpcxrError(f"the image processor normalises {len(mean)} channels, the model takes {channels}")
-        interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-        options = {"interpolate_pos_encoding": True} if interpolates else {}
         mean, std = (values.expand(channels).reshape(-1, 1, 1) for values in (mean, std))
-        return cls(arguments.image_size, mean, std, options)
+        return cls(arguments.image_size, mean, std, forward_options(model))
 
     def normalise(self, grey: torch.Tensor) -> torch.Tensor:
         """(B, 1, S, S) in 0 .. 1 -> (B, channels, S, S)."""
@@ -290,14 +254,3 @@ class Pixels:
         size = {"height": self.size, "width": self.size}
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
         return SpcxrImageProcessor(size=size, image_mean=mean, image_std=std, num_output_channels=len(mean))
-
-
-def _load_processor(source: str | None) -> Any:
-    """The checkpoint's image processor; SPCXR's where there is none, or it does not normalise by numbers."""
-    if source is not None:
-        try:
-            processor = AutoImageProcessor.from_pretrained(source)
-            return processor if getattr(processor, "image_mean", None) is not None else SpcxrImageProcessor()
-        except LOADING_ERRORS:
-            pass
-    return SpcxrImageProcessor()

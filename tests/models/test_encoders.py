@@ -214,12 +214,12 @@ def pickled(folder):
     ("prepare", "message"),
     [
         (empty, "no config.json in this folder"),
-        (config_only, "no .safetensors weights in this folder; --random_init true needs none"),
+        (config_only, "no .safetensors weights in this folder"),
         (unknown_type, "no model that transformers loads"),
         (text_model, "BertModel takes input_ids, no images"),
         (impossible, "no model that transformers loads .*patch_size"),
-        (damaged, "the encoder cannot be loaded"),
-        (other_weights, "no weights for .* parameters of its configuration, .*2"),
+        (damaged, "its weights cannot be loaded"),
+        (other_weights, "no weights for .* parameters of ViTModel: .*2"),
         (pickled, "no .safetensors weights"),
     ],
 )

@@ -15,7 +15,7 @@ from spcxr_hf import SpcxrError, SpcxrForImageClassification, SpcxrImageProcesso
 from spcxr_hf.data.labels import parse_classes, targets_of
 from spcxr_hf.data.table import read_table
 from spcxr_hf.evaluation.calibration import POINTS, thresholds, to_probabilities
-from spcxr_hf.evaluation.predict import load_judged, open_images, predict_logits, select_rows
+from spcxr_hf.evaluation.predict import load_classifier, open_images, predict_logits, select_rows
 from tests.common import build, tiny_config
 from tests.made_up import break_rows, write_set
 from training_scripts import calibrate
@@ -105,7 +105,7 @@ def test_the_saved_head_gives_the_calibrated_probabilities(calibrated, shard):
         read_table(shard), "pneumonia_label", "pneumonia_split", "test", parse_classes(CLASSES), multi_label=False
     )
     before, after = (
-        predict_logits(*load_judged(str(one)), open_images(rows.table), batch_size=size)
+        predict_logits(*load_classifier(str(one)), open_images(rows.table), batch_size=size)
         for one, size in ((source, 7), (folder, 32))
     )
     torch.testing.assert_close(after, before / result["temperature"], rtol=1e-4, atol=1e-4)
@@ -123,7 +123,7 @@ def test_the_saved_head_gives_the_calibrated_probabilities(calibrated, shard):
 def test_thresholds_are_of_calibrated_probabilities(calibrated, shard):
     _, folder, result = calibrated
     rows = select_rows(read_table(shard), "pneumonia_label", "pneumonia_split", "val", parse_classes(CLASSES), False)
-    logits = predict_logits(*load_judged(str(folder)), open_images(rows.table))
+    logits = predict_logits(*load_classifier(str(folder)), open_images(rows.table))
     scores, truth = to_probabilities(logits, False).numpy()[:, 0], rows.targets[:, 0].numpy()
     assert result["operating_points"]["normal"] == pytest.approx(thresholds(scores, truth), abs=1e-4)
 
@@ -178,7 +178,7 @@ def test_thresholds_do_not_depend_on_what_is_reported(calibrated, shard, tmp_pat
         (["--sums", "normal + ill"], "'ill' is no label"),
         (["--label_column", "nothing"], "no column 'nothing'"),
         (["--splits", "shift"], "no row has pneumonia_split = 'shift'"),
-        (["--model", "/no/such/folder"], "folder: no classifier"),
+        (["--model", "/no/such/folder"], "folder: there is no such folder"),
     ],
     ids=str,
 )
@@ -239,7 +239,7 @@ def test_intervals_are_by_patient(calibrated, shard, tmp_path):
     assert entry["patients"] == 2
     assert entry["after"]["brier"] == pytest.approx(apart["splits"]["test"]["after"]["brier"])
     rows = select_rows(read_table(shard), "pneumonia_label", "pneumonia_split", "test", parse_classes(CLASSES), False)
-    scores = to_probabilities(predict_logits(*load_judged(str(tmp_path / "out")), open_images(rows.table)), False)
+    scores = to_probabilities(predict_logits(*load_classifier(str(tmp_path / "out")), open_images(rows.table)), False)
     truth, first = rows.targets.numpy(), SPLITS.index("test") % 2
     own = [((scores.numpy() - truth) ** 2).sum(axis=1)[(first + one) % 2 :: 2].mean() for one in (0, 1)]
     assert entry["after"]["brier_ci95"] == pytest.approx([min(own), max(own)], rel=1e-5)

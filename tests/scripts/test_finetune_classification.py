@@ -31,7 +31,7 @@ from transformers import (
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForImageClassification, SpcxrForPreTraining
 from spcxr_hf.data.batches import BalancedSet, StepPlan, draw_rows, strata
 from spcxr_hf.data.table import open_image, read_table
-from spcxr_hf.evaluation.predict import load_judged
+from spcxr_hf.evaluation.predict import load_classifier
 from spcxr_hf.models import precision as precision_module
 from spcxr_hf.training import engine as run_module
 from spcxr_hf.training.classifiers import Pixels, add_adapters, build_classifier, classifier_groups
@@ -772,9 +772,9 @@ def test_a_metric_that_val_leaves_undefined(tmp_path):
     ("flag", "folder", "message"),
     [
         ("--init_from", "vit", "vit: a model of type vit, not spcxr; give it as --model"),
-        ("--init_from", "nowhere", "nowhere: no model that transformers loads"),
-        ("--model", "bert", "bert: no classifier can be made of it"),
-        ("--model", "resnet", "resnet: no classifier can be made of it"),  # a config without weights
+        ("--init_from", "nowhere", "nowhere: there is no such folder"),
+        ("--model", "bert", "bert: its weights cannot be loaded"),
+        ("--model", "resnet", "resnet: no .safetensors weights in this folder"),  # a config without weights
     ],
 )
 def test_what_is_no_model_to_start_from(shard, peers, tmp_path, flag, folder, message):
@@ -791,7 +791,7 @@ def test_a_package_that_is_missing_is_told_before_the_work(monkeypatch, tmp_path
 
 def test_a_model_folder_that_is_missing_is_called_so(tmp_path):
     with pytest.raises(SpcxrError, match="there is no such folder, and no Hub id is like that"):
-        load_judged(str(tmp_path / "runs" / "final"))
+        load_classifier(str(tmp_path / "runs" / "final"))
 
 
 def test_adapters_need_their_package(monkeypatch):
@@ -804,7 +804,7 @@ def test_adapters_need_their_package(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "pretrained"], "no classifier with its image processor"),
+        (["--model", "pretrained"], "no weights for .* of SpcxrForImageClassification: classifier.bias"),
         (["--label_column", "no"], "no column 'no'"),
         (["--splits", "elsewhere"], "no row has pneumonia_split = 'elsewhere'"),
         (["--classes", "normal", "ill"], "its classes are bacterial, normal, viral; --classes names normal, ill"),
@@ -821,7 +821,7 @@ def test_evaluation_refuses(shard, finished, pretrained, flags, message):
 def test_an_untrained_head_is_not_evaluated(shard, pretrained, finished, tmp_path):
     SpcxrForPreTraining.from_pretrained(pretrained).save_pretrained(tmp_path)
     AutoImageProcessor.from_pretrained(finished / "final").save_pretrained(tmp_path)
-    with pytest.raises(SpcxrError, match="no weights for classifier.bias, classifier.weight"):
+    with pytest.raises(SpcxrError, match="no weights for 2 parameters of .*: classifier.bias, classifier.weight"):
         evaluate.main(["--model", str(tmp_path), "--data", shard, *COLUMNS])
 
 

@@ -90,7 +90,7 @@ def test_what_lies_outside_is_hidden_in_the_views():
         (["--fill_outside", "0.5"], "go together"),
         (["--lungs", "somewhere"], "go together"),
         (["--lungs", "somewhere", "--fill_outside", "1.5"], r"fill_outside must lie in \[0, 1\]; got 1.5"),
-        (["--lungs", "nowhere", "--fill_outside", "1"], "nowhere: no segmentation model"),
+        (["--lungs", "nowhere", "--fill_outside", "1"], "nowhere: there is no such folder"),
     ],
 )
 def test_refusals(shard, tmp_path, words, message):

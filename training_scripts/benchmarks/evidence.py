@@ -36,7 +36,7 @@ from spcxr_hf.files import read_json, write_json
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 from spcxr_hf.training.optim import new_config
 from training_scripts.benchmarks.lib.grid import Cell, EnergyMeter, Grid, network_fingerprint, weights_digest
-from training_scripts.benchmarks.lib.results import Judge, collect, training_costs
+from training_scripts.benchmarks.lib.results import ResultReader, collect, training_costs
 from training_scripts.benchmarks.lib.tables import blocks, draw_curves
 from training_scripts.benchmarks.lib.timing import describe_machine, replace_block
 
@@ -85,17 +85,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     plan = read_plan(arguments)
     cells = list(make_cells(arguments, plan))
-    judge = Judge(arguments.data or "", plan, arguments.cache_folder, arguments.device)
+    reader = ResultReader(arguments.data or "", plan, arguments.cache_folder, arguments.device)
     kept = Path(arguments.kept) if arguments.kept else None
-    grid = Grid(Path(arguments.output), judge.read, prepare, plan.get("jobs", 1), arguments.keep_models, kept)
+    grid = Grid(Path(arguments.output), reader.read, prepare, plan.get("jobs", 1), arguments.keep_models, kept)
     if arguments.list_only:
         list_cells(grid, choose(cells, arguments.only))
         return
     run(arguments, plan, grid, cells)
     if arguments.render or arguments.figures:
         show(arguments)
-    if grid.tally.failed:
-        raise SpcxrError(f"{len(grid.tally.failed)} cells failed: {', '.join(grid.tally.failed)}")
+    if grid.summary.failed:
+        raise SpcxrError(f"{len(grid.summary.failed)} cells failed: {', '.join(grid.summary.failed)}")
 
 
 def check(arguments: Arguments) -> None:
@@ -120,13 +120,13 @@ def run(arguments: Arguments, plan: dict[str, Any], grid: Grid, cells: list[Cell
     publish(arguments, plan, grid, cells)  # also where nothing is left to run
     energy = EnergyMeter()
     with energy:
-        tally = grid.run(chosen, deadline, lambda cell: publish(arguments, plan, grid, cells))
-    if tally.finished:
-        add_energy(Path(arguments.output) / "energy.json", energy, len(tally.finished))
+        summary = grid.run(chosen, deadline, lambda cell: publish(arguments, plan, grid, cells))
+    if summary.finished:
+        add_energy(Path(arguments.output) / "energy.json", energy, len(summary.finished))
         publish(arguments, plan, grid, cells)
-    left = sum(grid.result(cell) is None for cell in chosen if cell.name not in tally.failed)
-    print(f"{len(tally.finished)} cells finished now, {len(tally.failed)} failed, {left} are left", flush=True)
-    for name in tally.waiting:
+    left = sum(grid.result(cell) is None for cell in chosen if cell.name not in summary.failed)
+    print(f"{len(summary.finished)} cells finished now, {len(summary.failed)} failed, {left} are left", flush=True)
+    for name in summary.waiting:
         print(f"{name}: waits for its checkpoint, or is run by another process", flush=True)
 
 

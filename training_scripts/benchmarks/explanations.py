@@ -38,9 +38,7 @@ from spcxr_hf.evaluation.bootstrap import bootstrap_interval, patient_groups
 from spcxr_hf.evaluation.plots import draw_contact_sheet, draw_perturbation, save_figure
 from spcxr_hf.evaluation.predict import (
     LabelledRows,
-    class_names,
-    is_multi_label,
-    load_judged,
+    load_classifier,
     match_classes,
     open_images,
     select_rows,
@@ -54,7 +52,8 @@ from spcxr_hf.inference.explain import (
     explain,
     share_inside,
 )
-from spcxr_hf.models.lungs import Segmenter, load_segmenter
+from spcxr_hf.models.loading import is_multi_label, label_names, to_pixel_values
+from spcxr_hf.models.lungs import Segmenter, load_segmenter, segment_lungs
 from spcxr_hf.training.arguments import fill_from_recipe, parse_arguments, run_script
 from training_scripts.benchmarks.lib.timing import replace_block
 
@@ -114,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 def measure_model(arguments: Arguments) -> dict:
     """Maps and curves of one model."""
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
-    model, processor = load_judged(str(arguments.model), device)
+    model, processor = load_classifier(str(arguments.model), device)
     segmenter = load_segmenter(arguments.lungs, device) if arguments.lungs else None
     rows = select(arguments, model)
     pixels, masks = prepare(rows, processor, segmenter)
@@ -147,14 +146,14 @@ def check(arguments: Arguments) -> None:
 
 def select(arguments: Arguments, model: Any) -> LabelledRows:
     """The images to look at."""
-    classes = match_classes(str(arguments.model), class_names(model), parse_classes(arguments.classes))
+    classes = match_classes(str(arguments.model), label_names(model.config), parse_classes(arguments.classes))
     rows = select_rows(
         read_set(str(arguments.data)),
         str(arguments.label_column),
         str(arguments.split_column),
         arguments.split,
         classes,
-        is_multi_label(model),
+        is_multi_label(model.config),
     )
     kept = np.zeros(len(rows), dtype=bool)
     kept[np.random.default_rng(arguments.seed).permutation(len(rows))[: arguments.images]] = True
@@ -167,10 +166,8 @@ def prepare(rows: LabelledRows, processor: Any, segmenter: Segmenter | None) -> 
     for image in tqdm(open_images(rows.table), total=len(rows), desc="reading", unit="image"):
         pixels.append(processor(image, return_tensors="pt").pixel_values)
         if segmenter is not None:
-            inputs = segmenter.processor(image, return_tensors="pt").to(segmenter.model.device)
-            with torch.no_grad():
-                found = segmenter.model(**inputs).logits.argmax(dim=1)[0]
-            masks.append((found == segmenter.lung).cpu())
+            values = to_pixel_values(segmenter.loaded.processor, [image])
+            masks += segment_lungs(segmenter.loaded, values, [tuple(values.shape[-2:])])
     return torch.cat(pixels), masks
 
 
@@ -179,7 +176,7 @@ def targets_of(arguments: Arguments, model: Any, pixels: torch.Tensor) -> list[s
     """The target of each image."""
     if arguments.target != "probable":
         return [arguments.target] * len(pixels)
-    names = class_names(model)
+    names = label_names(model.config)
     parts = pixels.split(arguments.batch_size)
     return [names[best] for part in parts for best in model(part.to(model.device)).logits.argmax(dim=1).tolist()]
 

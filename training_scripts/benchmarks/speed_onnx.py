@@ -37,10 +37,11 @@ from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, open_image, open_mask
 from spcxr_hf.evaluation.calibration import to_probabilities
 from spcxr_hf.evaluation.metrics import dice
-from spcxr_hf.evaluation.predict import class_names, is_multi_label, match_classes, select_rows
+from spcxr_hf.evaluation.predict import match_classes, select_rows
 from spcxr_hf.files import read_json, write_json
 from spcxr_hf.hub.export import Source, load_source
 from spcxr_hf.hub.export_onnx import EXACT_SUMS, export_onnx, lacks_vnni, quantize_int8
+from spcxr_hf.models.loading import is_multi_label, label_names
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 from spcxr_hf.training.losses import measure
 from training_scripts.benchmarks.lib.timing import describe_machine, median_ms, paired_ratio, replace_block
@@ -250,8 +251,8 @@ def judge_classes(
     arguments: Arguments, source: Source, compute: Compute, table: RadiographTable
 ) -> tuple[int, Figures]:
     """AUROC (mean over the classes), accuracy of the decisions, and how many of PyTorch's decisions are kept."""
-    multi_label = is_multi_label(source.model)
-    classes = match_classes(source.name, class_names(source.model), parse_classes(arguments.classes))
+    multi_label = is_multi_label(source.model.config)
+    classes = match_classes(source.name, label_names(source.model.config), parse_classes(arguments.classes))
     labelled = select_rows(
         table, str(arguments.label_column), str(arguments.split_column), arguments.split, classes, multi_label
     )
@@ -279,7 +280,8 @@ def decisions(source: Source, logits: torch.Tensor, multi_label: bool) -> torch.
     config: Any = source.model.config
     points = getattr(config, "operating_points", None) or {}
     named = [
-        points.get(name, {}).get(getattr(config, "operating_point", None), 0.5) for name in class_names(source.model)
+        points.get(name, {}).get(getattr(config, "operating_point", None), 0.5)
+        for name in label_names(source.model.config)
     ]
     return (to_probabilities(logits, multi_label) >= torch.tensor(named)).float()
 

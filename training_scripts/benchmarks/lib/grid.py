@@ -58,7 +58,7 @@ class Cell:
 
 
 @dataclass
-class Tally:
+class Summary:
     """What became of the cells: names, and of those that failed why."""
 
     finished: list[str] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Grid:
     ):
         self.output, self.read, self.prepare, self.kept = output, read, prepare, kept
         self.jobs, self.keep_models = jobs, keep_models
-        self.tally = Tally()
+        self.summary = Summary()
         self._children: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -115,7 +115,7 @@ class Grid:
 
     def run(
         self, cells: Sequence[Cell], deadline: float | None = None, after: Callable[[Cell], None] = lambda cell: None
-    ) -> Tally:
+    ) -> Summary:
         """Run the cells that have no result yet.
 
         Args:
@@ -143,7 +143,7 @@ class Grid:
             except BaseException:
                 self.stop()
                 raise
-        return self.tally
+        return self.summary
 
     def stop(self) -> None:
         """Begin no further cell, and ask the processes at work to end; they leave a checkpoint."""
@@ -159,18 +159,18 @@ class Grid:
                 self._keep(cell)  # one that finished before anybody asked to keep it
                 return False
             if absent:
-                self.tally.waiting.append(cell.name)
+                self.summary.waiting.append(cell.name)
                 return False
             with _held(self.output / cell.name) as lock:
                 if lock is None:
-                    self.tally.waiting.append(cell.name)
+                    self.summary.waiting.append(cell.name)
                     return False
                 self._run(cell, self.output / cell.name, lock)
         except SpcxrError as error:
-            self.tally.failed[cell.name] = str(error)
+            self.summary.failed[cell.name] = str(error)
             print(f"{cell.name}: {error}", flush=True)
             return False
-        self.tally.finished.append(cell.name)
+        self.summary.finished.append(cell.name)
         return True
 
     def _run(self, cell: Cell, folder: Path, lock: int) -> None:

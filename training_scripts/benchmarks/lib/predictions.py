@@ -19,14 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from spcxr_hf.data.table import RadiographTable
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.evaluation.bootstrap import patient_groups
 from spcxr_hf.files import atomic_file
-from spcxr_hf.models.encoders import LOADING_ERRORS
-from spcxr_hf.models.precision import bf16_autocast
+from spcxr_hf.models.loading import forward, load_checkpoint, set_attention
 from spcxr_hf.transforms.augment import resize
 
 METHOD = (
@@ -116,13 +114,9 @@ def load_classifier(folder: str, device: str = "cpu", attention: str = "sdpa") -
     Raises:
         SpcxrError: the folder holds none.
     """
-    try:
-        model: Any = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True)
-        model.set_attn_implementation(attention)
-        return model.to(device).eval(), AutoImageProcessor.from_pretrained(folder)
-    except LOADING_ERRORS as error:
-        said = " ".join(str(error).split())
-        raise SpcxrError(f"{folder}: no classifier with its image processor ({said})") from error
+    loaded = load_checkpoint("classification", folder, device, any_family=True)
+    set_attention(loaded.model, attention)
+    return loaded.model, loaded.processor
 
 
 @torch.no_grad()
@@ -143,8 +137,7 @@ def predict(model: Any, processor: Any, images: torch.Tensor, bf16: bool = False
     found = []
     for part in images.split(batch_size):
         grey = resize(part.to(device).float() / 255, processor.size["height"]).expand(-1, channels, -1, -1)
-        with bf16_autocast(device, bf16):
-            logits = model((grey - mean.to(device)) / std.to(device)).logits
+        logits = forward(model, (grey - mean.to(device)) / std.to(device), bf16).logits
         found.append(logits.double().softmax(dim=1).cpu())
     return torch.cat(found).numpy()
 

@@ -16,6 +16,7 @@ import torch
 from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import decode_images
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.models.loading import label_names
 from training_scripts.benchmarks.lib.grid import NOT_THERE, PREDICTIONS, Cell, Grid, weights_digest
 from training_scripts.benchmarks.lib.predictions import (
     METHOD,
@@ -55,7 +56,7 @@ def report_of(spec: Mapping[str, Any], change: Mapping[str, Any]) -> Report:
 # ---- a finished cell -----------------------------------------------------------------------------------------------
 
 
-class Judge:
+class ResultReader:
     """Reads what a cell's processes left; of a fine-tuned model, its predictions on every report of its task.
 
     Args:
@@ -85,7 +86,7 @@ class Judge:
         model, processor = load_classifier(
             str(folder / "run" / "final"), self.device, settings.get("attention", "sdpa")
         )
-        names = [str(name) for _, name in sorted(model.config.id2label.items())]
+        names = label_names(model.config)
         bf16 = settings.get("mixed_precision") == "bf16"
         found = {}
         for name in self.plan["fine_tuning"]["tasks"][task]["reports"]:

@@ -1,0 +1,329 @@
+"""Loading a checkpoint and running it: the one loader and the one forward pass of the package.
+
+load_checkpoint     a folder or Hub id -> `Loaded`: model in evaluation mode, image processor, device
+  load_config         its configuration
+  load_network        its weights, in a class of transformers or of this family, every missing weight looked at
+  load_processor      its image processor
+to_pixel_values     pictures -> pixel values, by the image processor
+forward             pixel values -> the model's outputs, in bfloat16 if asked
+probabilities       logits -> probabilities, by the problem type of the configuration
+
+Weights are read from safetensors alone, and code that lies in a checkpoint is never run. Whatever is wrong with a
+checkpoint is a `SpcxrError` of one line that names it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+    AutoModelForSemanticSegmentation,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import cached_file, logging
+
+from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.images.reader import to_8_bit
+from spcxr_hf.modeling.modeling_spcxr import check_weight_files
+from spcxr_hf.models.auto import MODEL_CLASSES, register
+from spcxr_hf.models.precision import bf16_autocast
+
+AUTO_CLASSES: dict[str, Any] = {
+    "embedding": AutoModel,
+    "reconstruction": AutoModelForPreTraining,
+    "classification": AutoModelForImageClassification,
+    "segmentation": AutoModelForSemanticSegmentation,
+}
+SPCXR_CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in MODEL_CLASSES.values()}
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode on its device, its image processor, and what records call it: id@revision, folder."""
+
+    name: str
+    model: PreTrainedModel
+    processor: Any
+    device: torch.device
+
+
+def load_checkpoint(
+    task: str, source: str | os.PathLike, device: str | torch.device = "auto", any_family: bool = False
+) -> Loaded:
+    """Load a model with its image processor.
+
+    Args:
+        task: "embedding", "reconstruction", "classification" or "segmentation".
+        source: A folder or Hub id. An id that the local Hub cache has is loaded from there, without the network.
+        device: "auto" (a GPU where there is one), or as `torch.device` has it: "cpu", "cuda:1", "mps".
+        any_family: Whether models of other families than SPCXR are taken too.
+
+    Raises:
+        SpcxrError: the checkpoint is not there, is damaged, is of another family, was not trained for this task, or has
+            no image processor; or there is no such device.
+    """
+    source, chosen = os.fspath(source), choose_device(device)
+    config = load_config(source, any_family)
+    model, _ = load_network(AUTO_CLASSES[task], source, config=config)
+    return Loaded(name_with_revision(source), model.eval().to(chosen), load_processor(source), chosen)
+
+
+def load_config(source: str, any_family: bool = True, **values: Any) -> Any:
+    """The configuration of a checkpoint.
+
+    Args:
+        source: A folder or Hub id.
+        any_family: Whether other families than SPCXR are taken too.
+        values: Fields to change.
+
+    Raises:
+        SpcxrError: there is none, it is impossible, or of another family.
+    """
+    register()  # a fresh process may have imported this module alone
+    if not Path(source).is_dir():
+        try:
+            validate_repo_id(source)
+        except HFValidationError as error:
+            raise SpcxrError(f"{source}: there is no such folder, and no Hub id is like that") from error
+    elif not (Path(source) / "config.json").is_file():
+        raise SpcxrError(f"{source}: no checkpoint, there is no config.json in this folder")
+    cause = "no model that transformers loads" if is_local(source) else (
+        "is not in the local Hub cache, and the Hub could not be asked for it or does not have it")  # fmt: skip
+    with loading_errors(source, cause):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **_local_files(source), **values)
+    if not any_family and config.model_type != "spcxr":
+        raise SpcxrError(f"{source}: a model of the type {config.model_type}, not an SPCXR checkpoint")
+    return config
+
+
+def load_network(
+    model_class: Any, source: str, new: Literal["nothing", "head", "pooler"] = "nothing", **options: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model with the weights of a checkpoint.
+
+    Args:
+        model_class: An Auto class, or a class of this family.
+        source: A folder or Hub id.
+        new: What may lack weights and is newly initialised then: a head, whose shape may be another one too, or a
+            pooler.
+        options: Of `from_pretrained`, such as `config` and `dtype`, or fields of the configuration.
+
+    Returns:
+        The model, and the names of the parameters that are newly initialised.
+
+    Raises:
+        SpcxrError: the weights cannot be read, lack others than `new`, or hold parameters that the model does not have.
+    """
+    options = {"use_safetensors": True, "trust_remote_code": False, **_local_files(source), **options}
+    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+        raise SpcxrError(f"{source}: no .safetensors weights in this folder")
+    with loading_errors(source, "its weights cannot be loaded"), _no_progress_bar():
+        if Path(source).is_dir():
+            check_weight_files(Path(source))
+        model, loading = model_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=new == "head", **options
+        )
+    # The mask token stands in for masked patches in pretraining; no output of another task depends on it.
+    fresh = sorted(
+        name
+        for name in {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+        if not name.endswith("mask_token")
+    )
+    encoder = f"{model.base_model_prefix}."
+    allowed = {"nothing": lambda _: False, "head": lambda name: not name.startswith(encoder),
+               "pooler": lambda name: "pooler" in name}[new]  # fmt: skip
+    if lost := [name for name in fresh if not allowed(name)]:
+        named = f"{lost[0]} among them" if len(lost) > 3 else ", ".join(lost)
+        raise SpcxrError(f"{source}: no weights for {len(lost)} parameters of {type(model).__name__}: {named}")
+    extra = sorted(loading["unexpected_keys"]) if model.config.model_type == "spcxr" else []
+    if extra:
+        raise SpcxrError(
+            f"{source}: weights and configuration do not fit: {type(model).__name__} has no {', '.join(extra[:3])}"
+        )
+    return model, fresh
+
+
+def load_processor(source: str, required: bool = True) -> Any:
+    """The image processor of a checkpoint; None where there is none and none is required.
+
+    Raises:
+        SpcxrError: there is none though one is required, or it is damaged.
+    """
+    with loading_errors(source, "no image processor"):
+        names = ("preprocessor_config.json", "processor_config.json")
+        if not required and not any(_has_file(source, name) for name in names):
+            return None
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **_local_files(source))
+
+
+def own_class(config: PreTrainedConfig) -> Any:
+    """The class of this family that a configuration names.
+
+    Raises:
+        SpcxrError: it names none.
+    """
+    name = (config.architectures or ["none"])[0]
+    if name not in SPCXR_CLASSES:
+        raise SpcxrError(f"config.json: its architecture {name} is none of {', '.join(SPCXR_CLASSES)}")
+    return SPCXR_CLASSES[name]
+
+
+def choose_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one.
+
+    Raises:
+        SpcxrError: there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SpcxrError(f"no device {name!r} on this machine: {str(error).strip().partition(chr(10))[0]}") from error
+    return device
+
+
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Choose the attention implementation; eager where a family has no fused one.
+
+    Raises:
+        SpcxrError: the model, or this machine, has no such implementation.
+    """
+    try:
+        model.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        if implementation != "sdpa":
+            raise SpcxrError(f"attention {implementation!r} is refused ({one_line(error)})") from error
+        model.set_attn_implementation("eager")
+
+
+# ---- places ------------------------------------------------------------------------------------------------------
+
+
+def is_local(source: str) -> bool:
+    """Whether a checkpoint is a folder, or an id that the local Hub cache has."""
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    return Path(source).is_dir() or bool(
+        _cached_file(source, "config.json") and any(_cached_file(source, file) for file in weights)
+    )
+
+
+def name_with_revision(source: str) -> str:
+    """A folder as it is; an id with the start of the revision that the cache holds it at."""
+    file = None if Path(source).is_dir() else _cached_file(source, "config.json")
+    return f"{source}@{file.parent.name[:12]}" if file else source
+
+
+def _has_file(source: str, name: str) -> bool:
+    if Path(source).is_dir():
+        return (Path(source) / name).is_file()
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **_local_files(source))
+    return found is not None
+
+
+def _cached_file(repo_id: str, file: str) -> Path | None:
+    try:
+        found = try_to_load_from_cache(repo_id, file, cache_dir=constants.HF_HUB_CACHE)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _local_files(source: str) -> dict[str, bool]:
+    return {"local_files_only": True} if is_local(source) else {}
+
+
+@contextmanager
+def loading_errors(source: str, problem: str) -> Iterator[None]:
+    """Raise whatever a library says about a checkpoint as a `SpcxrError` of one line."""
+    try:
+        yield
+    except SpcxrError:
+        raise
+    except Exception as error:  # a damaged or hostile folder can make the libraries raise any type
+        raise SpcxrError(f"{source}: {problem} ({one_line(error)})") from error
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """The weights of these models load within a second."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
+# ---- the forward pass --------------------------------------------------------------------------------------------
+
+
+def to_pixel_values(processor: Any, images: Sequence[Image.Image], image_size: int | None = None) -> torch.Tensor:
+    """Pictures of any sizes, grey of 8 or 16 bits, -> pixel values (B, C, H, W), as the image processor makes them.
+
+    Args:
+        processor: Of any family; another than SPCXR's is given 8 bits and three channels.
+        images: The pictures.
+        image_size: Side of the result in pixels; by default the image processor's.
+    """
+    if not hasattr(processor, "num_output_channels"):
+        images = [to_8_bit(image).convert("RGB") for image in images]
+    options = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
+    return processor(list(images), return_tensors="pt", **options)["pixel_values"]
+
+
+def forward(model: PreTrainedModel, pixel_values: torch.Tensor, bf16: bool = False, **options: Any) -> Any:
+    """The outputs of a model of any family on one batch; gradients are the caller's affair.
+
+    Args:
+        model: On its device.
+        pixel_values: (B, C, H, W), on any device.
+        bf16: Compute in bfloat16 autocast.
+        options: What the model's forward takes besides.
+    """
+    with bf16_autocast(model.device, bf16):
+        return model(pixel_values=pixel_values.to(model.device), **forward_options(model), **options)
+
+
+def forward_options(model: PreTrainedModel) -> dict[str, Any]:
+    """What a model's forward has to be given so that it takes images of other sizes than its native one."""
+    interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    return {"interpolate_pos_encoding": True} if interpolates else {}
+
+
+def label_names(config: PreTrainedConfig) -> list[str]:
+    """The labels of a configuration in the order of the logits."""
+    names = {int(index): str(label) for index, label in (config.id2label or {}).items()}
+    return [names[index] for index in sorted(names)]
+
+
+def is_multi_label(config: PreTrainedConfig) -> bool:
+    """Whether the labels of a classifier may hold together."""
+    return config.problem_type == "multi_label_classification"
+
+
+def is_sigmoid(config: PreTrainedConfig) -> bool:
+    """Whether each label has a probability of its own: labels that may hold together, or a single one."""
+    return is_multi_label(config) or config.num_labels == 1
+
+
+def probabilities(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Tensor:
+    """Logits (B, labels) -> probabilities (B, labels), as the pipelines of transformers have them."""
+    return logits.float().sigmoid() if is_sigmoid(config) else logits.float().softmax(dim=-1)
