@@ -32,9 +32,10 @@ from PIL import Image
 from spcxr_hf import SpcxrConfig, SpcxrImageProcessor, SpcxrModel
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import read_json, write_json
-from spcxr_hf.inference.pipeline import Loaded, Source, answers, choose_device
+from spcxr_hf.inference.pipeline import Source, answers
 from spcxr_hf.inference.tasks import embed
 from spcxr_hf.inference.writers import open_writer
+from spcxr_hf.models.loading import Loaded, choose_device
 from spcxr_hf.training.arguments import parse_arguments
 from training_scripts.benchmarks.lib.timing import clock, describe_machine, peak_memory, replace_block
 
