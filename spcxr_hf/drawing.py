@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,17 @@ def save_grid(rows: Sequence[Sequence[torch.Tensor]], path: Path, gap: int = 4) 
     Image.fromarray(canvas).save(path)
 
 
+@functools.cache
+def _print_once(text: str) -> None:
+    print(text, flush=True)
+
+
 def save_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, x_label: str, y_label: str) -> None:
     """Write named curves of (x, y) points as one PNG; without matplotlib (the extra `demo`) say so and write none."""
     try:
         from matplotlib.figure import Figure  # a figure of its own touches no global state
     except ImportError:  # a run must not end for want of a picture
-        print(f'{path}: not drawn without matplotlib; `pip install "spcxr-hf[demo]"`', flush=True)
+        _print_once(f'{path}: not drawn without matplotlib; `pip install "spcxr-hf[demo]"`')
         return
 
     figure = Figure(figsize=(7, 4), layout="constrained")

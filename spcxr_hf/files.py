@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -122,6 +123,37 @@ def _exchange(target: Path, new: Path, previous: Path) -> None:
             previous.rename(target)
         raise
     shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock an output folder, which is made: two runs in one would overwrite each other's files.
+
+    The system releases the lock when the process ends, however it ends.
+
+    Raises:
+        SpcxrError: another process holds the lock (the message says which), or the folder cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    holder = folder / ".lock-holder"
+    with os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            with suppress(OSError):
+                raise SpcxrError(f"{folder}: in use by {holder.read_text(encoding='utf-8')}") from None
+            raise SpcxrError(f"{folder}: in use by another process") from None
+    try:
+        with os_errors(folder):
+            holder.write_text(f"process {os.getpid()} on {platform.node()}, since {time.ctime()}", encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            holder.unlink(missing_ok=True)
+        lock.release()
 
 
 def write_json(path: str | os.PathLike, content: dict) -> None:

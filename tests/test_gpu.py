@@ -31,7 +31,7 @@ def test_a_compiled_pretraining(script, shard, tmp_path):
 def test_a_head_that_is_fitted_first(shard, tmp_path):
     words = ["--data", shard, "--output", str(tmp_path), "--from_scratch", "true", *BRIEF]
     words += ["--label_column", "pneumonia_label", "--split_column", "pneumonia_split"]
-    finetune_classification.main([*words, "--head_from_probe", "true", "--class_weights", "balanced"])
+    finetune_classification.main([*words, "--head_from_probe", "true", "--balance", "loss"])
     assert (tmp_path / "final" / "model.safetensors").is_file()
 
 

@@ -146,9 +146,9 @@ def test_the_classifier_s_loss_optimiser_and_mixing(shard, pretrained, tmp_path,
         finetune_classification, "classification_loss", lambda *given: losses.append(given) or loss(*given)
     )
     monkeypatch.setattr(finetune_classification, "mix", lambda *given: mixed.append(given[2:4]) or mix(*given))
-    flags = ["--init_from", pretrained, "--label_smoothing", "0.2", "--class_weights", "balanced", "--mixup", "0.3"]
+    flags = ["--init_from", pretrained, "--label_smoothing", "0.2", "--balance", "loss", "--mixup", "0.3"]
     flags += ["--cutmix", "0.6", "--layer_decay", "0.5", "--drop_path_rate", "0.25", "--learning_rate", "1e-3"]
-    classify(shard, tmp_path, *flags, "--weight_decay", "0.2", "--final_learning_rate", "1e-3")
+    classify(shard, tmp_path, *flags, "--weight_decay", "0.2", "--steps", "1", "--save_every", "1")
     assert mixed and set(mixed) == {(0.3, 0.6)}
     for _, targets, multi_label, weights, smoothing, known_share in losses:
         assert (multi_label, smoothing, known_share) == (False, 0.2, 1.0)
@@ -170,7 +170,7 @@ def test_an_averaged_classifier_is_chosen_and_kept_by_its_average(shard, pretrai
     # What is told of val is the average's too: the same figures as by the final model, which is that average.
     told = json.loads((output / "results.json").read_text())["val"]["loss"]
     again = classify(shard, tmp_path / "again", "--init_from", str(output / "final"), "--learning_rate", "0",
-                     "--final_learning_rate", "0", "--steps", "1", "--save_every", "1")  # fmt: skip
+                     "--steps", "1", "--save_every", "1")  # fmt: skip
     assert json.loads((again / "results.json").read_text())["val"]["loss"] == pytest.approx(told, rel=1e-4)
 
 
@@ -228,7 +228,7 @@ def test_probes_are_chosen_on_val_from_a_share_of_the_labels():
 
     # On `test` the second feature tells all and the first nothing: what is chosen on it would differ.
     splits = {"train": split(signal), "val": split(signal), "test": split(signal[:, ::-1])}
-    arguments = linear_probe.Arguments(model="m", data="d", strengths=[1e-6, 1.0], resamples=5)
+    arguments = linear_probe.Arguments(model="m", data="d", c_values=[1e-6, 1.0], resamples=5)
     asked: list[np.ndarray] = []
 
     def classify_by_val(arguments, inputs, targets, queries):
@@ -256,7 +256,7 @@ def test_linear_probes_standardise_and_weigh_the_classes():
     targets = (drawn.random(300) < 0.1).astype(int)
     inputs = drawn.normal(size=(300, 3)) * [1, 100, 0.01] + [0, 50, 0] + targets[:, None] * [0.5, 30, 0.01]
     queries = {"val": inputs[:40] + 0.1}
-    arguments = linear_probe.Arguments(model="m", data="d", strengths=[0.01])
+    arguments = linear_probe.Arguments(model="m", data="d", c_values=[0.01])
     ((_, scores),) = linear_probe.classify_linearly(arguments, inputs, targets, queries)
     mean, deviation = inputs.mean(axis=0), inputs.std(axis=0)
     expected = LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000)
@@ -278,8 +278,24 @@ def test_a_run_never_goes_on_with_another_set_or_other_classes(shard, pretrained
     other = str(tmp_path / "other.parquet")
     names = pa.array([f"other-{name}" for name in rows["id"].to_pylist()])
     pq.write_table(rows.set_column(rows.column_names.index("id"), "id", names), other)
-    for data, more in ((other, []), (shard, ["--classes", "well=normal", "bacterial", "viral"])):
-        with pytest.raises(SpcxrError, match="learned from another set or other classes; train into another folder"):
+    labels = rows["pneumonia_label"].to_pylist()
+    changed = {
+        "one-gone": rows.slice(1),
+        "swapped": pa.concat_tables([rows.slice(1, 1), rows.slice(0, 1), rows.slice(2)]),
+        "label": rows.set_column(
+            rows.column_names.index("pneumonia_label"), "pneumonia_label", pa.array([labels[1], *labels[1:]])
+        ),
+        "val": rows.slice(0, 15),
+    }
+    for name, table in changed.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    for data, more, part in (
+        (other, [], "train, val"),
+        (shard, ["--classes", "well=normal", "bacterial", "viral"], "classes"),
+        *((str(tmp_path / f"{name}.parquet"), [], "val" if name == "val" else "train") for name in changed),
+    ):
+        said = f"run: its checkpoints were trained on other data: rows of {part}, their order or their labels"
+        with pytest.raises(SpcxrError, match=said):
             classify(data, tmp_path / "run", *flags, *more)
         assert [path.read_text() for path in kept] == before
     moved = tmp_path / "elsewhere.parquet"
@@ -287,11 +303,14 @@ def test_a_run_never_goes_on_with_another_set_or_other_classes(shard, pretrained
     capsys.readouterr()
     classify(str(moved), tmp_path / "run", *flags)
     assert "2 steps are done already, so nothing is trained" in capsys.readouterr().out
+    for more in (["--allow_other_data", "true"], []):  # what was allowed once is the run's own data
+        classify(other, tmp_path / "run", *flags, "--steps", "4", *more)
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
 
 
 def test_a_set_without_the_column_for_pretraining_is_told_the_way_out(shard, tmp_path):
     pq.write_table(pq.read_table(shard).drop_columns(["pretrain"]), tmp_path / "mine.parquet")
     for more in ([], ["--cache", "none", "--workers", "0"]):
         words = ["--data", str(tmp_path / "mine.parquet"), "--output", str(tmp_path / "run"), *BRIEF, "--size", "tiny"]
-        with pytest.raises(SpcxrError, match="no column 'pretrain'; .*--pretrain_only false takes every row"):
+        with pytest.raises(SpcxrError, match="no column 'pretrain'; .*--pretrain-only false every row"):
             pretrain.main([*words, *more])

@@ -1,17 +1,16 @@
-"""Fine-tune an encoder to tell classes apart, or to find labels that may hold together, named by a column of the set.
+"""Fine-tune an encoder to classify radiographs, by one label each or by several that may hold at once (multi-label).
 
-    accelerate launch training_scripts/finetune_classification.py \
-        training_scripts/recipes/finetune_classification.yaml --init_from CHECKPOINT --data ../shared/data
+    python training_scripts/finetune_classification.py \
+        training_scripts/recipes/finetune_classification.yaml --init-from CHECKPOINT --data ../shared/data
 
-Started again with the same command, it goes on from its newest checkpoint. `--from_scratch true` trains the same
-network without pretraining, `--freeze_encoder true` the head alone, `--lora_rank 8` adapters in every linear layer of
-the encoder and the head. `--model` puts another family in SPCXR's place: what AutoModelForImageClassification loads.
-`--seeds 0 1 2` makes a run of each, in `output/seed-<n>`, and `output/results.json` with means and deviations.
-`--lungs MODEL --fill_outside 0.5` hides all but the lungs in half of the views, so that the model learns to do without
-what lies outside; it is then chosen by the mean of its figures on whole images and on lungs alone.
+The same command resumes from the newest checkpoint. `--from-scratch true` trains the same network without pretraining,
+`--freeze-encoder true` the head alone, `--lora-rank 8` LoRA adapters and the head. `--init-from` takes SPCXR and any
+other family that AutoModelForImageClassification loads. `--seeds 0 1 2` makes a run of each, in `output/seed-<n>`, and
+`output/results.json` with means and standard deviations. `--lungs MODEL --lung-only-prob 0.5` fills everything but the
+lungs in half of the views; the model is then chosen by the mean of its figures on whole images and on lungs alone.
 
-The model is chosen on the rows `val`; nothing is learned from `test` and `shift`, or measured on them: `evaluate.py`
-reports them. A split that leaks between any of them is refused (`--allow_leaks`, `--exclude`).
+The model is chosen on the rows `val`; the rows `test` and `shift` are neither learned from nor measured: `evaluate.py`
+reports on them. A split that leaks between any of them is refused (`--allow-leaks`, `--exclude`).
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from spcxr_hf import SpcxrError
 from spcxr_hf.data.batches import MicroBatch, RadiographSet, balanced, draw_rows, select
 from spcxr_hf.data.labels import names_in, parse_classes, targets_of
 from spcxr_hf.data.sets import read_set
-from spcxr_hf.data.table import RadiographTable, decode_set
+from spcxr_hf.data.table import RadiographTable, decode_set, fingerprint_rows
 from spcxr_hf.evaluation.metrics import check_packages
 from spcxr_hf.evaluation.shortcuts import lungs_alone
 from spcxr_hf.files import atomic_folder, write_json
 from spcxr_hf.models.loading import set_attention
 from spcxr_hf.models.lungs import Segmenter, find_lungs, load_segmenter
-from spcxr_hf.quality.checks import SplitArguments, check_split, sketch, write_skipped
-from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
+from spcxr_hf.quality.checks import SplitArguments, check_split, write_skipped
+from spcxr_hf.training.arguments import check_values, learning_rate_schedule, parse_arguments, run_script, save_recipe
 from spcxr_hf.training.checkpoints import list_checkpoints
 from spcxr_hf.training.classifiers import (
     ClassifierArguments,
@@ -49,9 +48,10 @@ from spcxr_hf.training.classifiers import (
     merge_adapters,
     set_training,
 )
-from spcxr_hf.training.engine import Run, learning_rate_schedule
+from spcxr_hf.training.engine import Run
 from spcxr_hf.training.head_init import choose_linear_head, head_input, put_head
 from spcxr_hf.training.losses import METRICS, MULTI_LABEL_METRICS, class_weights, classification_loss, measure
+from spcxr_hf.training.run_report import write_card
 from spcxr_hf.transforms.augment import AugmentationArguments, mix, resize
 
 CURVES = {"loss": "loss", "loss on val": "val_loss", "AUROC on val": "val_auroc"}  # name -> column of the log
@@ -78,15 +78,14 @@ class Arguments(AugmentationArguments, SplitArguments, ClassifierArguments):
     seeds: list[int] = field(
         default_factory=list, metadata={"help": "a run for each, in output/seed-<n>; by default one run, of `seed`"}
     )
-    batch_size: int = field(default=32, metadata={"help": "images per optimiser step over all processes"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate of the head"})
-    warmup_steps: int = field(default=50, metadata={"help": "steps of linear warm-up"})
-    class_weights: str = field(default="none", metadata={"help": "none, or balanced: every class weighs the same"})
-    sampling: str = field(default="natural", metadata={"help": "natural, or balanced: every class comes up as often"})
-    label_smoothing: float = field(default=0.0, metadata={"help": "share of a target that goes to all classes alike"})
+    balance: str = field(
+        default="none",
+        metadata={"help": "against rare classes: none; loss: they weigh more; sampling: they come up as often"},
+    )
+    label_smoothing: float = field(default=0.0, metadata={"help": "share of a target that is spread over all classes"})
     mixup: float = field(default=0.0, metadata={"help": "alpha of mixup; 0: none"})
     cutmix: float = field(default=0.0, metadata={"help": "alpha of CutMix; 0: none; with mixup, either half the time"})
-    metric: str = field(default="auroc", metadata={"help": f"what chooses the model on val: {', '.join(METRICS)}"})
+    metric: str = field(default="auroc", metadata={"help": f"chooses the model on val: {', '.join(METRICS)}"})
     head_from_probe: bool = field(
         default=False,
         metadata={"help": "start with a logistic regression on the encoder's features as the head (LP-FT)"},
@@ -94,91 +93,71 @@ class Arguments(AugmentationArguments, SplitArguments, ClassifierArguments):
     lungs: str | None = field(
         default=None, metadata={"help": "folder or Hub id of a segmentation model with a label `lung`"}
     )
-    fill_outside: float = field(
+    lung_only_prob: float = field(
         default=0.0, metadata={"help": "share of the views in which all but the lungs is filled with the image's mean"}
     )
-    patience: int = field(
-        default=0, metadata={"help": "end after so many checkpoints in a row that are no better on val; 0: never"}
-    )
-    save_every: int = field(default=100, metadata={"help": "steps between checkpoints, each with its figures on val"})
-    log_every: int = field(default=10, metadata={"help": "steps between rows of the log"})
-    final: str = field(default="best", metadata={"help": "what becomes output/final: best (by metric on val) or last"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(Arguments, argv)
     check(arguments)
     runs = arguments_of_runs(arguments)
-    results = [fine_tune(one, is_last=one is runs[-1]) for one in runs]
-    if arguments.seeds:
-        summarise(arguments, results)
+    results = [fine_tune(one) for one in runs]
+    if arguments.seeds:  # mean and standard deviation (n - 1) over the seeds
+        values = {name: np.array([result["val"][name] for result in results]) for name in results[0]["val"]}
+        summary = {name: results[0][name] for name in ("metric", "label_fraction", "images")}
+        summary["val"] = {
+            name: {"mean": each.mean(), "sd": each.std(ddof=1) if len(each) > 1 else math.nan}
+            for name, each in values.items()
+        }
+        summary["seeds"] = {str(result["seed"]): result for result in results}
+        write_json(Path(arguments.output) / "results.json", summary)
 
 
-def fine_tune(arguments: Arguments, is_last: bool) -> dict:
-    """One run; what it measured on val."""
-    run = Run(arguments)
-    labels, training, validation = load_sets(arguments, run)
-    model = build_classifier(arguments, labels)
-    pixels = Pixels.of(arguments, model)
-    if arguments.head_from_probe and not list_checkpoints(run.output):
-        fit_head(arguments, run, model, pixels, training, validation)
-    rows = zip(training.ids, training.columns["targets"].tolist(), strict=True)
-    learned = sketch([name, [str(value) for value in values], labels] for name, values in rows)
-    run.start(model, classifier_groups(model, arguments.layer_decay), set=learned)
-
-    train(arguments, run, pixels, training, validation)
-    result = describe(arguments, run, labels, training, validation)
-    if run.is_main:
-        finish(arguments, run, pixels, result)
-    end(run, is_last)
+def fine_tune(arguments: Arguments) -> dict:
+    """One run; its figures on val."""
+    with Run(arguments) as run:
+        labels, training, validation, fingerprint = load_sets(arguments, run)
+        model = build_classifier(arguments, labels)
+        pixels = Pixels.of(arguments, model)
+        if arguments.head_from_probe and not list_checkpoints(run.output):
+            fit_head(arguments, run, model, pixels, training, validation)
+        run.start(model, classifier_groups(model, arguments.layer_decay), fingerprint)
+        train(arguments, run, pixels, training, validation)
+        counts = (training.columns["targets"] == 1).sum(dim=0).tolist()
+        result = {
+            "seed": arguments.seed,
+            "label_fraction": arguments.label_fraction,
+            "images": {"train": len(training), "val": len(validation)},
+            "train_images_by_class": dict(zip(labels, counts, strict=True)),
+            "metric": arguments.metric,
+            "step": run.state["figures_step"],
+            "val": run.state["figures"]["whole"],
+            **{f"val_{version}": found for version, found in run.state["figures"].items() if version != "whole"},
+        }
+        if run.is_main:
+            finish(arguments, run, pixels, result)
     return result
-
-
-# ---- the command line ------------------------------------------------------------------------------------------
 
 
 def check(arguments: Arguments) -> None:
     """Refuse a command line that would fail late, or train something else than was meant."""
-    if arguments.init_from is None and arguments.model is None and not arguments.from_scratch:
-        raise SpcxrError("give --init_from CHECKPOINT, or --model FOLDER, or --from_scratch true")
-    if arguments.cache == "none":
-        raise SpcxrError("labels are kept with their images: cache must be memory or device")
     check_packages()
-    check_choices(arguments)
-    check_ranges(arguments)
-    for one, other in (("init_from", "model"), ("freeze_encoder", "lora_rank")):
-        if getattr(arguments, one) and getattr(arguments, other):
-            raise SpcxrError(f"{one} and {other} exclude each other")
-    if arguments.class_weights == arguments.sampling == "balanced":
-        raise SpcxrError("class_weights and sampling are both balanced: that would make up for rare classes twice")
+    check_values(
+        arguments,
+        {
+            "metric": MULTI_LABEL_METRICS if arguments.multi_label else METRICS,
+            "balance": ("none", "loss", "sampling"),
+        },
+        {"label_fraction": "(0, 1]", "label_smoothing": "[0, 1)", "lung_only_prob": "[0, 1]"}
+        | dict.fromkeys(("mixup", "cutmix", "lora_rank"), "[0, inf)"),
+    )
+    if bool(arguments.lung_only_prob) != bool(arguments.lungs):
+        raise SpcxrError("lungs (a segmentation model) and lung_only_prob (above 0) go together")
+    if arguments.freeze_encoder and arguments.lora_rank:
+        raise SpcxrError("freeze_encoder and lora_rank exclude each other")
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise SpcxrError(f"a seed stands twice among the seeds {' '.join(map(str, arguments.seeds))}")
-
-
-def check_choices(arguments: Arguments) -> None:
-    choices = {
-        "metric": MULTI_LABEL_METRICS if arguments.multi_label else METRICS,
-        "class_weights": ("none", "balanced"),
-        "sampling": ("natural", "balanced"),
-        "final": ("best", "last"),
-    }
-    for name, allowed in choices.items():
-        if (value := getattr(arguments, name)) not in allowed:
-            raise SpcxrError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}; got {value!r}")
-
-
-def check_ranges(arguments: Arguments) -> None:
-    if not 0 < arguments.label_fraction <= 1:
-        raise SpcxrError(f"label_fraction must lie in (0, 1]; got {arguments.label_fraction}")
-    if not 0 <= arguments.label_smoothing < 1:
-        raise SpcxrError(f"label_smoothing must lie in [0, 1); got {arguments.label_smoothing}")
-    if not 0 <= arguments.fill_outside <= 1:
-        raise SpcxrError(f"fill_outside must lie in [0, 1]; got {arguments.fill_outside}")
-    if bool(arguments.fill_outside) != bool(arguments.lungs):
-        raise SpcxrError("lungs (a segmentation model) and fill_outside (above 0) go together")
-    for name in ("mixup", "cutmix", "lora_rank", "patience"):
-        if getattr(arguments, name) < 0:
-            raise SpcxrError(f"{name} must be at least 0; got {getattr(arguments, name)}")
     arguments.views(arguments.image_size)
 
 
@@ -221,8 +200,11 @@ def find_classes(arguments: Arguments, training: RadiographTable, validation: Ra
 # ---- sets ------------------------------------------------------------------------------------------------------
 
 
-def load_sets(arguments: Arguments, run: Run) -> tuple[list[str], RadiographSet, RadiographSet]:
-    """The names of the classes, and the rows `train` and `val`, decoded, with their targets (n, classes)."""
+def load_sets(arguments: Arguments, run: Run) -> tuple[list[str], RadiographSet, RadiographSet, dict]:
+    """Names of the classes, the rows `train` and `val`, decoded, and the fingerprint of rows and labels.
+
+    Columns of the sets are "targets" (n, classes) and, with a segmentation model, "lungs" (n, S, S).
+    """
     table = read_set(arguments.data, arguments.exclude)
     splits = [table.where(arguments.split_column, split) for split in ("train", "val")]
     classes = find_classes(arguments, splits[0], splits[1])
@@ -230,27 +212,27 @@ def load_sets(arguments: Arguments, run: Run) -> tuple[list[str], RadiographSet,
         table, arguments.split_column, arguments.allow_leaks, processes=run.accelerator, cache=arguments.cache_folder
     )
     segmenter = load_segmenter(arguments.lungs, run.accelerator.device) if arguments.lungs else None
+    sets, skipped, prints = [], {}, {"classes": str(classes)}
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
-        (training, lost), (validation, lost_of_val) = (
-            load_set(arguments, split, classes, segmenter) for split in splits
-        )
+        for name, split in zip(("train", "val"), splits, strict=True):
+            images, lost, prints[name] = load_set(arguments, split, classes, segmenter)
+            sets.append(images)
+            skipped |= lost
     if run.is_main:
-        write_skipped(run.output, lost | lost_of_val)
-    training = draw_labels(arguments, training, list(classes))
+        write_skipped(run.output, skipped)
+    training, validation = draw_labels(arguments, sets[0], list(classes)), sets[1]
     measured = measure(torch.zeros(len(validation), len(classes)), validation.columns["targets"], arguments.multi_label)
     if math.isnan(measured[arguments.metric]):
         raise SpcxrError(f"{splits[1].name}: {arguments.metric} is not defined on it, since no class has both sides")
     training = training.to(run.accelerator.device) if arguments.cache == "device" else training
-    return list(classes), balanced(training) if arguments.sampling == "balanced" else training, validation
+    training = balanced(training) if arguments.balance == "sampling" else training
+    return list(classes), training, validation, prints
 
 
 def load_set(
     arguments: Arguments, table: RadiographTable, classes: dict[str, list[str]], segmenter: Segmenter | None
-) -> tuple[RadiographSet, dict[str, str]]:
-    """Decode the images of a split that have a label; id -> cause of those that are broken and skipped.
-
-    The set's columns are "targets" (n, classes) and, with a segmentation model, "lungs" (n, S, S).
-    """
+) -> tuple[RadiographSet, dict[str, str], str]:
+    """Decode the images of a split that have a label; id -> cause of those skipped; the fingerprint of the rest."""
     cells = table.column(arguments.label_column)
     targets = torch.tensor([targets_of(cell, classes, arguments.multi_label) for cell in cells])
     known = ~targets.isnan().all(dim=1)
@@ -263,7 +245,8 @@ def load_set(
         columns["lungs"] = find_lungs(
             segmenter, decoded, arguments.cache_folder, bf16=arguments.mixed_precision == "bf16"
         )
-    return RadiographSet(decoded.images, decoded.table.ids, columns), decoded.skipped
+    images = RadiographSet(decoded.images, decoded.table.ids, columns)
+    return images, decoded.skipped, fingerprint_rows(decoded.table, [arguments.label_column])
 
 
 def draw_labels(arguments: Arguments, training: RadiographSet, classes: list[str]) -> RadiographSet:
@@ -308,8 +291,7 @@ def fit_head(
         kinds = versions(images).values()
         features = torch.cat([embed(run, model, pixels, kind) for kind in kinds])
         sets.append((features, images.columns["targets"].cpu().repeat(len(kinds), 1)))
-    is_balanced = "balanced" in (arguments.class_weights, arguments.sampling)
-    weights = class_weights(training.columns["targets"].cpu(), is_balanced, arguments.multi_label)
+    weights = class_weights(training.columns["targets"].cpu(), arguments.balance != "none", arguments.multi_label)
     put_head(model, choose_linear_head(sets[0], sets[1], arguments.multi_label, weights))
     set_training(model, arguments.freeze_encoder)
 
@@ -343,8 +325,8 @@ def draw_views(
     """Random views of these images, mixed or not: pixel_values (B, C, S, S) and targets (B, classes)."""
     images = micro_batch.images
     generator = torch.Generator(images.device).manual_seed(micro_batch.seed)
-    if arguments.fill_outside:
-        images = lungs_alone(images, micro_batch.columns["lungs"], arguments.fill_outside, generator)
+    if arguments.lung_only_prob:
+        images = lungs_alone(images, micro_batch.columns["lungs"], arguments.lung_only_prob, generator)
     views = pixels.normalise(arguments.views(arguments.image_size)(images, generator))
     views, targets = mix(views, micro_batch.columns["targets"], arguments.mixup, arguments.cutmix, micro_batch.seed)
     return views.to(device), targets.to(device)
@@ -354,7 +336,7 @@ def train(arguments: Arguments, run: Run, pixels: Pixels, training: RadiographSe
     """The loop: view, classify, step; now and then a checkpoint with its figures on val."""
     learning_rate = learning_rate_schedule(arguments)
     every = training.columns["targets"]
-    weights = class_weights(every, arguments.class_weights == "balanced", arguments.multi_label)
+    weights = class_weights(every, arguments.balance == "loss", arguments.multi_label)
     weights = weights.to(run.accelerator.device)
     known_share = 1 - every.isnan().float().mean().item()
     seen = versions(validation)
@@ -391,7 +373,7 @@ def validate(
         for version, found in figures.items()
         for name, value in found.items()
     }
-    if arguments.final == "last" or run.state.get("best_step") == run.state["step"] + 1:
+    if run.state.get("best_step") == run.state["step"] + 1:
         run.state["figures"] = figures
         run.state["figures_step"] = run.state["step"] + 1
 
@@ -419,61 +401,21 @@ def predict(arguments: Arguments, run: Run, pixels: Pixels, images: torch.Tensor
 # ---- the end ---------------------------------------------------------------------------------------------------
 
 
-def describe(
-    arguments: Arguments, run: Run, labels: list[str], training: RadiographSet, validation: RadiographSet
-) -> dict:
-    """What a run learned from and what its final model reached on val."""
-    counts = (training.columns["targets"] == 1).sum(dim=0).tolist()
-    return {
-        "seed": arguments.seed,
-        "label_fraction": arguments.label_fraction,
-        "images": {"train": len(training), "val": len(validation)},
-        "train_images_by_class": dict(zip(labels, counts, strict=True)),
-        "metric": arguments.metric,
-        "step": run.state["figures_step"],
-        "val": run.state["figures"]["whole"],
-        **{f"val_{version}": found for version, found in run.state["figures"].items() if version != "whole"},
-    }
-
-
 def finish(arguments: Arguments, run: Run, pixels: Pixels, result: dict) -> None:
-    """Write the best (or the last) model, with its image processor and recipe, into `output/final`, and its figures."""
+    """Write the best model, with its image processor and recipe, into `output/final`, and its figures."""
     with run.averaged() as model, atomic_folder(run.output / "final") as folder:
-        if arguments.final == "best":
-            model.load_state_dict(load_file(run.output / "best" / "model.safetensors", device="cpu"))
+        model.load_state_dict(load_file(run.output / "best" / "model.safetensors", device="cpu"))
         if arguments.lora_rank:
             merge_adapters(model)
         set_attention(model.eval(), "sdpa")
         type(model).save_pretrained(model, folder)  # in the library's own form, not the checkpoints'
         pixels.processor().save_pretrained(folder)
         save_recipe(arguments, folder / "recipe.yaml")
+        images = {**result["images"], **{f"train: {name}": n for name, n in result["train_images_by_class"].items()}}
+        write_card(folder, "image-classification", arguments.init_from, result["val"], images)
     write_json(run.output / "results.json", result)
     run.report("Classification")
     print(f"saved {run.output / 'final'}")
-
-
-def end(run: Run, is_last: bool) -> None:
-    """Let the trackers finish; the processes stay together until the last run is done."""
-    run.accelerator.wait_for_everyone()
-    if is_last:
-        run.end()
-        return
-    run.finish_pushing()
-    for tracker in run.accelerator.trackers:
-        tracker.finish()
-    run.accelerator.free_memory()
-
-
-def summarise(arguments: Arguments, results: list[dict]) -> None:
-    """Write mean and standard deviation (n - 1) over the seeds to `output/results.json`."""
-    values = {name: np.array([result["val"][name] for result in results]) for name in results[0]["val"]}
-    summary = {name: results[0][name] for name in ("metric", "label_fraction", "images")}
-    summary["val"] = {
-        name: {"mean": each.mean(), "sd": each.std(ddof=1) if len(each) > 1 else math.nan}
-        for name, each in values.items()
-    }
-    summary["seeds"] = {str(result["seed"]): result for result in results}
-    write_json(Path(arguments.output) / "results.json", summary)
 
 
 if __name__ == "__main__":

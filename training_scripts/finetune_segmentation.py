@@ -1,35 +1,42 @@
-"""Fine-tune a pretrained encoder to find the lungs: `SpcxrForSemanticSegmentation` with the labels background and lung.
+"""Fine-tune a pretrained encoder to segment the lungs: `SpcxrForSemanticSegmentation`, labels background and lung.
 
-    accelerate launch training_scripts/finetune_segmentation.py training_scripts/recipes/finetune_segmentation.yaml \
-        --init_from model_cards/CHECKPOINT --data ../shared/data
+    python training_scripts/finetune_segmentation.py training_scripts/recipes/finetune_segmentation.yaml \
+        --init-from model_cards/CHECKPOINT --data ../shared/data
 
-Started again with the same command, it goes on from its newest checkpoint. `--from_scratch true` trains the same
-network without pretraining. The model is chosen on the rows `val`; nothing is learned from `test` and `shift`, or
-measured on them. A `lung_split` that leaks between any of them is refused (`--allow_leaks`, `--exclude`).
+The same command resumes from the newest checkpoint. `--from-scratch true` trains the same network without pretraining.
+The model is chosen on the rows `val`; the rows `test` and `shift` are neither learned from nor measured. A `lung_split`
+that leaks between any of them is refused (`--allow-leaks`, `--exclude`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
-from spcxr_hf import SpcxrError, SpcxrForSemanticSegmentation, SpcxrImageProcessor
+from spcxr_hf import SpcxrForSemanticSegmentation, SpcxrImageProcessor
 from spcxr_hf.data.batches import MicroBatch, RadiographSet
 from spcxr_hf.data.sets import read_set
-from spcxr_hf.data.table import RadiographTable, decode_set
+from spcxr_hf.data.table import decode_set, fingerprint_rows
 from spcxr_hf.drawing import overlay, save_grid
 from spcxr_hf.evaluation.metrics import dice
-from spcxr_hf.files import atomic_folder
+from spcxr_hf.files import atomic_folder, os_errors
 from spcxr_hf.models.convert import change_image_size
 from spcxr_hf.models.loading import load_config, load_network
-from spcxr_hf.quality.checks import SplitArguments, check_split, sketch, write_skipped
-from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
-from spcxr_hf.training.engine import Run, RunArguments, learning_rate_schedule
+from spcxr_hf.quality.checks import SplitArguments, check_split, write_skipped
+from spcxr_hf.training.arguments import (
+    FineTuningArguments,
+    learning_rate_schedule,
+    parse_arguments,
+    run_script,
+    save_recipe,
+)
+from spcxr_hf.training.engine import Run
 from spcxr_hf.training.optim import layerwise_groups, new_config
+from spcxr_hf.training.run_report import write_card
 from spcxr_hf.transforms.augment import AugmentationArguments, normalise, resize
 
 LABELS = {0: "background", 1: "lung"}
@@ -37,69 +44,42 @@ CURVES = {"cross-entropy + Dice loss": "loss", "Dice on val": "val_dice"}  # nam
 
 
 @dataclass
-class Arguments(AugmentationArguments, SplitArguments, RunArguments):
+class Arguments(AugmentationArguments, SplitArguments, FineTuningArguments):
     """Fine-tune SPCXR to segment the lungs."""
-
-    from_scratch: bool = field(
-        default=False, metadata={"help": "random weights; of `init_from` only the config is used"}
-    )
-    size: Literal["tiny", "small", "base"] = field(
-        default="small", metadata={"help": "tiny, small or base: from scratch, where there is no init_from"}
-    )
-    batch_size: int = field(default=32, metadata={"help": "images per optimiser step over all processes"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate of the head"})
-    warmup_steps: int = field(default=50, metadata={"help": "steps of linear warm-up"})
-    layer_decay: float = field(default=0.75, metadata={"help": "learning rate of a block relative to the one above it"})
-    patience: int = field(
-        default=0, metadata={"help": "end after so many checkpoints in a row without a better Dice on val; 0: never"}
-    )
-    save_every: int = field(default=100, metadata={"help": "steps between checkpoints, each with its Dice on val"})
-    log_every: int = field(default=10, metadata={"help": "steps between rows of the log"})
-    final: str = field(default="best", metadata={"help": "what becomes output/final: best (by Dice on val) or last"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(Arguments, argv)
-    check(arguments)
-    run = Run(arguments)
-    training, validation = load_sets(arguments, run)
-    model = build_model(arguments)
-    run.start(model, layerwise_groups(model, arguments.layer_decay), set=sketch([name] for name in training.ids))
-
-    train(arguments, run, training, validation)
-    if run.is_main:
-        finish(arguments, run)
-    run.end()
+    arguments.views(arguments.image_size)  # refuses what is out of range
+    with Run(arguments) as run:
+        training, validation, fingerprint = load_sets(arguments, run)
+        model = build_model(arguments)
+        run.start(model, layerwise_groups(model, arguments.layer_decay), fingerprint)
+        train(arguments, run, training, validation)
+        if run.is_main:
+            finish(arguments, run, {"train": len(training), "val": len(validation)})
 
 
-def check(arguments: Arguments) -> None:
-    """Refuse a command line that would fail late, or train something else than was meant."""
-    if arguments.init_from is None and not arguments.from_scratch:
-        raise SpcxrError("give --init_from CHECKPOINT, or --from_scratch true")
-    if arguments.cache == "none":
-        raise SpcxrError("masks are kept with their images: cache must be memory or device")
-    arguments.views(arguments.image_size)
-    if arguments.final not in ("best", "last"):
-        raise SpcxrError(f"final must be best or last; got {arguments.final!r}")
-
-
-def load_sets(arguments: Arguments, run: Run) -> tuple[RadiographSet, RadiographSet]:
-    """The rows `train` and `val`, decoded."""
+def load_sets(arguments: Arguments, run: Run) -> tuple[RadiographSet, RadiographSet, dict[str, str]]:
+    """The rows `train` and `val`, decoded, and the fingerprint of both."""
     table = read_set(arguments.data, arguments.exclude)
     splits = [table.where("lung_split", split) for split in ("train", "val")]
     check_split(table, "lung_split", arguments.allow_leaks, processes=run.accelerator, cache=arguments.cache_folder)
+    sets, skipped, prints = [], {}, {}
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
-        (training, lost), (validation, lost_of_val) = (load_set(arguments, split) for split in splits)
+        for name, split in zip(("train", "val"), splits, strict=True):
+            decoded = decode_set(
+                split, arguments.stored_size, arguments.cache_folder, masks=True, on_error=arguments.on_error
+            )
+            assert decoded.masks is not None  # they were asked for
+            sets.append(RadiographSet(decoded.images, decoded.table.ids, {"masks": decoded.masks}))
+            skipped |= decoded.skipped
+            prints[name] = fingerprint_rows(decoded.table, ["lung_mask"])
     if run.is_main:
-        write_skipped(run.output, lost | lost_of_val)
-    return training.to(run.accelerator.device) if arguments.cache == "device" else training, validation
-
-
-def load_set(arguments: Arguments, table: RadiographTable) -> tuple[RadiographSet, dict[str, str]]:
-    """Decode the images and masks of a split; id -> cause of the rows that are broken and skipped."""
-    decoded = decode_set(table, arguments.stored_size, arguments.cache_folder, masks=True, on_error=arguments.on_error)
-    assert decoded.masks is not None  # they were asked for
-    return RadiographSet(decoded.images, decoded.table.ids, {"masks": decoded.masks}), decoded.skipped
+        write_skipped(run.output, skipped)
+    training, validation = sets
+    training = training.to(run.accelerator.device) if arguments.cache == "device" else training
+    return training, validation, prints
 
 
 def build_model(arguments: Arguments) -> SpcxrForSemanticSegmentation:
@@ -190,19 +170,20 @@ def draw(validation: RadiographSet, masks: torch.Tensor, path: Path, count: int 
                 overlay(grey, masks[index]),
             ]
         )
-    save_grid(rows, path)
+    with os_errors(path):
+        save_grid(rows, path)
 
 
-def finish(arguments: Arguments, run: Run) -> None:
-    """Write the best (or the last) model, with its image processor and recipe, into `output/final`."""
+def finish(arguments: Arguments, run: Run, images: dict[str, int]) -> None:
+    """Write the best model, with its image processor and recipe, into `output/final`."""
     size = {"height": arguments.image_size, "width": arguments.image_size}
-    with run.averaged() as last, atomic_folder(run.output / "final") as folder:
-        best = str(run.output / "best")
-        model = load_network(SpcxrForSemanticSegmentation, best)[0] if arguments.final == "best" else last
+    with atomic_folder(run.output / "final") as folder:
+        model, _ = load_network(SpcxrForSemanticSegmentation, str(run.output / "best"))
         model.eval().set_attn_implementation("sdpa")
         model.save_pretrained(folder)
         SpcxrImageProcessor(size=size).save_pretrained(folder)
         save_recipe(arguments, folder / "recipe.yaml")
+        write_card(folder, "image-segmentation", arguments.init_from, {"Dice": run.state["best"]}, images)
     run.report("Lung segmentation", ["loss.png", "masks.png"])
     print(f"saved {run.output / 'final'}")
 

@@ -143,7 +143,7 @@ class Arguments(SplitArguments):
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "draws of the labels (and of weights)"}
     )
-    strengths: list[float] = field(
+    c_values: list[float] = field(
         default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1, 1.0], metadata={"help": "values of C to choose from on val"}
     )
     neighbours: list[int] = field(
@@ -212,12 +212,12 @@ def check(arguments: Arguments) -> None:
 
 def check_values(arguments: Arguments) -> None:
     """Refuse empty lists and numbers out of range."""
-    for name in ("task", "label_fraction", "seeds", "strengths", "neighbours"):
+    for name in ("task", "label_fraction", "seeds", "c_values", "neighbours"):
         if not getattr(arguments, name):
             raise SpcxrError(f"{name} needs at least one value")
     if not all(0 < fraction <= 1 for fraction in arguments.label_fraction):
         raise SpcxrError(f"label_fraction must lie in (0, 1]; got {arguments.label_fraction}")
-    for name in ("image_size", "batch_size", "strengths", "neighbours", "temperature", "resamples"):
+    for name in ("image_size", "batch_size", "c_values", "neighbours", "temperature", "resamples"):
         if np.min(1 if getattr(arguments, name) is None else getattr(arguments, name)) <= 0:
             raise SpcxrError(f"{name} must be above 0; got {getattr(arguments, name)}")
 
@@ -380,7 +380,7 @@ def classify_linearly(arguments: Arguments, inputs: np.ndarray, targets: np.ndar
 
     scaler = StandardScaler().fit(inputs)
     inputs, queries = scaler.transform(inputs), {name: scaler.transform(part) for name, part in queries.items()}
-    for strength in arguments.strengths:
+    for strength in arguments.c_values:
         classifier = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000).fit(inputs, targets)
         scores = {name: classifier.decision_function(part) for name, part in queries.items()}
         if len(classifier.classes_) == 2:  # one column: how far on the second class's side

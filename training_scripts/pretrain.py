@@ -1,8 +1,8 @@
 """Pretrain the encoder by group-masked model learning (GMML): reconstruct radiographs from their corrupted versions.
 
-    accelerate launch training_scripts/pretrain.py training_scripts/recipes/pretrain_small_224.yaml --data DATA
+    python training_scripts/pretrain.py training_scripts/recipes/pretrain_small_224.yaml --data DATA
 
-Started again with the same command, it goes on from its newest checkpoint.
+The same command resumes from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -16,16 +16,23 @@ from spcxr_hf import SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
 from spcxr_hf.data.batches import MicroBatch, RadiographSet
 from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.streaming import StreamingRadiographs
-from spcxr_hf.data.table import decode_set
+from spcxr_hf.data.table import decode_set, fingerprint_rows
 from spcxr_hf.drawing import save_grid, to_grey
-from spcxr_hf.files import atomic_folder
+from spcxr_hf.files import atomic_folder, os_errors
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
 from spcxr_hf.models.convert import change_image_size
 from spcxr_hf.models.loading import load_network
-from spcxr_hf.quality.checks import SetArguments, for_pretraining, write_skipped
-from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
-from spcxr_hf.training.engine import Run, RunArguments, StepSource, learning_rate_schedule
+from spcxr_hf.quality.checks import WITHOUT_PRETRAIN, SetArguments, for_pretraining, write_skipped
+from spcxr_hf.training.arguments import (
+    PretrainingArguments,
+    learning_rate_schedule,
+    parse_arguments,
+    run_script,
+    save_recipe,
+)
+from spcxr_hf.training.engine import Run, StepSource
 from spcxr_hf.training.optim import CosineSchedule, new_config, parameter_groups
+from spcxr_hf.training.run_report import write_card
 from spcxr_hf.transforms.augment import AugmentationArguments, normalise, resize
 from spcxr_hf.transforms.group_masking import Corrupted, GroupMasking, as_pixels, normalise_patches
 
@@ -34,14 +41,9 @@ VIEWS = {one.name: one.metadata for one in fields(AugmentationArguments)}  # the
 
 
 @dataclass
-class Arguments(AugmentationArguments, SetArguments, RunArguments):
+class Arguments(AugmentationArguments, SetArguments, PretrainingArguments):
     """Pretrain the SPCXR encoder by group-masked model learning."""
 
-    pretrain_only: bool = field(default=True, metadata={"help": "only rows whose column `pretrain` is true"})
-    size: str = field(default="small", metadata={"help": "tiny, small or base"})
-    weight_decay: float = field(default=0.04, metadata={"help": "weight decay at the start"})
-    final_weight_decay: float = field(default=0.4, metadata={"help": "weight decay at the end of its cosine"})
-    max_grad_norm: float = field(default=3.0, metadata={"help": "gradients are clipped to this norm"})
     crop_scale: list[float] = field(default_factory=lambda: [0.25, 1.0], metadata=VIEWS["crop_scale"])
     brightness: float = field(default=0.1, metadata=VIEWS["brightness"])
     contrast: float = field(default=0.2, metadata=VIEWS["contrast"])
@@ -61,15 +63,14 @@ class Arguments(AugmentationArguments, SetArguments, RunArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(Arguments, argv)
     check(arguments)
-    run = Run(arguments)
-    images = load_images(arguments, run)
-    model = build_model(arguments)
-    run.start(model, parameter_groups(model), images_seen=model.config.images_seen)
-
-    train(arguments, run, images)
-    if run.is_main:
-        finish(arguments, run)
-    run.end()
+    with Run(arguments) as run:
+        images, fingerprint = load_images(arguments, run)
+        model = build_model(arguments)
+        groups = parameter_groups(model)
+        run.start(model, groups, fingerprint, arguments.adam_beta2, images_seen=model.config.images_seen)
+        train(arguments, run, images)
+        if run.is_main:
+            finish(arguments, run, len(images))
 
 
 def check(arguments: Arguments) -> None:
@@ -81,30 +82,33 @@ def check(arguments: Arguments) -> None:
     arguments.views(arguments.image_size)
 
 
-def load_images(arguments: Arguments, run: Run) -> StepSource:
-    """Every image, kept as `cache` says, or a stream of them."""
+def load_images(arguments: Arguments, run: Run) -> tuple[RadiographSet | StreamingRadiographs, dict[str, str]]:
+    """The images, in memory or as a stream, and the fingerprint of their rows."""
     if arguments.cache == "none":
         if arguments.exclude:
-            raise SpcxrError(
-                "--exclude works on images that are kept: with --cache none write shards without these rows"
-            )
-        column = "pretrain" if arguments.pretrain_only else None
+            raise SpcxrError("--exclude needs images in memory: with --cache none write shards without these rows")
+        if len(arguments.splits) > 1:
+            raise SpcxrError("--cache none takes one of --splits only")
+        by_column = "pretrain" if arguments.pretrain_only else None
+        where = (arguments.split_column, arguments.splits[0]) if arguments.splits else by_column
         try:
-            return StreamingRadiographs(
-                arguments.data, arguments.stored_size, column, arguments.workers, on_error=arguments.on_error
+            stream = StreamingRadiographs(
+                arguments.data, arguments.stored_size, where, arguments.workers, on_error=arguments.on_error
             )
         except SpcxrError as error:
-            hint = "; --pretrain_only false takes every row" if "no column 'pretrain'" in str(error) else ""
+            hint = f"; {WITHOUT_PRETRAIN}" if "no column 'pretrain'" in str(error) else ""
             raise SpcxrError(f"{error}{hint}") from error
+        return stream, {"the stream": stream.index.fingerprint_rows()}
     table = read_set(arguments.data, arguments.exclude)
-    if arguments.pretrain_only:
-        table = for_pretraining(table)
+    if arguments.splits or arguments.pretrain_only:
+        table = for_pretraining(table, arguments.splits, arguments.split_column)
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
         decoded = decode_set(table, arguments.stored_size, arguments.cache_folder, on_error=arguments.on_error)
     if run.is_main:
         write_skipped(run.output, decoded.skipped)
     images = RadiographSet(decoded.images, decoded.table.ids)
-    return images.to(run.accelerator.device) if arguments.cache == "device" else images
+    images = images.to(run.accelerator.device) if arguments.cache == "device" else images
+    return images, {"the set": fingerprint_rows(decoded.table)}
 
 
 def build_model(arguments: Arguments) -> SpcxrForPreTraining:
@@ -185,10 +189,12 @@ def draw(arguments: Arguments, run: Run, images: torch.Tensor) -> None:
         for values in (clean, corrupted.pixel_values, reconstruction)
     ]
     columns.append(corrupted.mask.squeeze(1).float())
-    save_grid(list(zip(*columns, strict=True)), run.output / "reconstruction.png")
+    path = run.output / "reconstruction.png"
+    with os_errors(path):
+        save_grid(list(zip(*columns, strict=True)), path)
 
 
-def finish(arguments: Arguments, run: Run) -> None:
+def finish(arguments: Arguments, run: Run, count: int) -> None:
     """Write the final model, with its image processor and recipe, into `output/final`."""
     size = {"height": arguments.image_size, "width": arguments.image_size}
     with run.averaged() as model, atomic_folder(run.output / "final") as folder:
@@ -196,6 +202,7 @@ def finish(arguments: Arguments, run: Run) -> None:
         model.save_pretrained(folder)
         SpcxrImageProcessor(size=size).save_pretrained(folder)
         save_recipe(arguments, folder / "recipe.yaml")
+        write_card(folder, "image-feature-extraction", arguments.init_from, {}, {"train": count})
     run.report("Group-masked pretraining", ["loss.png", "reconstruction.png"])
     print(f"saved {run.output / 'final'}")
 

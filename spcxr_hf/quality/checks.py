@@ -10,11 +10,12 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
+import pyarrow as pa
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -24,6 +25,7 @@ from spcxr_hf.files import atomic_file
 from spcxr_hf.quality.duplicates import SAME_IMAGE, LeakError, Leaks, refuse_leaks
 
 SKIPPED_FILE = "skipped.csv"
+WITHOUT_PRETRAIN = "--splits train takes the rows of a split, --pretrain-only false every row"
 Processes: TypeAlias = Accelerator | PartialState | None  # None: this process is alone
 
 
@@ -59,24 +61,18 @@ class SplitArguments(SetArguments):
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
-def for_pretraining(table: RadiographTable) -> RadiographTable:
-    """The rows whose column `pretrain` is true.
+def for_pretraining(table: RadiographTable, splits: Sequence[str] = (), split_column: str = "split") -> RadiographTable:
+    """The rows of these splits; without any, the rows whose column `pretrain` is true.
 
     Raises:
         SpcxrError: there is no such column, or no such row.
     """
+    if splits:
+        parts = [table.where(split_column, split) for split in dict.fromkeys(splits)]
+        return RadiographTable(pa.concat_tables(part.rows for part in parts), f"{table.name}[{'+'.join(splits)}]")
     if "pretrain" not in table.rows.column_names:
-        raise SpcxrError(f"{table.name}: no column 'pretrain'; --pretrain_only false takes every row")
+        raise SpcxrError(f"{table.name}: no column 'pretrain'; {WITHOUT_PRETRAIN}")
     return table.where("pretrain", True)
-
-
-def sketch(rows: Iterable[Any]) -> list[str]:
-    """Sixteen short hashes by which a set is known again though some of its rows come or go (MinHash, Broder 1997).
-
-    Args:
-        rows: What is learned of each row, its id first; anything that JSON holds.
-    """
-    return sorted({hashlib.sha256(json.dumps(row).encode()).hexdigest()[:12] for row in rows})[:16]
 
 
 # ---- leaks -------------------------------------------------------------------------------------------------------

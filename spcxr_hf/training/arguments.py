@@ -1,4 +1,7 @@
-"""A command line is a typed dataclass plus a YAML recipe: `script.py recipe.yaml --learning_rate 1e-3`."""
+"""Command lines of the scripts: a typed dataclass plus a YAML recipe, `script.py recipe.yaml --learning-rate 1e-3`.
+
+Here are also the flags that several training scripts share.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +11,67 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
+import torch
 import yaml
 from accelerate import Accelerator, DistributedType
 from transformers import HfArgumentParser
 
-from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import atomic_file
+from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.files import atomic_file, check_regular_file, os_errors
 from spcxr_hf.training.checkpoints import list_checkpoints
 from spcxr_hf.training.optim import CosineSchedule
 
+logger = logging.getLogger(__name__)
 Arguments = TypeVar("Arguments")
+
+MAX_RECIPE_BYTES = 1_000_000
+# accelerate's launch modes in which every process holds the whole model, or `--fsdp` divides it.
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# Flags that may change between the starts of one run. (A stream has another order of images than a set in memory; where
+# in memory it is kept makes no difference.)
+NEUTRAL = {"data", "output", "cache_folder", "workers", "compile", "save_every", "keep_checkpoints", "allow_other_data"}
+NEUTRAL |= {"log_every", "max_nonfinite_steps", "trackers", "push_to_hub"}
+# Flags of other libraries -> ours, for "did you mean": the names alone are too far apart.
+SYNONYMS = {
+    "learning_rate": ("lr", "base_lr", "peak_lr", "blr"),
+    "steps": ("epochs", "num_epochs", "num_train_epochs", "max_steps", "max_epochs", "iterations"),
+    "warmup_steps": ("warmup", "warmup_epochs", "warmup_ratio"),
+    "batch_size": ("bs", "train_batch_size", "per_device_train_batch_size", "global_batch_size"),
+    "micro_batch_size": ("gradient_accumulation_steps", "accumulate_grad_batches", "accum_iter", "device_batch_size"),
+    "init_from": ("model", "checkpoint", "pretrained", "model_name_or_path", "weights", "resume_from", "finetune"),
+    "model": ("init_from", "checkpoint", "model_name_or_path", "weights"),
+    "output": ("output_dir", "out", "out_dir", "save_dir", "work_dir"),
+    "data": ("dataset", "data_dir", "data_path", "train_dir", "dataset_name", "input"),
+    "label_column": ("label", "labels", "target", "targets"),
+    "split_column": ("split",),
+    "weight_decay": ("wd",),
+    "max_grad_norm": ("clip_grad", "grad_clip", "gradient_clip_val"),
+    "mixed_precision": ("fp16", "bf16", "amp", "dtype", "precision"),
+    "image_size": ("img_size", "size", "resolution", "input_size"),
+    "drop_path_rate": ("drop_path", "stochastic_depth"),
+    "ema_decay": ("ema", "model_ema_decay"),
+    "lora_rank": ("lora", "lora_r"),
+    "save_every": ("save_steps", "eval_steps", "checkpoint_every"),
+    "log_every": ("logging_steps", "print_freq"),
+    "trackers": ("report_to", "log_with", "wandb", "tensorboard"),
+    "push_to_hub": ("hub_model_id", "hub_id"),
+    "workers": ("num_workers", "dataloader_num_workers", "n_jobs"),
+    "patience": ("early_stopping_patience", "early_stopping"),
+    "attention": ("attn_implementation", "attn"),
+    "fsdp": ("shard",),
+}
 
 
 def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
     """Parse a command line: an optional recipe first, then flags, which win over the recipe.
 
-    The recipe's values go through the same parser as the flags, so both are typed and refused alike.
+    The recipe's values go through the same parser as the flags, so both are typed and refused alike. Where `--steps`
+    makes a run shorter than its recipe (or the default), the warm-up shrinks in proportion, unless it is given too.
 
     Args:
         arguments_class: A dataclass; its fields are the flags, their metadata's "help" the help text.
@@ -41,16 +84,107 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None
     words = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(cast(Any, arguments_class), description=(arguments_class.__doc__ or "").strip())
     parser.usage = "%(prog)s [RECIPE.yaml] [--flag value ...]"
+    for action in parser._actions:  # shown with hyphens; underscores are accepted too
+        action.option_strings = [one for one in action.option_strings if "_" not in one] or action.option_strings
+    recipe: list[str] = []
     if words and not words[0].startswith("-"):
-        # The recipe's flags go first: of two equal flags, argparse keeps the last.
-        words = [*_recipe_words(arguments_class, Path(words[0])), *words[1:]]
-    arguments, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        recipe = _recipe_words(arguments_class, Path(words.pop(0)))
+    # The recipe's flags go first: of two equal flags, argparse keeps the last.
+    arguments, unknown = parser.parse_args_into_dataclasses([*recipe, *words], return_remaining_strings=True)
     if unknown:  # their values are not repeated: they may be secrets
         known = [field.name for field in dataclasses.fields(cast(Any, arguments_class))]
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-        named = ", ".join(flag + _nearest(flag, known, "--") for flag in flags)
+        named = ", ".join(flag + _meant(flag, known, "--") for flag in flags)
         parser.error(f"unrecognized arguments: {named or unknown[0]}")
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    if "steps" in given and "warmup_steps" not in given and hasattr(arguments, "warmup_steps"):
+        defaults = {one.name: one.default for one in dataclasses.fields(cast(Any, arguments_class))}
+        of_recipe = next((int(word[8:]) for word in recipe if word.startswith("--steps=")), defaults["steps"])
+        scaled = round(arguments.warmup_steps * arguments.steps / of_recipe)
+        if scaled < arguments.warmup_steps:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"warmup_steps {arguments.warmup_steps} -> {scaled}, in proportion to steps {of_recipe} -> "
+                      f"{arguments.steps}; --warmup-steps N overrides it", file=sys.stderr)  # fmt: skip
+            arguments.warmup_steps = scaled
     return arguments
+
+
+def _meant(name: str, known: Sequence[str], dashes: str = "") -> str:
+    """The flag that was meant, in brackets: by its meaning in other libraries, or a similar name."""
+    bare = name.removeprefix(dashes).replace("-", "_").lower()
+    near = [flag for flag, others in SYNONYMS.items() if bare in others and flag in known]
+    near = near or difflib.get_close_matches(bare, known, n=1)
+    shown = near and (near[0].replace("_", "-") if dashes else near[0])
+    return f" (did you mean {dashes}{shown}?)" if near else ""
+
+
+def _recipe_words(arguments_class: type, path: Path) -> list[str]:
+    known = [field.name for field in dataclasses.fields(arguments_class)]
+    words: list[str] = []
+    for key, value in read_recipe(path).items():
+        if key not in known:
+            meant = _meant(str(key), known)
+            raise SpcxrError(f"{path}: unknown key {key!r}{meant}; known keys: {', '.join(sorted(known))}")
+        if value is None or value == []:  # no flag says so; it is what these fields are by default
+            continue
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, dict | list) or str(item).startswith("--") for item in items):
+            raise SpcxrError(f"{path}: {key} must be one value or a list of values; got {one_line(str(value))}")
+        words += [f"--{key}", *map(str, items)] if isinstance(value, list) else [f"--{key}={value}"]
+    return words
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML without aliases: a few hundred bytes of nested ones stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML recipe.
+
+    Raises:
+        SpcxrError: the file is missing, above 1 MB, not YAML, uses aliases, or is no mapping; the message names it.
+    """
+    try:
+        check_regular_file(path, MAX_RECIPE_BYTES)
+        values = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)  # noqa: S506 - it is a SafeLoader
+    except SpcxrError as error:
+        raise SpcxrError(f"{path}: cannot be read ({str(error).removeprefix(f'{path}: ')})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpcxrError(f"{path}: cannot be read ({one_line(error)})") from error
+    # PyYAML lets through what Python raises for a value: a 13th month, a number of 5,000 digits, 1,000 brackets.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise SpcxrError(f"{path}: not valid YAML ({one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise SpcxrError(f"{path}: a recipe holds `key: value` lines; found {type(values).__name__}")
+    return values
+
+
+def save_recipe(arguments: Any, path: Path) -> None:
+    """Write the resolved values of a dataclass as a recipe that gives them back."""
+    with atomic_file(path) as partial:
+        partial.write_text(yaml.safe_dump(dataclasses.asdict(arguments), sort_keys=False), encoding="utf-8")
+
+
+def fill_from_recipe(arguments: Any, recipe: Path, **otherwise: Any) -> None:
+    """Fill empty flags from the recipe beside a trained model.
+
+    Args:
+        arguments: A dataclass; its fields are changed in place.
+        recipe: The recipe; it need not exist.
+        otherwise: Field -> value where the recipe has none either.
+
+    Raises:
+        SpcxrError: as `read_recipe`, if the file exists.
+    """
+    known = read_recipe(recipe) if recipe.is_file() else {}
+    for name, value in otherwise.items():
+        setattr(arguments, name, getattr(arguments, name) or known.get(name) or value)
 
 
 def run_script(main: Callable[[], object]) -> None:
@@ -62,6 +196,8 @@ def run_script(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what was saved", file=sys.stderr)
         raise SystemExit(130) from None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if isinstance(status, int):
         raise SystemExit(status)
 
@@ -90,93 +226,28 @@ def check_values(
             above = item >= low if interval[0] == "[" else item > low
             below = item <= high if interval[-1] == "]" else item < high
             if not (above and below):
-                said = f"be at least {low:g}" if interval.startswith("[") and high == math.inf else f"lie in {interval}"
+                bound = f"be {'at least' if interval[0] == '[' else 'above'} {low:g}"
+                said = bound if high == math.inf else f"lie in {interval}"
                 raise SpcxrError(f"{name} must {said}; got {item}")
 
 
-def _nearest(name: str, known: Iterable[str], dashes: str = "") -> str:
-    """What was meant, in brackets, if anything known is called nearly so."""
-    near = difflib.get_close_matches(name.removeprefix(dashes), list(known), n=1)
-    return f" (did you mean {dashes}{near[0]}?)" if near else ""
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML recipe.
-
-    Raises:
-        SpcxrError: the file is missing, is not YAML, or holds something else than keys and values.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpcxrError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise SpcxrError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise SpcxrError(f"{path}: a recipe holds `key: value` lines; found {type(values).__name__}")
-    return values
-
-
-def save_recipe(arguments: Any, path: Path) -> None:
-    """Write the resolved values of a dataclass as a recipe that gives them back."""
-    with atomic_file(path) as partial:
-        partial.write_text(yaml.safe_dump(dataclasses.asdict(arguments), sort_keys=False), encoding="utf-8")
-
-
-def fill_from_recipe(arguments: Any, recipe: Path, **otherwise: Any) -> None:
-    """Give fields that are empty the recipe's values, as of the recipe that lies beside a trained model.
-
-    Args:
-        arguments: A dataclass of which fields are changed.
-        recipe: A file that need not be there.
-        otherwise: Field -> its value where the recipe does not say one either.
-
-    Raises:
-        SpcxrError: as `read_recipe`, of a file that is there.
-    """
-    known = read_recipe(recipe) if recipe.is_file() else {}
-    for name, value in otherwise.items():
-        setattr(arguments, name, getattr(arguments, name) or known.get(name) or value)
-
-
-def _recipe_words(arguments_class: type, path: Path) -> list[str]:
-    known = {field.name for field in dataclasses.fields(arguments_class)}
-    words: list[str] = []
-    for key, value in read_recipe(path).items():
-        if key not in known:
-            meant = _nearest(str(key), known)
-            raise SpcxrError(f"{path}: unknown key {key!r}{meant}; known keys: {', '.join(sorted(known))}")
-        if value is None or value == []:  # no flag says so; it is what these fields are by default
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{key}", *(str(item) for item in values)]
-    return words
-
-
-logger = logging.getLogger(__name__)
-
-# Every process holds the whole model, or the run itself divides it (`--shard true`).
-PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-# What may be another at the next start of a run without making it another run. (A set that is read on the way comes in
-# another order than one that is kept; where it is kept makes no difference.)
-NEUTRAL = {"data", "output", "cache_folder", "workers", "compile", "save_every", "keep_checkpoints"}
-NEUTRAL |= {"log_every", "max_skipped", "trackers", "push_to_hub"}
+# ---- flags of training scripts ---------------------------------------------------------------------------------
 
 
 @dataclass
 class RunArguments:
-    """What the command lines of all training scripts share."""
+    """Flags of every training script."""
 
-    data: str = field(metadata={"help": "Parquet shards or a folder of pictures"})
-    output: str = field(metadata={"help": "folder for checkpoints, pictures and the log"})
+    data: str = field(metadata={"help": "Parquet shards, or a folder of images"})
+    output: str = field(metadata={"help": "folder for checkpoints, figures and the log"})
     cache: str = field(
-        default="memory", metadata={"help": "where decoded images are kept: none (read on the way), memory or device"}
+        default="memory",
+        metadata={"help": "where decoded images are kept: memory or device (pretraining also: none, read on the way)"},
     )
     cache_folder: str | None = field(
         default=None, metadata={"help": "folder that keeps the decoded images between starts"}
     )
     stored_size: int = field(default=256, metadata={"help": "images are kept at this size, in pixels"})
-    workers: int = field(default=2, metadata={"help": "processes that read images on the way, with --cache none"})
     image_size: int = field(default=224, metadata={"help": "side of the input in pixels, a multiple of 16"})
     init_from: str | None = field(
         default=None, metadata={"help": "checkpoint to start from, of any task and image size"}
@@ -185,45 +256,89 @@ class RunArguments:
         default="sdpa", metadata={"help": "attention implementation; eager is faster on a CPU below 224 px"}
     )
     drop_path_rate: float = field(default=0.1, metadata={"help": "stochastic depth of the last block"})
-    steps: int = field(default=1000, metadata={"help": "optimiser steps in all"})
+    steps: int = field(default=1000, metadata={"help": "optimiser steps: epochs x images / batch size"})
     batch_size: int = field(default=64, metadata={"help": "images per optimiser step over all processes"})
     micro_batch_size: int = field(
         default=32, metadata={"help": "images per forward pass; batch_size / this is a multiple of the processes"}
     )
-    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
-    final_learning_rate: float = field(default=1e-6, metadata={"help": "learning rate at the end of the cosine"})
-    warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up"})
-    decay_steps: int | None = field(
-        default=None, metadata={"help": "length of the cosine at the end; all steps after the warm-up by default"}
+    learning_rate: float = field(
+        default=5e-4, metadata={"help": "peak learning rate; it falls along a cosine to at most 1e-6"}
     )
+    warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up"})
     weight_decay: float = field(default=0.05, metadata={"help": "weight decay of AdamW"})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
     ema_decay: float = field(
         default=0.0, metadata={"help": "decay of the weights' moving average, which becomes the final model; 0: none"}
     )
     mixed_precision: str = field(
-        default="no", metadata={"help": "no, bf16 (on a CPU that has no fast one: float32) or fp16"}
+        default="no", metadata={"help": "no, bf16 (float32 on a CPU without fast bf16) or fp16"}
     )
-    shard: bool = field(
-        default=False,
-        metadata={"help": "divide weights, gradients and optimiser state among the processes (FSDP)"},
+    fsdp: bool = field(
+        default=False, metadata={"help": "divide weights, gradients and optimiser state among the processes (FSDP)"}
     )
     compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
-    deterministic: bool = field(default=False, metadata={"help": "refuse algorithms that give other results each time"})
+    deterministic: bool = field(default=False, metadata={"help": "torch.use_deterministic_algorithms"})
     save_every: int = field(default=500, metadata={"help": "steps between checkpoints"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "how many of the newest checkpoints to keep"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "number of checkpoints to keep"})
     log_every: int = field(default=20, metadata={"help": "steps between rows of the log"})
-    max_skipped: int = field(
-        default=10, metadata={"help": "stop after so many steps in a row whose loss is not a finite number"}
+    max_nonfinite_steps: int = field(
+        default=10, metadata={"help": "stop after so many steps in a row with a loss or gradient that is not finite"}
     )
     trackers: list[str] = field(
-        default_factory=list, metadata={"help": "where else to log: tensorboard, trackio, wandb, ..."}
+        default_factory=list, metadata={"help": "experiment trackers: tensorboard, trackio, wandb, ..."}
     )
     push_to_hub: str | None = field(
         default=None, metadata={"help": "id of a Hub repository that gets every checkpoint, in the background"}
     )
-    seed: int = field(default=0, metadata={"help": "everything random follows from it"})
+    allow_other_data: bool = field(
+        default=False, metadata={"help": "go on from checkpoints although rows or labels have changed since"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+
+
+@dataclass
+class PretrainingArguments(RunArguments):
+    """Flags of the pretraining scripts."""
+
+    splits: list[str] = field(
+        default_factory=list, metadata={"help": "learn from these values of split_column: `--splits train`"}
+    )
+    split_column: str = field(default="split", metadata={"help": "column of the splits, with --splits"})
+    pretrain_only: bool = field(
+        default=True, metadata={"help": "without splits: only rows whose column `pretrain` is true"}
+    )
+    size: str = field(default="small", metadata={"help": "tiny, small or base"})
+    workers: int = field(default=2, metadata={"help": "processes that read images, with --cache none"})
+    decay_steps: int | None = field(
+        default=None, metadata={"help": "length of the cosine at the end; by default all steps after the warm-up"}
+    )
+    adam_beta2: float = field(default=0.999, metadata={"help": "second beta of AdamW"})
+    weight_decay: float = field(default=0.04, metadata={"help": "weight decay at the start"})
+    final_weight_decay: float = field(default=0.4, metadata={"help": "weight decay at the end of its cosine"})
+    max_grad_norm: float = field(default=3.0, metadata={"help": "gradients are clipped to this norm"})
+
+
+@dataclass
+class FineTuningArguments(RunArguments):
+    """Flags of the fine-tuning scripts."""
+
+    from_scratch: bool = field(
+        default=False, metadata={"help": "random weights; of `init_from` only the config is used"}
+    )
+    size: Literal["tiny", "small", "base"] = field(
+        default="small", metadata={"help": "tiny, small or base: from scratch, without init_from"}
+    )
+    layer_decay: float = field(default=0.75, metadata={"help": "learning rate of a block relative to the one above it"})
+    patience: int = field(
+        default=0, metadata={"help": "stop after so many checkpoints in a row without a better figure on val; 0: never"}
+    )
+    batch_size: int = field(default=32, metadata={"help": "images per optimiser step over all processes"})
+    learning_rate: float = field(
+        default=5e-4, metadata={"help": "peak learning rate of the head; it falls along a cosine to at most 1e-6"}
+    )
+    warmup_steps: int = field(default=50, metadata={"help": "steps of linear warm-up"})
+    save_every: int = field(default=100, metadata={"help": "steps between checkpoints, each measured on val"})
+    log_every: int = field(default=10, metadata={"help": "steps between rows of the log"})
 
 
 def check_run(arguments: RunArguments) -> None:
@@ -232,89 +347,68 @@ def check_run(arguments: RunArguments) -> None:
     Raises:
         SpcxrError: a value is out of its range; the message names it.
     """
-    choices = {"cache": ("none", "memory", "device"), "mixed_precision": ("no", "bf16", "fp16")}
-    for name, allowed in choices.items():
-        if (value := getattr(arguments, name)) not in allowed:
-            raise SpcxrError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}; got {value!r}")
-    least = {"steps": 1, "save_every": 1, "log_every": 1, "keep_checkpoints": 1, "max_skipped": 1, "workers": 0}
-    for name, lowest in {**least, "decay_steps": 0}.items():
-        if (value := getattr(arguments, name)) is not None and value < lowest:
-            raise SpcxrError(f"{name} must be at least {lowest}; got {value}")
+    check_values(
+        arguments,
+        {"cache": ("none", "memory", "device"), "mixed_precision": ("no", "bf16", "fp16")},
+        dict.fromkeys(("steps", "save_every", "log_every", "keep_checkpoints", "max_nonfinite_steps"), "[1, inf)")
+        | dict.fromkeys(("warmup_steps", "learning_rate", "weight_decay"), "[0, inf)")
+        | {"ema_decay": "[0, 1)"},
+    )
+    if isinstance(arguments, PretrainingArguments):
+        check_values(arguments, ranges={"workers": "[0, inf)", "decay_steps": "[0, inf)"})
+    if isinstance(arguments, FineTuningArguments):
+        if arguments.init_from is None and not arguments.from_scratch:
+            raise SpcxrError("give --init-from CHECKPOINT, or --from-scratch true")
+        if arguments.cache == "none":
+            raise SpcxrError("labels are kept with their images: cache must be memory or device")
+        check_values(arguments, ranges={"patience": "[0, inf)"})
     if arguments.image_size > arguments.stored_size:  # it would learn from enlarged images and predict from sharp ones
         raise SpcxrError(
             f"image_size {arguments.image_size} is above stored_size {arguments.stored_size}, as images are kept: "
-            f"add --stored_size {arguments.image_size}"
+            f"add --stored-size {arguments.image_size}"
         )
-    if not 0 <= arguments.ema_decay < 1:
-        raise SpcxrError(f"ema_decay must lie in [0, 1); got {arguments.ema_decay}")
-    if arguments.shard and arguments.compile:  # nobody has measured or tested the two together
-        raise SpcxrError("shard and compile exclude each other")
-
-
-def prepare_folder(output: Path) -> None:
-    """Make the run's folder.
-
-    Raises:
-        SpcxrError: it cannot be made.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SpcxrError(f"{output}: cannot be written to ({error})") from error
+    if arguments.fsdp and arguments.compile:  # nobody has measured or tested the two together
+        raise SpcxrError("fsdp and compile exclude each other")
 
 
 def keep_recipe(output: Path, arguments: RunArguments) -> None:
-    """Write the resolved recipe into the run's folder; warn where its checkpoints come from another recipe.
+    """Write the resolved recipe into the run's folder; warn if its checkpoints were trained with another recipe.
 
     Raises:
         SpcxrError: it cannot be written.
     """
+    path, checkpoints = output / "recipe.yaml", list_checkpoints(output)
     try:
-        _warn_of_another_recipe(output, arguments)
-        save_recipe(arguments, output / "recipe.yaml")
-    except OSError as error:
-        raise SpcxrError(f"{output}: cannot be written to ({error})") from error
-
-
-def _warn_of_another_recipe(output: Path, arguments: RunArguments) -> None:
-    """Say what is asked for otherwise than when the run's checkpoints were made: it goes on from them all the same."""
-    checkpoints = list_checkpoints(output)
-    if not checkpoints or not (output / "recipe.yaml").is_file():
-        return
-    try:
-        before: Any = yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError):  # cut while it was written; it is about to be written anew
-        return
-    now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(arguments)))  # as it will be read
-    known = before if isinstance(before, dict) else {}
-    changed = [name for name in now if name in known and name not in NEUTRAL and known[name] != now[name]]
-    if "none" not in (known.get("cache"), now["cache"]):
+        before = read_recipe(path) if checkpoints else {}
+    except SpcxrError:  # damaged; it is about to be replaced
+        before = {}
+    now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(cast(Any, arguments))))  # as it will be read
+    changed = [name for name in now if name in before and name not in NEUTRAL and before[name] != now[name]]
+    if "none" not in (before.get("cache"), now["cache"]):
         changed = [name for name in changed if name != "cache"]
     if changed:
-        said = ", ".join(f"{name} {known[name]} -> {now[name]}" for name in changed)
+        said = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed)
         logger.warning(
             "%s goes on from %s, which was trained with another recipe (%s); another --output begins anew",
             output, checkpoints[-1].name, said,
         )  # fmt: skip
+    with os_errors(output):
+        save_recipe(arguments, path)
 
 
 def learning_rate_schedule(arguments: RunArguments) -> CosineSchedule:
     """The learning rate over the steps of a run."""
-    return CosineSchedule(
-        arguments.learning_rate,
-        arguments.final_learning_rate,
-        arguments.warmup_steps,
-        arguments.steps,
-        arguments.decay_steps,
-    )
+    decay_steps = arguments.decay_steps if isinstance(arguments, PretrainingArguments) else None
+    final = min(1e-6, arguments.learning_rate)
+    return CosineSchedule(arguments.learning_rate, final, arguments.warmup_steps, arguments.steps, decay_steps)
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Refuse processes that were started in a way that this engine does not train in.
+    """Refuse ways of starting processes that this engine does not support.
 
     Raises:
-        SpcxrError: several processes do not know of each other: each would train on all the data and write over the
-            others' checkpoints; or accelerate was told to divide the model.
+        SpcxrError: several processes run without a process group, so that each would train on all the data and
+            overwrite the others' checkpoints; or accelerate is configured to divide the model.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
@@ -322,11 +416,11 @@ def check_launch(accelerator: Accelerator) -> None:
             f"{started} processes were started but each runs alone; "
             "on a CPU start them by `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
         )
-    # On a CPU, accelerate ignores that it was asked for FSDP: the run would be another than was meant.
+    # On a CPU, accelerate ignores a request for FSDP.
     is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if is_fsdp or accelerator.distributed_type not in PLAIN:
         kind = "FSDP" if is_fsdp else accelerator.distributed_type.value
         raise SpcxrError(
-            f"accelerate was told to divide the model itself ({kind}): start plain processes "
-            "(distributed_type: MULTI_GPU) and give the script `--shard true`, as recipes/accelerate/fsdp.yaml does"
+            f"accelerate is configured to divide the model itself ({kind}): start plain processes "
+            "(distributed_type: MULTI_GPU) and give the script `--fsdp true`, as recipes/accelerate/fsdp.yaml does"
         )

@@ -1,8 +1,8 @@
-"""Checkpoints that a killed run goes on from: whole or not there at all, and never believed when they are damaged.
+"""Atomic, checksummed checkpoints of a training run.
 
 A checkpoint is a folder `checkpoint-<step>` that `from_pretrained` loads, with the optimiser's state (and the averaged
-weights, where the run keeps an average) beside the weights, all in safetensors, and the SHA-256 of each file. It is
-written under another name and renamed, so that a folder of that name is always whole.
+weights, if the run keeps an average) beside the weights, all in safetensors, and the SHA-256 of each file. It is
+written under another name and renamed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import atomic_folder, sha256
 
+WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "training_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 AVERAGE_FILE = "average.safetensors"
@@ -38,19 +38,19 @@ def save_checkpoint(
     keep: int = 2,
     average: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write `folder/checkpoint-<step>` whole or not at all, then delete all but the newest `keep`.
+    """Write `folder/checkpoint-<step>`, atomically, then delete all but the newest `keep`.
 
     Args:
-        state: What else the run needs to go on, as JSON; `step` is added.
-        average: Averaged weights by parameter name, where the run keeps them.
+        state: What else a resumed run needs, as JSON; `step` is added.
+        average: Averaged weights by parameter name.
 
     Raises:
-        SpcxrError: the disk is full or not writable; the checkpoints before it stay as they are.
+        SpcxrError: the disk is full or not writable; earlier checkpoints stay as they are.
     """
     target = folder / f"checkpoint-{step}"
     with atomic_folder(target) as partial:
         model.save_pretrained(partial)
-        if not (partial / "model.safetensors").is_file():
+        if not (partial / WEIGHTS_FILE).is_file():
             raise OSError("the model wrote no weights; is another process writing to the same folder?")
         save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER_FILE)
         if average is not None:
@@ -74,73 +74,45 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
-def load_checkpoint(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict, dict[str, torch.Tensor] | None]:
-    """Give model and optimiser what `save_checkpoint` wrote, and return the rest: the state and the averaged weights.
-
-    Raises:
-        SpcxrError: a file is missing, damaged or changed, or belongs to another model; the message names it.
-    """
-    return _restore(checkpoint, _read_checkpoint(checkpoint), model, optimizer)
-
-
 def resume(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict, dict[str, torch.Tensor] | None] | None:
-    """Load the newest checkpoint of a folder that is whole; None where there is none to go on from.
+    """Load the newest intact checkpoint of a folder into model and optimiser; None if the folder has no checkpoints.
 
     A damaged one is named on the console and the one before it is used.
 
+    Returns:
+        The state, and the averaged weights if the run keeps them.
+
     Raises:
-        SpcxrError: there are checkpoints and none is whole, or a whole one belongs to another model: somebody's work,
-            not to be written over.
+        SpcxrError: all checkpoints are damaged, or an intact one is of another model: a new run must not overwrite
+            them.
     """
     checkpoints = list_checkpoints(folder)
     for checkpoint in reversed(checkpoints):
         try:
-            contents = _read_checkpoint(checkpoint)
-        except SpcxrError as error:
-            print(f"{error}; trying the one before it", flush=True)
+            sums = json.loads((checkpoint / CHECKSUM_FILE).read_text(encoding="utf-8"))
+            if missing := {WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE} - set(sums):
+                raise ValueError(f"{CHECKSUM_FILE} lacks {', '.join(sorted(missing))}")
+            for name, expected in sums.items():
+                if sha256(checkpoint / name) != expected:
+                    raise ValueError(f"{name} is not what was written")
+            state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+            weights = load_file(checkpoint / WEIGHTS_FILE)
+            moments = load_file(checkpoint / OPTIMIZER_FILE)
+            average = load_file(checkpoint / AVERAGE_FILE) if AVERAGE_FILE in sums else None
+        except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+            print(f"{checkpoint}: damaged checkpoint ({error}); trying the one before it", flush=True)
             continue
-        return _restore(checkpoint, contents, model, optimizer)
+        try:
+            model.load_state_dict(weights)
+            _restore_optimizer(model, optimizer, moments)
+        except (RuntimeError, KeyError) as error:
+            raise SpcxrError(f"{checkpoint}: holds another model than this run's ({error})") from error
+        return state, average
     if checkpoints:
-        raise SpcxrError(f"{folder}: none of its checkpoints is whole; remove it, or train into another folder")
+        raise SpcxrError(f"{folder}: all of its checkpoints are damaged; remove it, or train into another folder")
     return None
-
-
-class _Contents(NamedTuple):
-    state: dict
-    weights: dict[str, torch.Tensor]
-    moments: dict[str, torch.Tensor]
-    average: dict[str, torch.Tensor] | None
-
-
-def _read_checkpoint(checkpoint: Path) -> _Contents:
-    try:
-        sums = json.loads((checkpoint / CHECKSUM_FILE).read_text(encoding="utf-8"))
-        for name, expected in sums.items():
-            if sha256(checkpoint / name) != expected:
-                raise ValueError(f"{name} is not what was written")
-        return _Contents(
-            json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")),
-            load_file(checkpoint / "model.safetensors"),
-            load_file(checkpoint / OPTIMIZER_FILE),
-            load_file(checkpoint / AVERAGE_FILE) if AVERAGE_FILE in sums else None,
-        )
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise SpcxrError(f"{checkpoint}: damaged checkpoint ({error})") from error
-
-
-def _restore(
-    checkpoint: Path, contents: _Contents, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict, dict[str, torch.Tensor] | None]:
-    try:
-        model.load_state_dict(contents.weights)
-        _restore_optimizer(model, optimizer, contents.moments)
-    except (RuntimeError, KeyError) as error:
-        raise SpcxrError(f"{checkpoint}: holds another model than this run's ({error})") from error
-    return contents.state, contents.average
 
 
 def _named_trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
@@ -160,7 +132,7 @@ def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tenso
     for name, parameter in _named_trainable(model):
         if f"{name}/step" not in tensors:  # it has had no gradient yet
             continue
-        # A copy: a tensor that is mapped from the file would change when the file does.
+        # Copies: the loaded tensors are mapped from the file and would change with it.
         moments = {key: tensors[f"{name}/{key}"].clone() for key in ("exp_avg", "exp_avg_sq", "step")}
         on_device = {key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()}
         if optimizer.defaults.get("fused"):  # the fused AdamW counts its steps on the device

@@ -1,18 +1,11 @@
-"""Classifiers to fine-tune: SPCXR or another family, pretrained or new, whole, frozen or with adapters; their pixels.
-
-build_classifier -> _build_own, or _build_other -> _restrict (frozen encoder, add_adapters) -> set_training
-classifier_groups    AdamW's parameter groups, with layer-wise decay
-Pixels               grey images as the model's own image processor would hand them over
-"""
+"""Classifiers to fine-tune: SPCXR or another family, pretrained or new, whole, frozen or with LoRA; their input."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,78 +24,78 @@ from spcxr_hf.models.loading import (
     loading_errors,
     set_attention,
 )
-from spcxr_hf.training.engine import RunArguments
+from spcxr_hf.training.arguments import FineTuningArguments
 from spcxr_hf.training.optim import layerwise_groups, new_config, parameter_groups
+
+LORA_ALPHA = 16.0  # adapters are scaled by this / rank
 
 
 @dataclass
-class ClassifierArguments(RunArguments):
-    """What a command line says of the classifier."""
+class ClassifierArguments(FineTuningArguments):
+    """Flags of a classifier."""
 
-    multi_label: bool = field(default=False, metadata={"help": "labels may hold together, and null is a missing one"})
-    model: str | None = field(
-        default=None, metadata={"help": "folder or Hub id of another family's model, in place of init_from"}
-    )
-    from_scratch: bool = field(
-        default=False, metadata={"help": "random weights; of `init_from` or `model` only the config is used"}
-    )
-    size: Literal["tiny", "small", "base"] = field(
-        default="small", metadata={"help": "tiny, small or base: from scratch, where there is no init_from"}
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "checkpoint to start from: SPCXR of any task and image size, or another family's folder or "
+                  "Hub id that AutoModelForImageClassification loads"},
+    )  # fmt: skip
+    multi_label: bool = field(
+        default=False, metadata={"help": "several labels may hold at once, and null is a missing one"}
     )
     freeze_encoder: bool = field(default=False, metadata={"help": "train the head alone"})
-    lora_rank: int = field(default=0, metadata={"help": "rank of the adapters that are trained with the head; 0: none"})
-    lora_alpha: float = field(default=16.0, metadata={"help": "the adapters' output is scaled by this / lora_rank"})
-    layer_decay: float = field(default=0.75, metadata={"help": "learning rate of a block relative to the one above it"})
+    lora_rank: int = field(
+        default=0, metadata={"help": "rank of LoRA adapters in every linear layer of the encoder; 0: none"}
+    )
 
 
 # ---- models ----------------------------------------------------------------------------------------------------
 
 
 def build_classifier(arguments: ClassifierArguments, labels: list[str]) -> PreTrainedModel:
-    """The pretrained encoder, or a new one, under a new head, with what is not to be trained frozen.
+    """The pretrained encoder, or a new one, under a new head, with everything that is not trained frozen.
 
     Args:
-        arguments: What to start from, and what of it is trained.
         labels: Names of the classes, in the order of the logits.
 
     Raises:
         SpcxrError: it is no such model, lacks weights, or has nothing to train; the message names it.
     """
     torch.manual_seed(arguments.seed)
+    source, size = arguments.init_from, arguments.image_size
     values: dict[str, Any] = {
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
         "problem_type": "multi_label_classification" if arguments.multi_label else "single_label_classification",
     }
-    model = (
-        _build_own(arguments, values) if arguments.model is None else _build_other(arguments, arguments.model, values)
-    )
+    own_values = {**values, "drop_path_rate": arguments.drop_path_rate}
+    model: PreTrainedModel
+    if source is None:
+        model = SpcxrForImageClassification(new_config(arguments.size, image_size=size, **own_values))
+    else:
+        config = load_config(source)
+        if config.model_type != SpcxrConfig.model_type:
+            model = _build_other(arguments, source, config, values)
+        elif arguments.from_scratch:
+            model = SpcxrForImageClassification(load_config(source, image_size=size, **own_values))
+        else:
+            model, _ = load_network(SpcxrForImageClassification, source, new="head", dtype=torch.float32, **own_values)
+            change_image_size(cast(SpcxrForImageClassification, model), size)
     set_attention(model, arguments.attention)
-    _restrict(arguments, model)
+    if arguments.freeze_encoder or arguments.lora_rank:
+        in_encoder = {id(parameter) for parameter in model.base_model.parameters()}
+        head = [parameter for parameter in model.parameters() if id(parameter) not in in_encoder]
+        if not head:
+            raise SpcxrError(f"{type(model).__name__} has no head apart from its encoder: nothing would be trained")
+        model.base_model.requires_grad_(False)
+        if arguments.lora_rank:
+            add_adapters(model, arguments.lora_rank, LORA_ALPHA)
+        for parameter in head:
+            parameter.requires_grad_(True)
     return set_training(model, arguments.freeze_encoder)
 
 
-def _build_own(arguments: ClassifierArguments, values: dict[str, Any]) -> PreTrainedModel:
-    """SPCXR, at this run's image size."""
-    values["drop_path_rate"] = arguments.drop_path_rate
-    if arguments.init_from is None:
-        return SpcxrForImageClassification(new_config(arguments.size, image_size=arguments.image_size, **values))
-    config = load_config(arguments.init_from)
-    if config.model_type != SpcxrConfig.model_type:
-        raise SpcxrError(f"{arguments.init_from}: a model of type {config.model_type}, not spcxr; give it as --model")
-    if arguments.from_scratch:
-        values["image_size"] = arguments.image_size
-        return SpcxrForImageClassification(load_config(arguments.init_from, **values))
-    model, _ = load_network(SpcxrForImageClassification, arguments.init_from, new="head", dtype=torch.float32, **values)
-    change_image_size(cast(SpcxrForImageClassification, model), arguments.image_size)
-    return model
-
-
-def _build_other(arguments: ClassifierArguments, source: str, values: dict[str, Any]) -> PreTrainedModel:
-    """A model of another family; one of this family is trained as `init_from` trains it."""
-    config = load_config(source)
-    if config.model_type == SpcxrConfig.model_type:
-        return _build_own(dataclasses.replace(arguments, init_from=source, model=None), values)
+def _build_other(arguments: ClassifierArguments, source: str, config: Any, values: dict[str, Any]) -> PreTrainedModel:
+    """A classifier of another family."""
     if config.model_type == "vit_mae":  # a ViT: its encoder is fine-tuned under a ViT's classifier (arXiv 2111.06377)
         shared = ViTConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
         config = ViTConfig(**{name: value for name, value in config.to_dict().items() if name in shared})
@@ -111,35 +104,18 @@ def _build_other(arguments: ClassifierArguments, source: str, values: dict[str, 
     if arguments.from_scratch and hasattr(config, "image_size"):
         values["image_size"] = arguments.image_size
     config.update(values)
-    model = _load_other(arguments, source, config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("mask_token"):  # pretraining's alone: processes that share gradients would wait for its
-            parameter.requires_grad_(False)
-    # Checkpoints keep the names that the module has; the library would write those of its former releases.
-    cast(Any, model).save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
-    return model
-
-
-def _load_other(arguments: ClassifierArguments, source: str, config: Any) -> PreTrainedModel:
+    auto_class = AutoModelForImageClassification
     with loading_errors(source, "no classifier can be made of it"):
         if arguments.from_scratch:
-            return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
-        return load_network(AutoModelForImageClassification, source, new="head", config=config, dtype=torch.float32)[0]
-
-
-def _restrict(arguments: ClassifierArguments, model: PreTrainedModel) -> None:
-    """Freeze the encoder, or put adapters into it, where the command line says so."""
-    if not arguments.freeze_encoder and not arguments.lora_rank:
-        return
-    in_encoder = {id(parameter) for parameter in model.base_model.parameters()}
-    head = [parameter for parameter in model.parameters() if id(parameter) not in in_encoder]
-    if not head:
-        raise SpcxrError(f"{type(model).__name__} has no head apart from its encoder: nothing would be trained")
-    model.base_model.requires_grad_(False)
-    if arguments.lora_rank:
-        add_adapters(model, arguments.lora_rank, arguments.lora_alpha)
-    for parameter in head:
-        parameter.requires_grad_(True)
+            model = auto_class.from_config(config, trust_remote_code=False)
+        else:
+            model, _ = load_network(auto_class, source, new="head", config=config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mask_token"):  # used in pretraining only; data parallelism would wait for its gradient
+            parameter.requires_grad_(False)
+    # Checkpoints keep the module's own names; the library would write those of its former releases.
+    cast(Any, model).save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    return model
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: float) -> None:
@@ -180,7 +156,7 @@ def merge_adapters(model: PreTrainedModel) -> None:
 
 
 def set_training(model: PreTrainedModel, freeze_encoder: bool) -> PreTrainedModel:
-    """Training mode; a frozen encoder stays in evaluation mode, so that no running mean of it moves either."""
+    """Training mode; a frozen encoder stays in evaluation mode, or its running means (ResNet) would change."""
     model.train()
     if freeze_encoder:
         model.base_model.eval()
@@ -192,23 +168,7 @@ def classifier_groups(model: PreTrainedModel, layer_decay: float) -> list[dict]:
     blocks = re.compile(rf"^{model.base_model_prefix}\.(?:encoder\.)?layers?\.(\d+)\.")
     if not any(blocks.search(name) for name, _ in model.named_parameters()):
         return parameter_groups(model)
-    return layerwise_groups(cast(Any, _Renamed(model, blocks)), layer_decay)
-
-
-@dataclass
-class _Renamed:
-    """A model as `layerwise_groups` reads it, its blocks called as SPCXR's are."""
-
-    model: PreTrainedModel
-    blocks: re.Pattern
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self.model.named_parameters():
-            yield self.blocks.sub(r"encoder.layers.\1.", name), parameter
+    return layerwise_groups(model, layer_decay, lambda name: blocks.sub(r"encoder.layers.\1.", name))
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------
@@ -216,12 +176,12 @@ class _Renamed:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a model sees of a grey image.
+    """How a model's input is made of a grey image.
 
     Attributes:
         size: Side of the input in pixels.
         mean, std: (channels, 1, 1), on the scale of 0 to 1; those of the model's own image processor.
-        options: What its forward takes besides.
+        options: Further arguments of the model's forward.
     """
 
     size: int
@@ -231,10 +191,10 @@ class Pixels:
 
     @classmethod
     def of(cls, arguments: ClassifierArguments, model: PreTrainedModel) -> Pixels:
-        """Those of a model, by the image processor that lies beside its checkpoint, or else SPCXR's."""
-        source = arguments.init_from or arguments.model
+        """Those of the image processor in the checkpoint; SPCXR's if there is none, or it does not normalise."""
+        source = arguments.init_from
         processor = load_processor(source, required=False) if source is not None else None
-        if getattr(processor, "image_mean", None) is None:  # there is none, or it does not normalise by numbers
+        if getattr(processor, "image_mean", None) is None:
             processor = SpcxrImageProcessor()
         channels = getattr(model.config, "num_channels", 3)
         mean, std = (
@@ -250,7 +210,7 @@ class Pixels:
         return (grey - self.mean.to(grey.device)) / self.std.to(grey.device)
 
     def processor(self) -> SpcxrImageProcessor:
-        """The image processor that makes the same of any picture."""
+        """The image processor that makes the same input of any picture."""
         size = {"height": self.size, "width": self.size}
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
         return SpcxrImageProcessor(size=size, image_mean=mean, image_std=std, num_output_channels=len(mean))

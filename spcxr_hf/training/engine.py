@@ -1,15 +1,17 @@
-"""One training run: its command line, its processes, where it stands, and how it survives what happens to machines.
+"""The training engine: processes, precision, gradient accumulation, checkpoints, the log, exact resume.
 
-A script's loop stays in the script:
+The loop is the script's own:
 
-    for step, micro_batches in run.steps(images):
-        for micro_batch in micro_batches:
-            with run.forward(micro_batch) as model:
-                loss = model(...).loss
-            run.backward(loss)
-        run.update(learning_rate(step), weight_decay(step))
-        if run.is_due:  # a checkpoint follows
-            ...
+    with Run(arguments) as run:
+        run.start(model, parameter_groups(model))
+        for step, micro_batches in run.steps(images):
+            for micro_batch in micro_batches:
+                with run.forward(micro_batch) as model:
+                    loss = model(...).loss
+                run.backward(loss)
+            run.update(learning_rate(step), weight_decay(step))
+            if run.is_due:  # a checkpoint follows
+                ...
 """
 
 from __future__ import annotations
@@ -30,31 +32,22 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from spcxr_hf.data.batches import MicroBatch, StepPlan
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import atomic_folder
+from spcxr_hf.files import atomic_folder, locked
 from spcxr_hf.models.precision import bf16_autocast, has_fast_bf16
-from spcxr_hf.training.arguments import (
-    RunArguments,
-    check_launch,
-    check_run,
-    keep_recipe,
-    learning_rate_schedule,
-    prepare_folder,
-)
+from spcxr_hf.training.arguments import RunArguments, check_launch, check_run, keep_recipe
 from spcxr_hf.training.checkpoints import resume, save_checkpoint
 from spcxr_hf.training.optim import StepLog, set_schedule
 from spcxr_hf.training.push import HubPusher
 from spcxr_hf.training.run_report import write_report
 from spcxr_hf.training.sharding import Shards, own_share, whole_tensor
 
-# Seconds that a run waits at its end for its last push, and when it was asked to end: machines give half a minute.
+# Seconds to wait for the last push, at the end of a run and after SIGTERM: machines give half a minute.
 WAIT_AT_THE_END, WAIT_WHEN_ASKED = 120.0, 20.0
-# A drawing takes a third of a second, as long as many a step: a run that saves often trains in the meantime.
-SECONDS_BETWEEN_DRAWINGS = 30.0
-
-__all__ = ["Run", "RunArguments", "StepSource", "check_run", "learning_rate_schedule", "start_accelerator"]
+SECONDS_BETWEEN_DRAWINGS = 30.0  # a drawing takes as long as many steps
 
 
 class StepSource(Protocol):
@@ -70,24 +63,32 @@ class Run:
     Attributes:
         accelerator: The processes and the precision.
         output: Where everything is written.
-        state: What the run needs to go on besides weights and optimiser, as JSON: "step", "seconds", "skipped", and
+        state: What a resumed run needs besides weights and optimiser, as JSON: "step", "seconds", "skipped", and
             whatever the script adds.
         model: The model as it is trained (wrapped by Accelerate, or sharded); `bare_model` is the model itself.
         optimizer: AdamW.
-        scaler: What scales the loss of an fp16 run; it does nothing in others.
-        scores: What the script measured in this step; goes into the log and to the trackers.
+        scaler: Loss scaling of an fp16 run; disabled in others.
+        scores: What the script measured in this step, for the log and the trackers.
         is_due: Whether a checkpoint follows this step.
-        pusher: What pushes checkpoints to the Hub, on the main process of a run with `push_to_hub`.
+        pusher: Pushes checkpoints to the Hub, on the main process of a run with `push_to_hub`.
     """
 
     def __init__(self, arguments: RunArguments):
         check_run(arguments)
         self.arguments = arguments
         if arguments.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed by deterministic cuBLAS
             torch.use_deterministic_algorithms(True)
         self.output = Path(arguments.output)
-        self.accelerator = start_accelerator(arguments)
+        self.accelerator = Accelerator(
+            mixed_precision="no",  # precision is the run's own: see `Run.autocast`
+            log_with=arguments.trackers or None,
+            project_dir=arguments.output,
+        )
+        check_launch(self.accelerator)
+        if arguments.trackers:
+            config = {name: str(value) for name, value in asdict(arguments).items()}
+            self.accelerator.init_trackers("spcxr", config=config)
         self.plan = StepPlan(
             arguments.batch_size,
             arguments.micro_batch_size,
@@ -97,20 +98,51 @@ class Run:
         )
         self.scores: dict[str, Any] = {}
         self.is_due = False
-        # Not Accelerate's: that has none on a CPU, where it would run fp16 in float32 without a word.
+        # Not Accelerate's scaler: it has none on a CPU, where fp16 would silently be float32.
         self._is_fp16 = arguments.mixed_precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self._is_fp16)
         self._shards: Shards | None = None
         self._average: dict[str, torch.Tensor] | None = None
         self._whole_average: dict[str, torch.Tensor] | None = None
-        self._asked_to_stop = self._stop = False
-        self._unsynchronised = ExitStack()
+        self._in_steps = self._asked_to_stop = self._stop = False
+        self._unsynchronised, self._held = ExitStack(), ExitStack()
         self.pusher: HubPusher | None = None
+
+    def __enter__(self) -> Run:
+        """Lock the output folder, and have SIGTERM end the run in order."""
         if self.is_main:
-            prepare_folder(self.output)
-            if arguments.push_to_hub is not None:
-                self.pusher = HubPusher(arguments.push_to_hub)
+            if self.arguments.push_to_hub is not None:
+                self.pusher = HubPusher(self.arguments.push_to_hub)
+            self._held.enter_context(locked(self.output))
+        if threading.current_thread() is threading.main_thread():  # Python handles signals there only
+            before = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._held.callback(signal.signal, signal.SIGTERM, before)
+        if transformers_logging.is_progress_bar_enabled():  # one for every saved checkpoint, across the run's own
+            transformers_logging.disable_progress_bar()
+            self._held.callback(transformers_logging.enable_progress_bar)
         self.accelerator.wait_for_everyone()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Push the final model, if it was written, and close the trackers; unlock the folder."""
+        with self._held:
+            if kind is not None:
+                return
+            if self.pusher is not None:
+                if (self.output / "final").is_dir():
+                    self.pusher.push(self.output / "final", "the final model")
+                self.pusher.close(WAIT_AT_THE_END)
+            self.accelerator.wait_for_everyone()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            self.accelerator.free_memory()
+
+    def _on_sigterm(self, *_: Any) -> None:
+        """Within a step the run ends after it, with a checkpoint; elsewhere nothing is lost by ending at once."""
+        self._asked_to_stop = True
+        if not self._in_steps:
+            self._say("stopped by SIGTERM; the same command goes on from the newest checkpoint")
+            raise SystemExit(0)
 
     @property
     def is_main(self) -> bool:
@@ -119,60 +151,66 @@ class Run:
 
     @property
     def bare_model(self) -> PreTrainedModel:
-        """The model without wrapping. Of a sharded run it has its weights where `is_due`, and when the run is over."""
+        """The model without wrappers. Sharded, it has its weights only where `is_due` and after the last step."""
         if self._shards is not None:
             return self._shards.whole
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
-    def start(self, model: PreTrainedModel, groups: list[dict], **state: Any) -> None:
-        """Take a model and AdamW's parameter groups; go on from the newest checkpoint, or begin with `state`.
+    def start(
+        self,
+        model: PreTrainedModel,
+        groups: list[dict],
+        fingerprint: Mapping[str, str] | None = None,
+        adam_beta2: float = 0.999,
+        **state: Any,
+    ) -> None:
+        """Take a model and AdamW's parameter groups; resume from the newest checkpoint, or begin with `state`.
 
         Args:
-            state: Among others "set", the `sketch` of what is learned from, where it must not be another one's.
+            fingerprint: Part of the data -> hash of its rows and labels, in their order; kept in the checkpoints.
+            adam_beta2: Second beta of AdamW.
 
         Raises:
-            SpcxrError: the checkpoints are damaged, or of another model or another set.
+            SpcxrError: the checkpoints are damaged, of another model, or of other data (but for `allow_other_data`).
         """
-        is_sharded = self.arguments.shard and self.plan.processes > 1
+        is_sharded = self.arguments.fsdp and self.plan.processes > 1
         if not is_sharded:
             model.to(self.accelerator.device)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, self.arguments.adam_beta2), fused=True)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, adam_beta2), fused=True)
         self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "skipped": 0, "without_best": 0, **state}
+        self.state["data"] = data = dict(fingerprint or {})
         found = resume(self.output, model, optimizer)
         average = None
         if found is not None:
             saved, average = found
-            self._refuse_another_set(saved.get("set"), state.get("set"))
+            before = saved.pop("data", {})
+            changed = [part for part, value in data.items() if before.get(part, value) != value]
+            if changed and not self.arguments.allow_other_data:
+                raise SpcxrError(
+                    f"{self.output}: its checkpoints were trained on other data: rows of {', '.join(changed)}, their "
+                    "order or their labels have changed; train into another folder, or add --allow-other-data true"
+                )
             if saved["step"] >= self.arguments.steps:
                 self._say(f"{self.output}: {saved['step']} steps are done already, so nothing is trained")
             if (scaler := saved.pop("scaler", None)) is not None:
                 self.scaler.load_state_dict(scaler)
             self.state.update(saved)
-        if self.is_main:  # not before: a run that is refused leaves the recipe that stands
+        if self.is_main:  # not before: a run that is refused keeps its old recipe
             keep_recipe(self.output, self.arguments)
         if is_sharded:
             self._shards = Shards(model, optimizer, self.accelerator.device)
             self.model, self.optimizer = self._shards.model, self._shards.optimizer
         else:
             self.model, self.optimizer = self.accelerator.prepare_model(model), optimizer
-        self._start_average(average)
+        if average is not None and self._shards is not None:
+            self._average = self._shards.divide(average)
+        elif average is not None:
+            self._average = {name: value.to(self.accelerator.device) for name, value in average.items()}
+        elif self.arguments.ema_decay:
+            self._average = {name: value.detach().clone() for name, value in self._trained()}
         self._step_model = cast(nn.Module, torch.compile(self.model)) if self.arguments.compile else self.model
         if self._is_over:
             self._fill()
-
-    def _refuse_another_set(self, before: list[str] | None, now: list[str] | None) -> None:
-        if before and now and 2 * len(set(before) & set(now)) < min(len(before), len(now)):
-            raise SpcxrError(
-                f"{self.output}: its checkpoints learned from another set or other classes; train into another folder"
-            )
-
-    def _start_average(self, saved: dict[str, torch.Tensor] | None) -> None:
-        if saved is not None and self._shards is not None:
-            self._average = self._shards.divide(saved)
-        elif saved is not None:
-            self._average = {name: value.to(self.accelerator.device) for name, value in saved.items()}
-        elif self.arguments.ema_decay:
-            self._average = {name: value.detach().clone() for name, value in self._trained()}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that are averaged, or this process's shares of them."""
@@ -186,13 +224,14 @@ class Run:
     def steps(
         self, source: StepSource, curves: Mapping[str, str] | None = None, y_label: str = ""
     ) -> Iterator[tuple[int, list[MicroBatch]]]:
-        """The number of every step that is left, from 0, and this process's micro-batches; logs and saves behind each.
+        """Number (from 0) of every step that is left, and this process's micro-batches; logs and saves after each.
 
-        `curves` are drawn as `loss.png`, now and then beside a checkpoint and with the last one; they map what a curve
-        is called to its column in the log.
+        Args:
+            curves: Name -> column of the log; drawn as `loss.png`, now and then with a checkpoint and at the end.
+            y_label: Of that figure.
 
         Raises:
-            SystemExit: the machine asked the process to end (SIGTERM); a checkpoint was written, the exit code is 0.
+            SystemExit: the process received SIGTERM; a checkpoint was written, the exit code is 0.
         """
         first_step = self.state["step"]
         last_step = first_step if self.state.get("stopped_early") else self.arguments.steps
@@ -200,16 +239,30 @@ class Run:
         self._started = time.perf_counter() - self.state["seconds"]
         self._in_a_row = 0
         self._drawn = -math.inf
-        with self._progress(first_step) as progress, self._listening():
+        batch = self.plan.batch_size
+        bar = tqdm(
+            total=self.arguments.steps * batch, initial=first_step * batch, unit="image", disable=not self.is_main
+        )
+        with bar as progress:
             for step, micro_batches in enumerate(source.steps(self.plan, first_step, last_step), first_step):
                 self.is_due = (step + 1) % self.arguments.save_every == 0 or step + 1 == last_step
-                self._begin(micro_batches)
+                self._in_steps = True
+                if self._shards is not None:
+                    self._shards.empty()
+                    self._whole_average = None
+                self.scores = {}
+                self._ids = [name for micro_batch in micro_batches for name in micro_batch.ids]
+                self._left = self._count = len(micro_batches)
+                self._losses: list[torch.Tensor] = []
                 yield step, micro_batches
                 self.state["step"] = step + 1
-                progress.update(self.plan.batch_size)
+                progress.update(batch)
                 self._record(progress)
                 if self.is_due or self._stop:
-                    self._draw(curves, y_label)
+                    is_time = time.perf_counter() - self._drawn >= SECONDS_BETWEEN_DRAWINGS
+                    if curves is not None and self.is_main and (is_time or self._is_over or self._stop):
+                        self._log.draw(self.output / "loss.png", curves, y_label)
+                        self._drawn = time.perf_counter()
                     self._save()
                 if self._stop and step + 1 < last_step:
                     if self.pusher is not None:
@@ -219,23 +272,14 @@ class Run:
                     raise SystemExit(0)
                 if self.state.get("stopped_early"):
                     break
-
-    def _begin(self, micro_batches: list[MicroBatch]) -> None:
-        if self._shards is not None:
-            self._shards.empty()
-            self._whole_average = None
-        self.scores = {}
-        self._ids = [name for micro_batch in micro_batches for name in micro_batch.ids]
-        self._left = len(micro_batches)
-        self._count = len(micro_batches)
-        self._losses: list[torch.Tensor] = []
+        self._in_steps = False
 
     @contextmanager
     def forward(self, micro_batch: MicroBatch) -> Iterator[nn.Module]:
         """The model, for its pass over a micro-batch: with its random numbers, in the run's precision."""
         self._left -= 1
-        # Processes exchange their gradients behind the last micro-batch only; those of a sharded model behind each, or
-        # else every process would hold all of them.
+        # Gradients are exchanged after the last micro-batch only; of a sharded model after each, or every process would
+        # hold all of them.
         if self._left and self._shards is None:
             self._unsynchronised.enter_context(self.accelerator.no_sync(self.model))
         torch.manual_seed(micro_batch.seed)  # stochastic depth
@@ -258,74 +302,60 @@ class Run:
         """One step of the optimiser; none where the loss or the gradient is not finite.
 
         Raises:
-            SpcxrError: `max_skipped` steps in a row had no finite loss; the message names the images of the last.
+            SpcxrError: `max_nonfinite_steps` in a row were not finite; the message names the images of the last.
         """
         set_schedule(self.optimizer, learning_rate, weight_decay)
         self.scaler.unscale_(self.optimizer)
         norm = whole_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm))
         loss = torch.stack(self._losses).mean()
-        told = torch.stack([loss, torch.tensor(float(self._asked_to_stop), device=loss.device), norm])
-        loss_value, stop, norm_value = self.accelerator.reduce(told, "mean").tolist()
+        own = torch.stack([loss, torch.tensor(float(self._asked_to_stop), device=loss.device), norm])
+        loss_value, stop, norm_value = self.accelerator.reduce(own, "mean").tolist()
         self._stop = stop > 0
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             self.optimizer.step()
             self._in_a_row = 0
-            self._update_average()
+            if self._average is not None:
+                with torch.no_grad():
+                    for name, value in self._trained():
+                        own_share(self._average[name]).lerp_(own_share(value), 1 - self.arguments.ema_decay)
         self.optimizer.zero_grad()
         self._row = {"loss": round(loss_value, 5), "learning_rate": f"{learning_rate:.3g}"}
-        was_too_large = self._update_scale()
+        was_too_large = False
+        if self._is_fp16:
+            # Above 1, the scale may be why gradients overflowed, and is halved. Those that overflow at 1 have another
+            # cause, which must end the run.
+            before = self.scaler.get_scale()
+            self.scaler.update()
+            was_too_large = before > 1 and self.scaler.get_scale() < before
         if math.isfinite(loss_value) and was_too_large:
             self.state["overflows"] = self.state.get("overflows", 0) + 1
         elif not finite:
-            self._skip()
+            self.state["skipped"] += 1
+            self._in_a_row += 1
+            if self._in_a_row >= self.arguments.max_nonfinite_steps:
+                ids = [name for names in self.collect([self._ids]) for name in names]
+                raise SpcxrError(
+                    f"step {self.state['step'] + 1}: the loss or its gradient was not finite in {self._in_a_row} "
+                    f"steps in a row; images of the last: {', '.join(ids)}"
+                )
         if self.is_due:
             self._fill()
 
-    def _update_scale(self) -> bool:
-        """Adapt the scale of an fp16 run's loss; whether it was what made gradients overflow in this step.
-
-        A scale above 1 may have been, and is halved. Gradients that still overflow at 1 have another fault, which the
-        run must not go on with for ever.
-        """
-        if not self._is_fp16:
-            return False
-        before = self.scaler.get_scale()
-        self.scaler.update()
-        return before > 1 and self.scaler.get_scale() < before
-
     def _fill(self) -> None:
-        """Have the weights of a sharded model in `bare_model`, on every process, and their average beside it."""
+        """Gather the weights of a sharded model into `bare_model`, on every process, and their average beside it."""
         if self._shards is None or self._shards.is_filled:
             return
         self._shards.fill()
         if self._average is not None:
             self._whole_average = {name: whole_tensor(value) for name, value in self._average.items()}
 
-    def _skip(self) -> None:
-        self.state["skipped"] += 1
-        self._in_a_row += 1
-        if self._in_a_row < self.arguments.max_skipped:
-            return
-        ids = [name for names in self.collect([self._ids]) for name in names]
-        raise SpcxrError(
-            f"step {self.state['step'] + 1}: the loss or its gradient was not finite in {self._in_a_row} steps "
-            f"in a row; images of the last: {', '.join(ids)}"
-        )
-
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        if self._average is None:
-            return
-        for name, value in self._trained():
-            own_share(self._average[name]).lerp_(own_share(value), 1 - self.arguments.ema_decay)
-
     @contextmanager
     def averaged(self) -> Iterator[PreTrainedModel]:
-        """The bare model with its averaged weights, where the run keeps them, and with its own again afterwards.
+        """The bare model with its averaged weights, if the run keeps an average; afterwards with its own again.
 
         Raises:
-            RuntimeError: of a sharded run: no checkpoint is due, so that no process has the weights.
+            RuntimeError: the run is sharded and no checkpoint is due, so that no process has the weights.
         """
         if self._shards is not None and not self._shards.is_filled:
             raise RuntimeError("a sharded run has its weights together only where run.is_due")
@@ -374,7 +404,7 @@ class Run:
         done = self.state["step"]
         if self.is_due or done % self.arguments.log_every == 0:
             row = {**self._row, **self.scores}
-            progress.set_postfix(row)
+            progress.set_postfix({name: value for name, value in row.items() if value != ""})
             self._log.add(step=done, **row)
             self.accelerator.log({name: float(value) for name, value in row.items() if value != ""}, step=done)
 
@@ -394,16 +424,9 @@ class Run:
             if self.pusher is not None:
                 self.pusher.push(saved, f"step {step}")
 
-    def _draw(self, curves: Mapping[str, str] | None, y_label: str) -> None:
-        if curves is None or not self.is_main:
-            return
-        if self._is_over or self._stop or time.perf_counter() - self._drawn >= SECONDS_BETWEEN_DRAWINGS:
-            self._log.draw(self.output / "loss.png", curves, y_label)
-            self._drawn = time.perf_counter()
-
     def report(self, title: str, pictures: Sequence[str] = ("loss.png",)) -> None:
         """Write the run's page, `report.md`."""
-        seconds = self.state["seconds"]
+        seconds, device = self.state["seconds"], self.accelerator.device
         figures: dict[str, Any] = {
             "optimiser steps": self.state["step"],
             "images per step": self.plan.batch_size,
@@ -411,7 +434,7 @@ class Run:
             "images per second": self.state["step"] * self.plan.batch_size / seconds if seconds else 0.0,
             "steps skipped, loss not finite": self.state["skipped"],
             "processes": f"{self.plan.processes}{', sharded' if self._shards is not None else ''}",
-            "device": self._device_name(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         }
         if self.arguments.mixed_precision == "bf16" and not has_fast_bf16(self.accelerator.device.type):
             figures["precision"] = "float32: this CPU has no fast bf16"
@@ -421,67 +444,9 @@ class Run:
             figures[f"best {self.state['best_metric']}"] = f"{self.state['best']} (step {self.state['best_step']})"
         write_report(self.output, title, figures, asdict(self.arguments), pictures)
 
-    def _device_name(self) -> str:
-        device = self.accelerator.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-    def end(self) -> None:
-        """Let the trackers finish and the processes go, once the final model is on the Hub or was given up."""
-        self.finish_pushing()
-        self.accelerator.end_training()
-
-    def finish_pushing(self) -> None:
-        """Push `output/final`, where there is one, and wait for it; a Hub that is down is told of, and no error."""
-        if self.pusher is None:
-            return
-        if (self.output / "final").is_dir():
-            self.pusher.push(self.output / "final", "the final model")
-        self.pusher.close(WAIT_AT_THE_END)
-        self.pusher = None
-
-    def _progress(self, first_step: int) -> tqdm:
-        batch = self.plan.batch_size
-        return tqdm(
-            total=self.arguments.steps * batch, initial=first_step * batch, unit="image", disable=not self.is_main
-        )
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """SIGTERM, which machines send before they take themselves away, ends the run behind the step at hand."""
-
-        def ask(*_: Any) -> None:
-            self._asked_to_stop = True
-
-        if threading.current_thread() is not threading.main_thread():  # Python lets no other thread listen
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
     def _say(self, words: str) -> None:
         if self.is_main:
             print(words, flush=True)
-
-
-def start_accelerator(arguments: RunArguments) -> Accelerator:
-    """The processes that this run consists of.
-
-    Raises:
-        SpcxrError: they were started in a way that would fail late or not do what was meant; see `check_launch`.
-    """
-    trackers = list(arguments.trackers)
-    accelerator = Accelerator(
-        mixed_precision="no",  # precision is the run's own: see `Run.autocast`
-        log_with=trackers or None,
-        project_dir=arguments.output,
-    )
-    check_launch(accelerator)
-    if trackers:
-        accelerator.init_trackers("spcxr", config={name: str(value) for name, value in asdict(arguments).items()})
-    return accelerator
 
 
 @torch.no_grad()

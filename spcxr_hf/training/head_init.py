@@ -1,8 +1,7 @@
-"""A linear head fitted to frozen features: the start of fine-tuning by LP-FT.
+"""LP-FT: fine-tuning starts with a linear head that was fitted to the frozen encoder's features.
 
-A new head is random, and the gradients that it sends back while it learns bend good features out of shape; with few
-steps the encoder does not recover. So the head is fitted first, on features of the encoder as it is, and everything is
-fine-tuned from there (Kumar et al., ICLR 2022, arXiv 2202.10054).
+The gradients of a random head distort good features while it learns, and with few steps the encoder does not recover
+(Kumar et al., ICLR 2022, arXiv 2202.10054).
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def final_layer(model: PreTrainedModel) -> nn.Linear:
 
 @torch.no_grad()
 def head_input(model: PreTrainedModel, pixel_values: torch.Tensor, **options: object) -> torch.Tensor:
-    """What the final layer is given for these images: (B, C, H, W) -> (B, D) float32 on the CPU."""
+    """Input of the final layer for these images: (B, C, H, W) -> (B, D) float32 on the CPU."""
     caught: list[torch.Tensor] = []
     hook = final_layer(model).register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     try:
@@ -74,7 +73,7 @@ def fit_linear_head(
         features: (n, D), finite.
         targets: (n, classes) in 0 .. 1; NaN where a label is missing (`multi_label`).
         multi_label: A sigmoid for each label instead of one softmax.
-        class_weights: (classes,), as `classification.class_weights` gives them.
+        class_weights: (classes,), of `losses.class_weights`.
         penalty: At least 0.
         steps: At most so many iterations of L-BFGS.
     """
@@ -120,6 +119,3 @@ def put_head(model: PreTrainedModel, head: LinearHead) -> None:
     layer = final_layer(model)
     layer.weight.copy_(head.weight)
     layer.bias.copy_(head.bias)
-
-
-__all__ = ["LinearHead", "choose_linear_head", "final_layer", "fit_linear_head", "head_input", "put_head"]

@@ -1,4 +1,4 @@
-"""What a classifier learns by and is chosen by: loss with missing labels, weights of classes, figures."""
+"""Classification loss with missing labels, class weights, and the metrics that choose a model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ MULTI_LABEL_METRICS = ("auroc", "average_precision", "loss")
 
 
 def class_weights(targets: torch.Tensor, balanced: bool, multi_label: bool) -> torch.Tensor:
-    """What each class weighs, (classes,), or of labels what a positive weighs; 1 unless balanced.
+    """Weight of each class, (classes,), or of each label's positives (multi-label); 1 unless balanced.
 
-    Balanced, a class weighs images / (classes * images of it), as scikit-learn has it; a positive weighs negatives /
-    positives, so that both sides of a label weigh the same.
+    Balanced, a class has the weight images / (classes * images of it), as in scikit-learn; a label's positives have
+    negatives / positives.
 
     Args:
         targets: (n, classes) of the whole set: 1, 0, or NaN where a label is missing; a 1 in every column.
-        balanced: Whether rare ones weigh more.
-        multi_label: Whether labels may hold together.
+        multi_label: Whether several labels may hold at once.
     """
     positives, known = (targets == 1).sum(dim=0), (~targets.isnan()).sum(dim=0)
     if not balanced:
@@ -46,19 +45,19 @@ def classification_loss(
 
     Args:
         logits: (B, classes).
-        targets: (B, classes) in 0 .. 1; of classes that exclude each other the rows sum to 1; of labels NaN is a
-            missing one, which takes no part.
-        multi_label: Whether labels may hold together.
+        targets: (B, classes) in 0 .. 1; the rows of single-label targets sum to 1; a multi-label NaN is missing and
+            does not count.
+        multi_label: Whether several labels may hold at once.
         weights: (classes,) of each class, or of each label's positives.
         label_smoothing: Share of a target that is spread over all classes (arXiv 1512.00567, section 7).
-        known_share: Of labels, the share of the whole set's that is known. With it every known label weighs alike, in
-            whatever micro-batch it lies; without it, the mean is over those that are known here.
+        known_share: Share of the whole set's labels that is known (multi-label). With it every known label has the
+            same weight in any micro-batch; without it, the mean is over the known labels here.
 
     Returns:
         The mean over the images, or over the labels that are known; 0 where none is.
     """
     logits = logits.float()
-    if not multi_label:  # the mean is over the images, not over their weights: as large on any share of a batch
+    if not multi_label:  # mean over images, not over weights, so that micro-batches add up
         return nn.functional.cross_entropy(logits, targets, weight=weights, label_smoothing=label_smoothing)
     known = ~targets.isnan()
     wanted = torch.where(known, targets * (1 - label_smoothing) + label_smoothing / 2, 0.0)

@@ -1,11 +1,11 @@
-"""How a model is trained, apart from the loop: its configuration, schedules, parameter groups and the log."""
+"""Optimisation: model presets, schedules, parameter groups, and the log of a run."""
 
 from __future__ import annotations
 
 import csv
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from spcxr_hf.drawing import save_curves
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import atomic_file
+from spcxr_hf.files import atomic_file, os_errors
 from spcxr_hf.modeling.configuration_spcxr import SpcxrConfig
 
 
@@ -66,7 +66,9 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     return [{"params": decayed, "decays": True}, {"params": plain, "decays": False, "weight_decay": 0.0}]
 
 
-def layerwise_groups(model: PreTrainedModel, layer_decay: float) -> list[dict]:
+def layerwise_groups(
+    model: PreTrainedModel, layer_decay: float, rename: Callable[[str], str] | None = None
+) -> list[dict]:
     """The groups of `parameter_groups`, split by depth: a block learns `layer_decay` times as fast as the one above.
 
     Layer-wise learning-rate decay as BEiT (arXiv 2106.08254) fine-tunes with it. The final norm and the head have the
@@ -75,6 +77,7 @@ def layerwise_groups(model: PreTrainedModel, layer_decay: float) -> list[dict]:
     Args:
         model: A model of the family, with or without a head.
         layer_decay: In (0, 1]; 1 is one learning rate for all.
+        rename: Parameter name of another family -> its name here, `encoder.layers.<n>.` for blocks.
 
     Returns:
         Groups for AdamW, each with its "scale", which `set_schedule` multiplies the learning rate by.
@@ -87,20 +90,17 @@ def layerwise_groups(model: PreTrainedModel, layer_decay: float) -> list[dict]:
     depth = model.config.num_hidden_layers
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in _named_trainable(model):
-        below_head, decays = depth + 1 - _level(name, depth), _decays(name, parameter)
+        own_name = name if rename is None else rename(name)
+        if block := re.search(r"(?:^|\.)encoder\.layers\.(\d+)\.", own_name):
+            below_head = depth - int(block[1])
+        else:
+            below_head = depth + 1 if re.search(r"(?:^|\.)embeddings\.", own_name) else 0
+        decays = _decays(name, parameter)
         group = {"params": [], "decays": decays, "scale": layer_decay**below_head}
         if not decays:
             group["weight_decay"] = 0.0
         groups.setdefault((below_head, decays), group)["params"].append(parameter)
     return list(groups.values())
-
-
-def _level(name: str, depth: int) -> int:
-    """0 for the embeddings, 1 .. depth for the blocks, depth + 1 for what lies over them."""
-    block = re.search(r"(?:^|\.)encoder\.layers\.(\d+)\.", name)
-    if block:
-        return int(block[1]) + 1
-    return 0 if re.search(r"(?:^|\.)embeddings\.", name) else depth + 1
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
@@ -139,7 +139,8 @@ class StepLog:
             label: [(int(row["step"]), float(row[column])) for row in self.rows if row[column] not in ("", None)]
             for label, column in curves.items()
         }
-        save_curves(points, path, "step", y_label)
+        with os_errors(path):
+            save_curves(points, path, "step", y_label)
 
 
 def _named_trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

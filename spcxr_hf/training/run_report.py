@@ -1,4 +1,4 @@
-"""The page that a training run leaves behind: what was run, how it went, and its pictures, as Markdown."""
+"""Report of a training run in Markdown, and the model card to fill in."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import software_versions
+from huggingface_hub import ModelCardData
+
+from spcxr_hf.files import RESEARCH_NOTICE, atomic_file, software_versions
 
 
 def write_report(
@@ -17,30 +18,25 @@ def write_report(
     recipe: Mapping[str, Any],
     pictures: Sequence[str] = (),
 ) -> Path:
-    """Write `folder/report.md`, which any viewer of Markdown shows with its pictures.
+    """Write `folder/report.md`.
 
     Args:
-        figures: What was measured, by name, in the order to show it in.
-        recipe: The resolved command line; paths are left out, since they say who and where.
-        pictures: Names of PNG files in the folder; those that are not there are left out.
+        figures: Results by name, in order.
+        recipe: The resolved command line; paths are left out, since they may identify people and machines.
+        pictures: Names of PNG files in the folder; missing ones are left out.
 
     Raises:
         SpcxrError: the folder cannot be written to.
     """
     lines = [f"# {title}", "", *_table(("figure", "value"), figures), ""]
     lines += [f"![{Path(name).stem}]({name})\n" for name in pictures if (folder / name).is_file()]
-    told = {name: value for name, value in recipe.items() if not _is_place(name) and value not in (None, [])}
-    lines += ["## Recipe", "", *_table(("setting", "value"), told), "", f"Software: {software_versions()}.", ""]
+    places = ("data", "output", "cache_folder", "init_from")
+    settings = {name: value for name, value in recipe.items() if name not in places and value not in (None, [])}
+    lines += ["## Recipe", "", *_table(("setting", "value"), settings), "", f"Software: {software_versions()}.", ""]
     path = folder / "report.md"
-    try:
-        path.write_text("\n".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise SpcxrError(f"{path}: cannot be written ({error})") from error
+    with atomic_file(path) as partial:
+        partial.write_text("\n".join(lines), encoding="utf-8")
     return path
-
-
-def _is_place(name: str) -> bool:
-    return name in ("data", "output", "cache_folder", "init_from", "model")
 
 
 def _table(header: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
@@ -54,3 +50,42 @@ def _table(header: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
 def _cell(value: Any) -> str:
     text = f"{value:.5g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def write_card(
+    folder: Path, pipeline_tag: str, base_model: str | None, figures: Mapping[str, Any], images: Mapping[str, int]
+) -> None:
+    """Write a model card to fill in, `folder/README.md`: front matter, figures, population, thresholds.
+
+    `spcxr publish` refuses it until a licence is in its front matter.
+
+    Args:
+        pipeline_tag: The task, in the Hub's words.
+        base_model: What the run started from; a Hub id goes into the front matter, a local folder does not.
+        figures: On val, by name.
+        images: Number of images by split or class.
+    """
+    is_id = base_model is not None and not Path(base_model).exists()
+    data = ModelCardData(
+        base_model=base_model if is_id else None,
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        tags=["chest-x-ray", "medical-imaging", "radiology", "vit"],
+    )
+    values = {name: value for name, value in figures.items() if value is not None}
+    lines = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# FILL IN: name\n\nFILL IN: what the model answers, about which images. {RESEARCH_NOTICE.capitalize()}.",
+        f"Base model: {base_model if is_id else 'FILL IN' if base_model else 'none, random weights'}.",
+        "## Population\n\nFILL IN: hospitals, years, ages, sexes, views, scanners, how the labels were made.",
+        "\n".join(_table(("trained and chosen on", "images"), images)),
+        "## Figures\n\nOn val, where the model was chosen, which is optimistic. FILL IN those on held-out images with "
+        "their intervals (`training_scripts/evaluate.py`).",
+        "\n".join(_table(("figure on val", "value"), values)) if values else "None.",
+        "## Thresholds\n\nNone are set. FILL IN the operating points (`training_scripts/calibrate.py`), or that the "
+        "probabilities are not calibrated.",
+        "## Limits\n\nFILL IN: who it must not be used for, where it fails.",
+        "## Licence\n\nFILL IN here, and `license:` in the front matter; those of the images and the base model bind.",
+    ]
+    with atomic_file(folder / "README.md") as partial:
+        partial.write_text("\n\n".join(lines) + "\n", encoding="utf-8")

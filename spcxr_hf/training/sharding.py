@@ -1,12 +1,11 @@
 """Fully sharded data parallelism (FSDP): every process keeps its share of weights, gradients, moments and average.
 
 By torch's own `fully_shard` (FSDP2, the per-parameter form of arXiv 2304.11277) on processes that accelerate starts as
-plain data parallel ones, and not by accelerate's FSDP plugin. The plugin starts on a GPU only, while this path is the
-same over gloo on a CPU, where tests hold it to the losses of one process. It also leaves the choice to one flag of the
-run, whatever it was started by.
+plain data-parallel ones, not by accelerate's FSDP plugin: the plugin needs a GPU, while this also runs over gloo on a
+CPU, where tests compare its losses with those of one process.
 
-Checkpoints know nothing of it: they are written from, and read into, an ordinary model and its AdamW (`whole`), whose
-tensors are there at these moments only. So a run may go on with another number of processes, or without sharding.
+Checkpoints are those of any other run: they are written from, and read into, an ordinary model and its AdamW (`whole`),
+whose tensors exist at these moments only. A run may continue with another number of processes, or without sharding.
 """
 
 from __future__ import annotations
@@ -28,44 +27,39 @@ class Shards:
     """A model and its optimiser, divided among all processes.
 
     Attributes:
-        model: The divided model: a block's weights are whole on a process only while the block is at work.
+        model: The sharded model: a process has all weights of a block only during the block's pass.
         optimizer: AdamW of this process's shares.
-        whole: The model that was given. It has its weights between `fill` and `empty` only, on every process.
+        whole: The given model. It has its weights between `fill` and `empty` only, on every process.
         is_filled: Whether `whole` has its weights.
     """
 
     def __init__(self, whole: PreTrainedModel, optimizer: torch.optim.AdamW, device: torch.device):
-        """Divide `whole` and the moments of `optimizer`, whose groups hold its parameters, and leave both empty.
+        """Shard `whole` and the moments of `optimizer`, whose groups hold its parameters, and empty both.
 
         Raises:
             SpcxrError: this torch cannot shard on this device.
         """
         if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
-            raise SpcxrError(f"shard: torch {torch.__version__} shards on GPUs only; on a CPU it takes a newer one")
+            raise SpcxrError(f"fsdp: torch {torch.__version__} shards on GPUs only; on a CPU it takes a newer one")
         self.whole, self._whole_optimizer, self._device = whole, optimizer, device
         mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         self.model: nn.Module = divide(_moved(copy.deepcopy(whole), device), mesh)
         self._shares = dict(self.model.named_parameters())
-        self.optimizer = self._divide_optimizer()
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in whole.named_parameters()}
+        groups = [
+            {**group, "params": [self._shares[names[parameter]] for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        # Each group brings its own rates and betas.
+        self.optimizer = torch.optim.AdamW(groups, fused=optimizer.defaults["fused"])
+        for parameter, state in optimizer.state.items():
+            share = self._shares[names[parameter]]
+            self.optimizer.state[share] = {
+                key: value.to(device) if key == "step" else self._share_of(value, share) for key, value in state.items()
+            }
         self.is_filled = True
         self.empty()
         _moved(whole, device)
-
-    def _divide_optimizer(self) -> torch.optim.AdamW:
-        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.whole.named_parameters()}
-        groups = [
-            {**group, "params": [self._shares[names[parameter]] for parameter in group["params"]]}
-            for group in self._whole_optimizer.param_groups
-        ]
-        # Each group brings its own rates, betas and the rest.
-        optimizer = torch.optim.AdamW(groups, fused=self._whole_optimizer.defaults["fused"])
-        for parameter, state in self._whole_optimizer.state.items():
-            share = self._shares[names[parameter]]
-            optimizer.state[share] = {
-                key: value.to(self._device) if key == "step" else self._share_of(value, share)
-                for key, value in state.items()
-            }
-        return optimizer
 
     def _share_of(self, value: torch.Tensor, like: nn.Parameter) -> DTensor:
         assert isinstance(like, DTensor)
@@ -88,7 +82,7 @@ class Shards:
         self.is_filled = True
 
     def empty(self) -> None:
-        """Take the weights and moments away from `whole` and its optimiser: their memory is free again."""
+        """Free the memory of the weights and moments of `whole` and its optimiser."""
         if not self.is_filled:
             return
         for parameter in self.whole.parameters():
@@ -110,12 +104,12 @@ class Shards:
 def divide(model: PreTrainedModel, mesh: DeviceMesh) -> nn.Module:
     """Shard the blocks of a model, then what is left of it, over all processes of a mesh.
 
-    The blocks are the members of its module lists that the model itself says are not to be split further. Weights stay
-    float32 and autocast does the rest, as without sharding: the losses are those of data parallelism in any precision.
+    The blocks are the members of module lists whose class is in the model's `_no_split_modules`. Weights stay float32
+    under autocast, so that the losses are those of data parallelism in any precision.
     """
-    for tensor in [*model.parameters(), *model.buffers()]:  # the model of the first process is everybody's, as in DDP
+    for tensor in [*model.parameters(), *model.buffers()]:  # all start from the first process's model, as in DDP
         distributed.broadcast(tensor.data, 0)
-    # gloo adds but does not average. Where gradients are reduced in float64, FSDP divides by itself.
+    # gloo cannot average. Where gradients are reduced in float64, FSDP divides by itself.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float64 if mesh.device_type == "cpu" else None)
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     unsplit = set(getattr(model, "_no_split_modules", None) or ())

@@ -585,7 +585,7 @@ def test_the_scripts_take_every_cell_of_the_grids(path, tmp_path, monkeypatch):
         if name.startswith("fine_tuning"):
             peer = parsed[name.rpartition("/")[0] + "/scratch"]
             # Not the learning rate: each init has its own best on val, where the grid says so.
-            for setting in ("steps", "batch_size", "save_every", "label_fraction", "seed", "crop_scale", "sampling"):
+            for setting in ("steps", "batch_size", "save_every", "label_fraction", "seed", "crop_scale", "balance"):
                 assert getattr(found, setting) == getattr(peer, setting)
             assert found.metric == "balanced_accuracy" and found.steps % found.save_every == 0
 

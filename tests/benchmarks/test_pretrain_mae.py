@@ -55,7 +55,16 @@ def test_the_encoder_has_our_shape(finished):
     assert config.mask_ratio == 0.75 and config.norm_pix_loss
     assert config.images_seen == 16
     names = {path.name for path in finished.iterdir()}
-    assert names == {"checkpoint-2", "checkpoint-4", "final", "log.csv", "loss.png", "recipe.yaml", "report.md"}
+    assert names == {
+        "checkpoint-2",
+        "checkpoint-4",
+        "final",
+        "log.csv",
+        "loss.png",
+        "recipe.yaml",
+        "report.md",
+        ".lock",
+    }
 
 
 def test_patches_have_positions(finished):
@@ -123,7 +132,7 @@ def test_other_scripts_take_it_as_a_model_of_another_family(shard, finished, tmp
     found = linear_probe.main([*probe, "--seeds", "0", "--label_fraction", "1", "--resamples", "4"])
     assert set(found["tasks"]) == {"pneumonia", "three_way"}
     brief = ["--steps", "2", "--batch_size", "4", "--image_size", "32", "--stored_size", "40", "--warmup_steps", "1"]
-    flags = ["--model", str(finished / "final"), *COLUMNS, *brief]
+    flags = ["--init_from", str(finished / "final"), *COLUMNS, *brief]
     finetune_classification.main(["--data", shard, "--output", str(tmp_path), *flags])
     tuned = AutoModelForImageClassification.from_pretrained(tmp_path / "final")
     assert tuned.config.model_type == "vit" and tuned.config.num_channels == 1 and tuned.config.num_labels == 3
@@ -161,7 +170,7 @@ def test_the_rate_is_measured(shard, tmp_path, monkeypatch):
         (["--cache", "none"], "cache must be memory or device"),
         (["--init_from", "somewhere"], "leave --init_from out"),
         (["--drop_path_rate", "0.1"], "no stochastic depth: drop_path_rate must be 0"),
-        (["--mask_ratio", "1"], "mask_ratio must lie between 0 and 1"),
+        (["--mask_ratio", "1"], "mask_ratio must lie in .0, 1."),
         (["--max_minutes", "0"], "max_minutes must be above 0"),
         (["--decoder_heads", "5"], "decoder_width 32 must be a multiple"),
     ],

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import PartialState
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
@@ -32,6 +34,7 @@ from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForImageClassification, Spcxr
 from spcxr_hf.data.batches import BalancedSet, StepPlan, draw_rows, strata
 from spcxr_hf.data.table import open_image, read_table
 from spcxr_hf.evaluation.predict import load_classifier
+from spcxr_hf.hub.publish import check_card
 from spcxr_hf.models import precision as precision_module
 from spcxr_hf.training import engine as run_module
 from spcxr_hf.training.classifiers import Pixels, add_adapters, build_classifier, classifier_groups
@@ -49,7 +52,7 @@ COLUMNS = ["--label_column", "pneumonia_label", "--split_column", "pneumonia_spl
 BRIEF = ["--image_size", "32", "--stored_size", "40", "--steps", "4", "--batch_size", "6", "--save_every", "2"]
 BRIEF += ["--warmup_steps", "1", "--micro_batch_size", "3", "--log_every", "1"]
 # What a resumed run has most to get right: micro-batches, averaged weights, mixed images, classes that take turns.
-HARD = ["--ema_decay", "0.9", "--mixup", "0.4", "--cutmix", "1", "--sampling", "balanced", "--label_smoothing", "0.1"]
+HARD = ["--ema_decay", "0.9", "--mixup", "0.4", "--cutmix", "1", "--balance", "sampling", "--label_smoothing", "0.1"]
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +141,7 @@ def contents(output: Path) -> dict[str, bytes]:
 def test_what_a_run_leaves_behind(finished):
     names = {path.name for path in finished.iterdir()}
     expected = {
+        ".lock",
         "best",
         "checkpoint-2",
         "checkpoint-4",
@@ -157,6 +161,19 @@ def test_what_a_run_leaves_behind(finished):
     logged = {line[0]: line for line in lines}[str(result["step"])]
     for name, text in zip(lines[0][3:], logged[3:], strict=True):
         assert float(text) == pytest.approx(result["val"][name.removeprefix("val_")], abs=1e-5)
+    # A model card to fill in: it cannot be published before its licence is named.
+    card = finished / "final" / "README.md"
+    text = card.read_text()
+    with pytest.raises(SpcxrError, match="front matter not valid .no license"):
+        check_card(card)
+    (finished.parent / "card.md").write_text(text.replace("---\n", "---\nlicense: mit\n", 1))
+    check_card(finished.parent / "card.md")
+    data = ModelCard(text).data
+    assert (data.pipeline_tag, data.library_name, data.base_model) == ("image-classification", "transformers", None)
+    assert "| train | 13 |" in text and "| val | 6 |" in text and "| train: bacterial | 4 |" in text
+    assert f"| auroc | {result['val']['auroc']:.5g} |" in text
+    assert all(f"## {part}" in text for part in ("Population", "Thresholds", "Limits", "Licence"))
+    assert str(finished.parent) not in text
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -196,7 +213,7 @@ def test_the_best_on_val_becomes_the_final_one(shard, pretrained, tmp_path, metr
 
 def test_a_run_ends_when_val_gets_no_better(shard, pretrained, tmp_path):
     """With no learning rate, the second value is no better than the first."""
-    flags = ["--save_every", "1", "--patience", "1", "--learning_rate", "0", "--final_learning_rate", "0"]
+    flags = ["--save_every", "1", "--patience", "1", "--learning_rate", "0"]
     run(shard, tmp_path, "--init_from", pretrained, *flags)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 1
@@ -208,8 +225,6 @@ def test_from_scratch_takes_the_config_alone(shard, pretrained, tmp_path):
         "--steps",
         "1",
         "--learning_rate",
-        "0",
-        "--final_learning_rate",
         "0",
         "--image_size",
         "48",
@@ -246,7 +261,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(shard, pretrained, peers, tmp_
     flags = {
         "hard": ["--init_from", pretrained, *HARD],
         "lora": ["--init_from", pretrained, "--lora_rank", "2"],
-        "vit": ["--model", str(peers / "vit")],
+        "vit": ["--init_from", str(peers / "vit")],
     }[kind]
     run(shard, tmp_path / "whole", *flags)
     killed_and_started_again(shard, tmp_path / "killed", monkeypatch, *flags)
@@ -282,7 +297,7 @@ def test_seeds(shard, pretrained, tmp_path):
 
 
 @pytest.mark.parametrize("column", ["findings", "known"])
-def test_labels_that_hold_together(findings, pretrained, tmp_path, column):
+def test_labels_that_hold_together(findings, pretrained, tmp_path, column, capsys):
     flags = [
         "--init_from",
         pretrained,
@@ -290,10 +305,12 @@ def test_labels_that_hold_together(findings, pretrained, tmp_path, column):
         "true",
         "--label_column",
         column,
-        "--class_weights",
-        "balanced",
+        "--balance",
+        "loss",
     ]
     result = json.loads((run(findings, tmp_path, *flags) / "results.json").read_text())
+    bar = capsys.readouterr().err
+    assert re.search(r"val_auroc=[\d.]", bar) and not re.search(r"=[,\]]", bar)  # no fields of steps without figures
     assert set(result["val"]) == {"auroc", "average_precision", "loss"}
     expected = {"findings": {"effusion": 7, "oedema": 5}, "known": {"effusion": 5, "oedema": 5}}
     assert result["train_images_by_class"] == expected[column]
@@ -328,21 +345,9 @@ def test_as_a_command_with_the_smoke_recipe(shard, tmp_path, monkeypatch):
 @pytest.mark.parametrize("model", ["spcxr", "resnet"])
 def test_a_frozen_encoder_stays_as_it_was(shard, pretrained, peers, tmp_path, model):
     """Running means of a ResNet included."""
-    flags = [
-        "--freeze_encoder",
-        "true",
-        "--save_every",
-        "1",
-        "--keep_checkpoints",
-        "4",
-        "--seed",
-        "5",
-        "--final",
-        "last",
-    ]
-    source = (
-        ["--init_from", pretrained] if model == "spcxr" else ["--model", str(peers / model), "--from_scratch", "true"]
-    )
+    flags = ["--freeze_encoder", "true", "--save_every", "1", "--keep_checkpoints", "4", "--seed", "5"]
+    source = ["--init_from", pretrained if model == "spcxr" else str(peers / model)]
+    source += [] if model == "spcxr" else ["--from_scratch", "true"]
     run(shard, tmp_path, *source, *flags)
     first, last = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (1, 4))
     changed = {name for name in first if not torch.equal(first[name], last[name])}
@@ -355,7 +360,7 @@ def test_a_frozen_encoder_stays_as_it_was(shard, pretrained, peers, tmp_path, mo
 def adapted(shard, pretrained, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        flags = ["--init_from", pretrained, "--lora_rank", "2", "--final", "last", "--learning_rate", "0.02"]
+        flags = ["--init_from", pretrained, "--lora_rank", "2", "--save_every", "4", "--learning_rate", "0.02"]
         return run(shard, tmp_path_factory.mktemp("adapted"), *flags)
 
 
@@ -393,7 +398,7 @@ def test_only_adapters_and_the_head_are_trained(adapted, pretrained):
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "vit_mae"])
 def test_another_family_stands_in(shard, peers, tmp_path, name):
-    run(shard, tmp_path, "--model", str(peers / name), "--steps", "2")
+    run(shard, tmp_path, "--init_from", str(peers / name), "--steps", "2")
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "final").config
     assert config.model_type == name.removesuffix("_mae")
     assert config.num_labels == 3
@@ -406,7 +411,7 @@ def test_another_family_stands_in(shard, peers, tmp_path, name):
 
 @pytest.mark.parametrize(("name", "block"), [("vit", "vit.layers"), ("dinov2", "dinov2.encoder.layer")])
 def test_layer_wise_decay_of_other_families(peers, name, block):
-    arguments = Arguments(data="", output="", model=str(peers / name), image_size=48, layer_decay=0.5)
+    arguments = Arguments(data="", output="", init_from=str(peers / name), image_size=48, layer_decay=0.5)
     model = build_classifier(arguments, ["a", "b"])
     groups = classifier_groups(model, arguments.layer_decay)
     scale = {id(parameter): group["scale"] for group in groups for parameter in group["params"]}
@@ -418,7 +423,7 @@ def test_layer_wise_decay_of_other_families(peers, name, block):
 
 
 def test_pixels_are_those_of_the_models_processor(peers, tmp_path):
-    arguments = Arguments(data="", output="", model=str(peers / "vit"), image_size=32)
+    arguments = Arguments(data="", output="", init_from=str(peers / "vit"), image_size=32)
     pixels = Pixels.of(arguments, build_classifier(arguments, ["a", "b"]))
     grey = torch.rand(1, 1, 32, 32)
     mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
@@ -724,7 +729,7 @@ def test_a_set_that_is_more_than_half_broken_stops_in_any_case(pretrained, tmp_p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--from_scratch", "false"], "give --init_from CHECKPOINT"),
+        (["--from_scratch", "false"], "give --init-from CHECKPOINT"),
         (["--label_column", "no"], r"pneumonia_split=train\]: no column 'no'; there are image, "),
         (["--split_column", "no"], "set.parquet: no column 'no'"),
         (["--classes", "normal"], "holds one class only: normal"),
@@ -734,15 +739,12 @@ def test_a_set_that_is_more_than_half_broken_stops_in_any_case(pretrained, tmp_p
         (["--label_fraction", "0"], r"label_fraction must lie in \(0, 1\]; got 0.0"),
         (["--label_fraction", "0.3"], "a batch of 6 is larger than the set of "),
         (["--batch_size", "15"], "a batch of 15 is larger than the set of 13 images"),
-        (["--batch_size", "15", "--sampling", "balanced"], "a batch of 15 is larger than the set of 13 images"),
+        (["--batch_size", "15", "--balance", "sampling"], "a batch of 15 is larger than the set of 13 images"),
         (["--metric", "f1"], "metric must be auroc, average_precision, .* or loss; got 'f1'"),
         (["--metric", "accuracy", "--multi_label", "true"], "metric must be auroc, average_precision or loss"),
         (["--multi_label", "true"], "multi_label needs lists or structs in the column of labels; it holds '"),
         (["--cache", "none"], "cache must be memory or device"),
-        (["--class_weights", "yes"], "class_weights must be none or balanced"),
-        (["--sampling", "yes"], "sampling must be natural or balanced"),
-        (["--sampling", "balanced", "--class_weights", "balanced"], "both balanced"),
-        (["--final", "first"], "final must be best or last"),
+        (["--balance", "yes"], "balance must be none, loss or sampling; got 'yes'"),
         (["--freeze_encoder", "true", "--lora_rank", "2"], "freeze_encoder and lora_rank exclude each other"),
         (["--label_smoothing", "1"], r"label_smoothing must lie in \[0, 1\)"),
         (["--mixup", "-1"], "mixup must be at least 0"),
@@ -769,17 +771,16 @@ def test_a_metric_that_val_leaves_undefined(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flag", "folder", "message"),
+    ("folder", "message"),
     [
-        ("--init_from", "vit", "vit: a model of type vit, not spcxr; give it as --model"),
-        ("--init_from", "nowhere", "nowhere: there is no such folder"),
-        ("--model", "bert", "bert: its weights cannot be loaded"),
-        ("--model", "resnet", "resnet: no .safetensors weights in this folder"),  # a config without weights
+        ("nowhere", "nowhere: there is no such folder"),
+        ("bert", "bert: its weights cannot be loaded"),
+        ("resnet", "resnet: no .safetensors weights in this folder"),  # a config without weights
     ],
 )
-def test_what_is_no_model_to_start_from(shard, peers, tmp_path, flag, folder, message):
+def test_what_is_no_model_to_start_from(shard, peers, tmp_path, folder, message):
     with pytest.raises(SpcxrError, match=message) as refusal:
-        run(shard, tmp_path, flag, str(peers / folder))
+        run(shard, tmp_path, "--init_from", str(peers / folder))
     assert "\n" not in str(refusal.value)
 
 

@@ -1,4 +1,4 @@
-"""finetune_classification.py --lungs --fill_outside: some views show lungs alone, and val is measured on both kinds."""
+"""Fine-tuning with --lungs: some views show the lungs alone, and val is measured on both kinds of images."""
 
 import json
 
@@ -38,7 +38,7 @@ def flags(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lungs")
     build(SpcxrForSemanticSegmentation, tiny_config(num_labels=2, **LUNGS)).save_pretrained(folder)
     SpcxrImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return ["--from_scratch", "true", "--size", "tiny", "--lungs", str(folder), "--fill_outside", "0.5"]
+    return ["--from_scratch", "true", "--size", "tiny", "--lungs", str(folder), "--lung_only_prob", "0.5"]
 
 
 def test_the_model_is_chosen_by_both_versions_of_val(shard, flags, tmp_path):
@@ -70,12 +70,12 @@ def test_what_lies_outside_is_hidden_in_the_views():
     images[0, :, :4], images[1, :, -4:] = 250, 250
     lungs = torch.zeros(2, 40, 40, dtype=torch.bool)
     lungs[:, 10:30, 10:30] = True
-    arguments = Arguments(output="-", data="-", lungs="-", fill_outside=1.0, image_size=32, flip=0.0, blur=0.0)
+    arguments = Arguments(output="-", data="-", lungs="-", lung_only_prob=1.0, image_size=32, flip=0.0, blur=0.0)
     arguments.crop_scale, arguments.brightness, arguments.contrast = [1.0, 1.0], 0.0, 0.0
     pixels = Pixels(32, torch.zeros(1, 1, 1), torch.ones(1, 1, 1), {})
 
     def views(fill: float) -> torch.Tensor:
-        arguments.fill_outside = fill
+        arguments.lung_only_prob = fill
         batch = MicroBatch(images, ["a", "b"], {"targets": torch.eye(2), "lungs": lungs}, seed=0)
         return draw_views(arguments, pixels, batch, torch.device("cpu"))[0]
 
@@ -87,10 +87,10 @@ def test_what_lies_outside_is_hidden_in_the_views():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--fill_outside", "0.5"], "go together"),
+        (["--lung_only_prob", "0.5"], "go together"),
         (["--lungs", "somewhere"], "go together"),
-        (["--lungs", "somewhere", "--fill_outside", "1.5"], r"fill_outside must lie in \[0, 1\]; got 1.5"),
-        (["--lungs", "nowhere", "--fill_outside", "1"], "nowhere: there is no such folder"),
+        (["--lungs", "somewhere", "--lung_only_prob", "1.5"], r"lung_only_prob must lie in \[0, 1\]; got 1.5"),
+        (["--lungs", "nowhere", "--lung_only_prob", "1"], "nowhere: there is no such folder"),
     ],
 )
 def test_refusals(shard, tmp_path, words, message):

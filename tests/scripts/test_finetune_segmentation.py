@@ -67,6 +67,7 @@ def weights(folder: Path) -> bytes:
 def test_what_a_run_leaves_behind(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
+        ".lock",
         "best",
         "checkpoint-2",
         "checkpoint-4",
@@ -160,9 +161,8 @@ def test_training_never_opens_what_it_is_reported_on(tmp_path, pretrained):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give --init_from CHECKPOINT"),
+        ([], "give --init-from CHECKPOINT"),
         (["--from_scratch", "true", "--mixed_precision", "fp8"], "mixed_precision must be no, bf16 or fp16"),
-        (["--from_scratch", "true", "--final", "first"], "final must be best or last"),
         (["--from_scratch", "true", "--batch_size", "13"], "a batch of 13 is larger than the set of 12"),
     ],
 )
@@ -252,7 +252,7 @@ def test_a_model_without_lungs_is_refused(shard, pretrained, finished, tmp_path)
 # Linear probe
 
 
-PROBE = ["--label_fraction", "0.5", "1.0", "--seeds", "0", "1", "--strengths", "0.01", "1.0", "--image_size", "32"]
+PROBE = ["--label_fraction", "0.5", "1.0", "--seeds", "0", "1", "--c_values", "0.01", "1.0", "--image_size", "32"]
 
 
 @pytest.mark.parametrize("random_init", ["false", "true"])

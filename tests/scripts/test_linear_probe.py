@@ -22,7 +22,7 @@ from training_scripts.linear_probe import TASKS, Task, draw_labels, measure, rec
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
 SMALL = ["--label_fraction", "1.0", "--seeds", "0", "--image_size", "32", "--pooling", "mean", "--resamples", "50"]
-SMALL += ["--strengths", "0.01", "1.0", "--neighbours", "1", "3", "500", "--random_init", "true"]
+SMALL += ["--c_values", "0.01", "1.0", "--neighbours", "1", "3", "500", "--random_init", "true"]
 
 
 @pytest.fixture(scope="module")

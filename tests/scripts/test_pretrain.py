@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining
-from spcxr_hf.training.engine import RunArguments, start_accelerator
+from spcxr_hf.training.arguments import RunArguments
+from spcxr_hf.training.engine import Run
 from spcxr_hf.transforms.augment import Views
 from spcxr_hf.transforms.group_masking import as_pixels, normalise_patches
 from tests.common import tiny_config
@@ -52,6 +54,7 @@ def weights(folder: Path) -> bytes:
 def test_what_a_run_leaves_behind(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
+        ".lock",
         "checkpoint-2",
         "checkpoint-4",
         "final",
@@ -157,13 +160,32 @@ def test_it_learns(shard, tmp_path):
 
 
 def test_a_folder_of_pictures(tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for seed in range(4):
-        Image.fromarray(picture(seed)[0]).save(folder / f"{seed}.png")
-    flags = [*BRIEF, "--steps", "1", "--pretrain_only", "false"]
-    pretrain.main(["--data", str(folder), "--output", str(tmp_path / "run"), *flags])
-    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    """All of them, or those of some splits."""
+    for number, place in enumerate(["train/normal"] * 4 + ["val/normal"] * 2 + ["test/normal"] * 2):
+        (tmp_path / "pictures" / place).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(number)[0]).save(tmp_path / "pictures" / place / f"{number}.png")
+    seen = {}
+    for name, flags in {
+        "all": ["--pretrain_only", "false"],
+        "two": ["--splits", "train", "val"],
+        "one": ["--splits", "train"],
+    }.items():
+        words = ["--data", str(tmp_path / "pictures"), "--output", str(tmp_path / name), *BRIEF, "--steps", "1", *flags]
+        pretrain.main(words)
+        card = (tmp_path / name / "final" / "README.md").read_text()
+        seen[name] = int(re.search(r"\| train \| (\d+) \|", card)[1])
+    assert seen == {"all": 8, "two": 6, "one": 4}
+    with pytest.raises(SpcxrError, match="pictures: no row has split = 'valid'"):
+        pretrain.main([*words, "--splits", "valid"])
+
+
+def test_a_stream_of_one_split(shard, tmp_path):
+    flags = ["--data", shard, *BRIEF, "--cache", "none", "--workers", "0", "--micro_batch_size", "2", "--steps", "1"]
+    flags += ["--split_column", "lung_split", "--splits"]
+    pretrain.main([*flags, "val", "--output", str(tmp_path), "--batch_size", "2"])
+    assert "| train | 3 |" in (tmp_path / "final" / "README.md").read_text()
+    with pytest.raises(SpcxrError, match="--cache none takes one of --splits only"):
+        pretrain.main([*flags, "train", "val", "--output", str(tmp_path / "two")])
 
 
 @pytest.mark.parametrize(
@@ -187,7 +209,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("spcxr_hf.training.engine.Accelerator", lambda **_: type("Alone", (), {"num_processes": 1}))
     with pytest.raises(SpcxrError, match="2 processes were started but each runs alone"):
-        start_accelerator(RunArguments("data", "output"))
+        Run(RunArguments("data", "output"))
 
 
 @pytest.mark.slow

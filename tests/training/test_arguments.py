@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.training.arguments import parse_arguments, read_recipe, save_recipe
+from spcxr_hf.training.arguments import check_values, parse_arguments, read_recipe, run_script, save_recipe
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "training_scripts"
 # What begins with `evidence` is a grid of many runs, which `evidence.py` reads.
@@ -88,6 +88,84 @@ def test_wrong_flags_are_refused(flags, message, capsys):
     assert capsys.readouterr().err.endswith(message)
 
 
+@dataclass
+class Training:
+    """Train."""
+
+    learning_rate: float = 1e-3
+    steps: int = 1000
+    warmup_steps: int = 100
+    batch_size: int = 8
+    init_from: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--lr", "--learning-rate"),
+        ("--epochs", "--steps"),
+        ("--num-train-epochs", "--steps"),
+        ("--per_device_train_batch_size", "--batch-size"),
+        ("--model", "--init-from"),
+        ("--batchsize", "--batch-size"),
+    ],
+)
+def test_flags_of_other_libraries_are_known_by_their_meaning(flag, meant, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(Training, [flag, "3"])
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {flag} (did you mean {meant}?)\n")
+
+
+def test_a_shorter_run_has_a_shorter_warm_up(recipe, capsys):
+    assert parse_arguments(Training, ["--steps", "50"]).warmup_steps == 5
+    assert "warmup_steps 100 -> 5, in proportion to steps 1000 -> 50; --warmup-steps N" in capsys.readouterr().err
+    path = recipe("steps: 200\nwarmup_steps: 40\n")
+    assert parse_arguments(Training, [path, "--steps", "100"]).warmup_steps == 20
+    for words in ([path], [path, "--steps", "400"], [path, "--steps", "100", "--warmup-steps", "40"]):
+        assert parse_arguments(Training, words).warmup_steps == 40  # a longer run may be one that goes on
+
+
+def test_help_shows_hyphens_and_underscores_are_accepted(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(Training, ["--help"])
+    shown = capsys.readouterr().out
+    assert "--learning-rate" in shown and "--learning_rate" not in shown
+    words = [["--learning-rate", "0.5"], ["--learning_rate", "0.5"]]
+    assert [parse_arguments(Training, one).learning_rate for one in words] == [0.5, 0.5]
+
+
+def test_values_of_flags():
+    arguments = Arguments("x", steps=3, rate=1.0, scale=[0.0, 2.0], start=None)
+    check_values(arguments, {"data": ("x", "y"), "start": ("a", "b")}, {"steps": "[3, inf)", "rate": "(0, 1]"})
+    for choices, ranges, message in (
+        ({"data": ("a", "b", "c")}, {}, "data must be a, b or c; got 'x'"),
+        ({}, {"steps": "[4, inf)"}, "steps must be at least 4; got 3"),
+        ({}, {"steps": "(3, inf)"}, "steps must be above 3; got 3"),
+        ({}, {"rate": "[0, 1)"}, r"rate must lie in \[0, 1\); got 1.0"),
+        ({}, {"scale": "(0, 1]"}, r"scale must lie in \(0, 1\]; got 0.0"),
+    ):
+        with pytest.raises(SpcxrError, match=f"^{message}$"):
+            check_values(arguments, choices, ranges)
+    arguments.rate = float("nan")
+    with pytest.raises(SpcxrError, match="rate"):
+        check_values(arguments, ranges={"rate": "[0, 1]"})
+
+
+def test_how_scripts_end(capsys):
+    def fail():
+        raise SpcxrError("set.parquet: no such file")
+
+    def stop():
+        raise KeyboardInterrupt
+
+    for main, code in ((fail, "error: set.parquet: no such file"), (stop, 130), (lambda: 3, 3)):
+        with pytest.raises(SystemExit) as end:
+            run_script(main)
+        assert end.value.code == code
+    assert capsys.readouterr().err == "stopped; the same command goes on from what was saved\n"
+    run_script(lambda: {"a result": 1})
+
+
 def test_wrong_types_in_a_recipe_are_refused_as_flags_are(recipe, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(Arguments, [recipe("data: x\nsteps: many\n")])
@@ -96,11 +174,40 @@ def test_wrong_types_in_a_recipe_are_refused_as_flags_are(recipe, capsys):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", "not valid YAML"), ("- 1\n- 2\n", "found list"), ("", "found NoneType")],
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1\n- 2\n", "found list"),
+        ("", "found NoneType"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "not valid YAML .*aliases are not allowed"),
+        ("a: &a\n  b: *a\n", "aliases are not allowed"),
+        ("steps: 2024-13-45\n", "not valid YAML"),  # from here on what PyYAML raises is no YAMLError
+        ("steps: 1" + 5000 * "0" + "\n", "not valid YAML"),
+        ("steps: !!int many\n", "not valid YAML"),
+        ("steps: !!bool many\n", "not valid YAML"),
+        ("a: " + 2000 * "[" + "\n", "not valid YAML"),
+        ("a: 12:x:60:60\n? [1]\n: 2\n? {b: 1}\n: 3\n", "not valid YAML"),
+        (f"a: {1_000_001 * 'b'}\n", "cannot be read .the file is too large"),
+    ],
+    ids=lambda value: value[:12] if len(value) > 12 else value,
 )
 def test_what_is_no_recipe(recipe, text, message):
-    with pytest.raises(SpcxrError, match=rf"recipe\.yaml: .*{message}"):
+    with pytest.raises(SpcxrError, match=rf"recipe\.yaml: .*{message}") as refusal:
         read_recipe(Path(recipe(text)))
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+
+
+@pytest.mark.parametrize("value", ["{a: 1}", "[[1, 2]]", "[1, {a: 2}]", "[--fast, 'true']"])
+def test_values_that_no_flag_holds_are_refused(recipe, value):
+    with pytest.raises(SpcxrError, match=r"recipe\.yaml: scale must be one value or a list of values; got"):
+        parse_arguments(Arguments, [recipe(f"data: x\nscale: {value}\n")])
+
+
+def test_a_value_that_begins_with_a_dash_is_no_flag(recipe):
+    assert parse_arguments(Arguments, [recipe("data: -x\nrate: -0.5\nscale: [-1, 1]\n")]) == Arguments(
+        "-x", rate=-0.5, scale=[-1.0, 1.0]
+    )
+    with pytest.raises(SpcxrError, match="data must be one value"):
+        parse_arguments(Arguments, [recipe("data: --help\n")])
 
 
 def test_a_missing_recipe_is_named(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from spcxr_hf import SpcxrConfig, SpcxrModel
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import atomic_folder
-from spcxr_hf.training.checkpoints import list_checkpoints, load_checkpoint, resume, save_checkpoint
+from spcxr_hf.training.checkpoints import list_checkpoints, resume, save_checkpoint
 from spcxr_hf.training.optim import parameter_groups
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
@@ -93,8 +93,13 @@ def test_a_damaged_newest_is_named_and_passed_over(two_checkpoints, capsys, name
     assert resume(two_checkpoints, model, optimizer) == ({"step": 1}, None)
     assert equal(model, SpcxrModel.from_pretrained(two_checkpoints / "checkpoint-1"))
     assert "checkpoint-2: damaged checkpoint" in capsys.readouterr().out
-    with pytest.raises(SpcxrError, match="checkpoint-2: damaged checkpoint"):
-        load_checkpoint(two_checkpoints / "checkpoint-2", model, optimizer)
+
+
+@pytest.mark.parametrize("sums", ["{}", "[]", '"text"', "null", '{"training_state.json": "0"}'])
+def test_a_checkpoint_without_its_checksums_is_damaged(two_checkpoints, capsys, sums):
+    (two_checkpoints / "checkpoint-2" / "checksums.json").write_text(sums)
+    assert resume(two_checkpoints, *make(seed=1)) == ({"step": 1}, None)
+    assert "checkpoint-2: damaged checkpoint" in capsys.readouterr().out
 
 
 def test_a_half_written_one_is_no_checkpoint(two_checkpoints):

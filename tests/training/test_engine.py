@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from spcxr_hf import SpcxrError
+from spcxr_hf.files import locked
 from spcxr_hf.models import precision
 from spcxr_hf.training import checkpoints, engine
+from spcxr_hf.training.arguments import PretrainingArguments, check_run, run_script
 from spcxr_hf.training.checkpoints import list_checkpoints
-from spcxr_hf.training.engine import RunArguments, check_run
 from tests.made_up import write_set
 from tests.processes import finish, start, start_group
 from training_scripts import pretrain
@@ -166,6 +167,66 @@ def test_a_tampered_checkpoint_is_named_and_passed_over(shard, whole, tmp_path):
     )
 
 
+def signalled_while_it_reads(sent: int, argv: list[str]) -> None:
+    decode_set = pretrain.decode_set
+
+    def send(*args, **kwargs):
+        signal.raise_signal(sent)
+        return decode_set(*args, **kwargs)
+
+    pretrain.decode_set = send
+    run_script(functools.partial(pretrain.main, argv))
+
+
+def test_a_run_stopped_before_its_first_step_ends_cleanly(shard, tmp_path):
+    for sent, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+        console = tmp_path / f"console-{code}"
+        process = start(functools.partial(signalled_while_it_reads, sent), words(shard, tmp_path, *BRIEF), console)
+        assert finish([process]) == [code]
+        said = console.read_text()
+        assert said.startswith("stopped") and len(said.splitlines()) == 1
+        assert list_checkpoints(tmp_path) == [] and not (tmp_path / ".lock-holder").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(shard, tmp_path):
+    with locked(tmp_path), pytest.raises(SpcxrError, match=rf"{tmp_path}: in use by process {os.getpid()} on .*since "):
+        pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "1"))
+    with locked(tmp_path):  # it is free again, also after an error within
+        (tmp_path / ".lock-holder").unlink()
+        with pytest.raises(SpcxrError, match=f"{tmp_path}: in use by another process"), locked(tmp_path):
+            pass
+
+
+def test_a_full_disk_where_the_log_is_written(shard, tmp_path, monkeypatch):
+    class Full(csv.DictWriter):
+        def writerows(self, rows):
+            if len(rows) == 3:
+                raise OSError(28, "No space left on device")
+            return super().writerows(rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(csv, "DictWriter", Full)
+        with pytest.raises(SpcxrError, match=r"log\.csv: cannot be written \(No space left on device\)"):
+            pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "4"))
+    assert [row["step"] for row in log_rows(tmp_path)] == ["1", "2"]
+    pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "4"))
+    assert [row["step"] for row in log_rows(tmp_path)] == ["1", "2", "3", "4"]
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_pretraining_goes_on_with_its_own_images_only(shard, tmp_path, cache):
+    other = str(write_set(tmp_path / "other.parquet", ["train"] * 9))
+    flags = [*BRIEF, "--cache", cache, "--workers", "0", "--micro_batch_size", "4", "--steps"]
+    pretrain.main(words(shard, tmp_path / "run", *flags, "2"))
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    with pytest.raises(SpcxrError, match=r"run: its checkpoints were trained on other data: .*--allow-other-data true"):
+        pretrain.main(words(other, tmp_path / "run", *flags, "4"))
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == recipe
+    pretrain.main(words(other, tmp_path / "run", *flags, "4", "--allow_other_data", "true"))
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+
+
 def with_little_room(argv: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # bytes a file may have
     try:
@@ -241,7 +302,7 @@ def spoil(monkeypatch, steps: set[int]) -> None:
 
 def test_a_step_without_a_finite_loss_is_skipped_and_counted(shard, tmp_path, monkeypatch):
     spoil(monkeypatch, {1, 3})
-    pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "6", "--max_skipped", "2"))
+    pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "6", "--max_nonfinite_steps", "2"))
     state = json.loads((tmp_path / "checkpoint-6" / "training_state.json").read_text())
     assert state["skipped"] == 2
     assert [row["loss"] == "nan" for row in log_rows(tmp_path)] == [False, True, False, True, False, False]
@@ -252,7 +313,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(shard, tmp_path, mo
 def test_too_many_in_a_row_end_the_run_and_name_the_images(shard, tmp_path, monkeypatch):
     spoil(monkeypatch, {3, 4, 5})
     with pytest.raises(SpcxrError, match=r"step 6: .*not finite in 3 steps in a row; images of the last: row-\d"):
-        pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "9", "--max_skipped", "3"))
+        pretrain.main(words(shard, tmp_path, *BRIEF, "--steps", "9", "--max_nonfinite_steps", "3"))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
 
 
@@ -324,9 +385,9 @@ def test_bf16_is_float32_where_the_cpu_has_no_fast_bf16(shard, tmp_path, monkeyp
 def test_a_scale_that_is_too_high_falls_and_is_no_fault_of_the_images(shard, tmp_path, monkeypatch):
     """And a run that is cut in between goes on to the same weights and scale."""
     start_scale(monkeypatch, 2.0**40)
-    pretrain.main(words(shard, tmp_path / "whole", *FP16, "--steps", "30", "--max_skipped", "2"))
+    pretrain.main(words(shard, tmp_path / "whole", *FP16, "--steps", "30", "--max_nonfinite_steps", "2"))
     for steps in ("5", "30"):
-        pretrain.main(words(shard, tmp_path / "cut", *FP16, "--steps", steps, "--max_skipped", "2"))
+        pretrain.main(words(shard, tmp_path / "cut", *FP16, "--steps", steps, "--max_nonfinite_steps", "2"))
     state = training_state(tmp_path / "whole")
     assert 5 < state["overflows"] < 30
     assert state["scaler"]["scale"] == 2.0 ** (40 - state["overflows"])
@@ -346,12 +407,12 @@ def test_gradients_that_overflow_at_any_scale_end_the_run(shard, tmp_path, monke
     monkeypatch.setattr(pretrain, "build_model", with_a_fault)
     start_scale(monkeypatch, 4.0)  # two steps at 4 and 2 are the scale's, the three from 1 on are not
     with pytest.raises(SpcxrError, match=r"step 5: .*not finite in 3 steps in a row; images of the last: row-\d"):
-        pretrain.main(words(shard, tmp_path, *FP16, "--steps", "9", "--max_skipped", "3"))
+        pretrain.main(words(shard, tmp_path, *FP16, "--steps", "9", "--max_nonfinite_steps", "3"))
 
 
 def test_images_that_are_not_finite_are_a_fault_in_fp16_too(shard, tmp_path, monkeypatch):
     spoil(monkeypatch, {1, 2})
-    pretrain.main(words(shard, tmp_path, *FP16, "--steps", "4", "--max_skipped", "3"))
+    pretrain.main(words(shard, tmp_path, *FP16, "--steps", "4", "--max_nonfinite_steps", "3"))
     state = training_state(tmp_path)
     assert (state["skipped"], state.get("overflows", 0)) == (2, 0)
 
@@ -410,7 +471,7 @@ def test_deterministic_mode(shard, tmp_path):
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name, value):
-    arguments = RunArguments("data", "output")
+    arguments = PretrainingArguments("data", "output")
     setattr(arguments, name, value)
     with pytest.raises(SpcxrError, match=name):
         check_run(arguments)
@@ -418,5 +479,5 @@ def test_values_out_of_range_are_refused_by_name(name, value):
 
 def test_a_folder_that_cannot_be_written_to(shard, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SpcxrError, match="cannot be written to"):
+    with pytest.raises(SpcxrError, match="file/run: cannot be written"):
         pretrain.main(words(shard, tmp_path / "file" / "run", *BRIEF, "--steps", "1"))

@@ -31,7 +31,7 @@ BRIEF = ["--size", "tiny", "--image_size", "32", "--stored_size", "40", "--batch
 BRIEF += ["--micro_batch_size", "2", "--save_every", "4", "--log_every", "1", "--ema_decay", "0.9"]
 # Any step may be the last: the schedules do not look at it.
 OPEN = [*BRIEF, "--decay_steps", "0", "--final_weight_decay", "0.04"]
-SHARD = ["--shard", "true"]
+SHARD = ["--fsdp", "true"]
 
 
 @pytest.fixture(scope="module")
@@ -256,4 +256,4 @@ def test_other_ways_are_refused_by_name(monkeypatch):
 
 def test_compiled_models_are_not_sharded():
     with pytest.raises(SpcxrError, match="shard and compile exclude each other"):
-        check_run(RunArguments("data", "output", shard=True, compile=True))
+        check_run(RunArguments("data", "output", fsdp=True, compile=True))

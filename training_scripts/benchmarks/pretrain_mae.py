@@ -1,6 +1,6 @@
 """Pretrain the same encoder by another pretext, a masked autoencoder (MAE), to compare with `pretrain.py`.
 
-    accelerate launch -m training_scripts.benchmarks.pretrain_mae training_scripts/recipes/pretrain_mae_small_224.yaml \
+    python -m training_scripts.benchmarks.pretrain_mae training_scripts/recipes/pretrain_mae_small_224.yaml \
         --data DATA --max_minutes MINUTES
 
 transformers' `ViTMAEForPreTraining` with SPCXR's width, depth, heads and patches, one grey channel, the same images,
@@ -30,11 +30,18 @@ from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining
 from spcxr_hf import SpcxrError, SpcxrImageProcessor
 from spcxr_hf.data.batches import MicroBatch, RadiographSet
 from spcxr_hf.data.sets import read_set
-from spcxr_hf.data.table import decode_images
+from spcxr_hf.data.table import decode_images, fingerprint_rows
 from spcxr_hf.files import atomic_folder, write_json
 from spcxr_hf.quality.checks import for_pretraining
-from spcxr_hf.training.arguments import parse_arguments, run_script, save_recipe
-from spcxr_hf.training.engine import Run, RunArguments, learning_rate_schedule
+from spcxr_hf.training.arguments import (
+    PretrainingArguments,
+    check_values,
+    learning_rate_schedule,
+    parse_arguments,
+    run_script,
+    save_recipe,
+)
+from spcxr_hf.training.engine import Run
 from spcxr_hf.training.optim import CosineSchedule, new_config, parameter_groups
 from spcxr_hf.transforms.augment import Views, normalise
 
@@ -45,23 +52,18 @@ WARM_UP, MEASURED = 2, 6  # steps of the throwaway model
 
 
 @dataclass
-class Arguments(RunArguments):
+class Arguments(PretrainingArguments):
     """Pretrain a ViT of SPCXR's shape as a masked autoencoder."""
 
-    pretrain_only: bool = field(default=True, metadata={"help": "only rows whose column `pretrain` is true"})
     exclude: str | None = field(
         default=None, metadata={"help": "text file of ids to leave out, as copies of held-out images; one a line"}
     )
-    size: str = field(default="small", metadata={"help": "tiny, small or base"})
     max_minutes: float | None = field(
         default=None, metadata={"help": "sets `steps` so that the training takes this long"}
     )
     images_per_second: float | None = field(
         default=None, metadata={"help": "of all processes, for max_minutes; measured by default"}
     )
-    weight_decay: float = field(default=0.04, metadata={"help": "weight decay at the start"})
-    final_weight_decay: float = field(default=0.4, metadata={"help": "weight decay at the end of its cosine"})
-    max_grad_norm: float = field(default=3.0, metadata={"help": "gradients are clipped to this norm"})
     crop_scale: list[float] = field(
         default_factory=lambda: [0.25, 1.0], metadata={"help": "area of a crop, least and largest"}
     )
@@ -76,16 +78,14 @@ class Arguments(RunArguments):
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = as_planned(parse_arguments(Arguments, argv))
     check(arguments)
-    run = Run(arguments)
-    images = load_images(arguments, run)
-    arguments = plan_steps(arguments, run, images)
-    model = build_model(arguments)
-    run.start(model, parameter_groups(model), images_seen=0)
-
-    train(arguments, run, images)
-    if run.is_main:
-        finish(arguments, run)
-    run.end()
+    with Run(arguments) as run:
+        images, fingerprint = load_images(arguments, run)
+        arguments = plan_steps(arguments, run, images)
+        model = build_model(arguments)
+        run.start(model, parameter_groups(model), fingerprint, arguments.adam_beta2, images_seen=0)
+        train(arguments, run, images)
+        if run.is_main:
+            finish(arguments, run)
 
 
 def check(arguments: Arguments) -> None:
@@ -96,12 +96,7 @@ def check(arguments: Arguments) -> None:
         raise SpcxrError("a masked autoencoder is trained from random weights here: leave --init_from out")
     if arguments.drop_path_rate:
         raise SpcxrError(f"ViTMAE has no stochastic depth: drop_path_rate must be 0; got {arguments.drop_path_rate}")
-    if not 0 < arguments.mask_ratio < 1:
-        raise SpcxrError(f"mask_ratio must lie between 0 and 1; got {arguments.mask_ratio}")
-    for name in ("max_minutes", "images_per_second"):
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            raise SpcxrError(f"{name} must be above 0; got {value}")
+    check_values(arguments, ranges={"mask_ratio": "(0, 1)", "max_minutes": "(0, inf)", "images_per_second": "(0, inf)"})
     if arguments.decoder_width % (4 * arguments.decoder_heads):
         raise SpcxrError(
             f"decoder_width {arguments.decoder_width} must be a multiple of 4 x decoder_heads "
@@ -109,14 +104,15 @@ def check(arguments: Arguments) -> None:
         )
 
 
-def load_images(arguments: Arguments, run: Run) -> RadiographSet:
-    """Every image that `pretrain.py` learns from with the same flags."""
+def load_images(arguments: Arguments, run: Run) -> tuple[RadiographSet, dict[str, str]]:
+    """The images that `pretrain.py` learns from with the same flags, and the fingerprint of their rows."""
     table = read_set(arguments.data, arguments.exclude)
-    if arguments.pretrain_only:
-        table = for_pretraining(table)
+    if arguments.splits or arguments.pretrain_only:
+        table = for_pretraining(table, arguments.splits, arguments.split_column)
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
         images = RadiographSet(decode_images(table, arguments.stored_size, arguments.cache_folder), table.ids)
-    return images.to(run.accelerator.device) if arguments.cache == "device" else images
+    images = images.to(run.accelerator.device) if arguments.cache == "device" else images
+    return images, {"the set": fingerprint_rows(table)}
 
 
 def build_model(arguments: Arguments) -> PreTrainedModel:
