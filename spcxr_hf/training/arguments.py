@@ -158,7 +158,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise SpcxrError(f"{path}: cannot be read ({one_line(error)})") from error
     # PyYAML lets through what Python raises for a value: a 13th month, a number of 5,000 digits, 1,000 brackets.
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise SpcxrError(f"{path}: not valid YAML ({one_line(error)})") from error
     if not isinstance(values, dict):
         raise SpcxrError(f"{path}: a recipe holds `key: value` lines; found {type(values).__name__}")

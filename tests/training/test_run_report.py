@@ -20,5 +20,6 @@ def test_a_page(tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
+    (tmp_path / "file").touch()
     with pytest.raises(SpcxrError, match=r"report\.md: cannot be written"):
-        write_report(tmp_path / "no", "A run", {}, {})
+        write_report(tmp_path / "file", "A run", {}, {})
