@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickletools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ CODE = {
     name: Path(configuration_spcxr.__file__).with_name(name)
     for name in ("configuration_spcxr.py", "handler.py", "image_processing_spcxr.py", "modeling_spcxr.py")
 }
-WEIGHTS = "model.safetensors"
-REQUIRED = ("config.json", WEIGHTS)
-# Formats that are pickles, or may hold one: loading them can run code.
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
-# How such files begin, whatever their name: a pickle of protocol 2 to 5, and the ZIP archive that torch.save writes.
-PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+REQUIRED = ("config.json", "model.safetensors")
+# Formats that are pickles or may hold one, or code in another form: reading them can run it.
+PICKLES = (
+    *(".bin", ".pt", ".pt2", ".pte", ".pth", ".ptl", ".ckpt", ".distcp", ".mar", ".nemo", ".tar", ".zip", ".pkl"),
+    *(".pickle", ".dill", ".joblib", ".skops", ".npy", ".npz", ".h5", ".hdf5", ".keras", ".pb", ".msgpack", ".pyc"),
+)
+# How the binary files begin that a checkpoint may hold besides safetensors: PNG, JPEG, WebP, PDF, Parquet.
+BINARY_STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"%PDF", b"PAR1")
 # The header of a ViT-L with a head has 60,000 bytes; a reader allocates what a header claims.
 LARGEST_HEADER = 10_000_000
 
@@ -83,6 +86,12 @@ def read_checkpoint(folder: Path, namespace: str) -> Checkpoint:
     return Checkpoint(f"{namespace}/{folder.name}", folder, files, hashes)
 
 
+def content_revision(hashes: dict[str, str]) -> str:
+    """The name of a folder's content: 40 hex digits, as a commit's has, which is what the Hub's cache asks for."""
+    listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(listing.encode()).hexdigest()[:40]
+
+
 def write_code(folder: Path) -> None:
     """Write the installed package's code beside the weights, for `trust_remote_code=True` and Inference Endpoints.
 
@@ -94,12 +103,14 @@ def write_code(folder: Path) -> None:
             partial.write_bytes(source.read_bytes())
 
 
-def bundled_checkpoints() -> Path:
-    """The folder `model_cards/` of the source tree that this package was installed from.
+def given_or_bundled(folder: str | os.PathLike | None) -> Path:
+    """`folder`, or `model_cards/` of the source tree that this package was installed from.
 
     Raises:
-        SpcxrError: the package stands alone, as it does where it was installed from a wheel.
+        SpcxrError: neither: the package was installed from a wheel, which has no checkpoints.
     """
+    if folder is not None:
+        return Path(folder)
     if not BUNDLED.is_dir():
         raise SpcxrError(
             "no checkpoints lie beside the installed package. They are in the folder model_cards of its source tree: "
@@ -135,6 +146,9 @@ def file_names(folder: Path) -> list[str]:
     return [name for name in names if not is_hidden(name)]
 
 
+# ---- checks ------------------------------------------------------------------------------------------------------
+
+
 def check_files(folder: Path, names: Sequence[str]) -> None:
     """Refuse a folder that is no checkpoint, or not a safe one.
 
@@ -145,9 +159,10 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
     links = [path for path in [folder, *folder.rglob("*")] if path.is_symlink()]
     if links:
         raise SpcxrError(f"{links[0]}: a symbolic link; a checkpoint's files lie in its own folder")
-    pickles = [name for name in names if name.lower().endswith(PICKLES) or _begins_as_pickle(folder / name)]
-    if pickles:
-        raise SpcxrError(f"{folder}: only safetensors are installed, and {', '.join(pickles)} can be a pickle")
+    if pickles := [name for name in names if may_be_pickle(folder / name)]:
+        raise SpcxrError(
+            f"{folder}: {', '.join(pickles)} can be a pickle; a checkpoint holds safetensors, text (UTF-8) and pictures"
+        )
     missing = [name for name in REQUIRED if name not in names]
     if missing:
         raise SpcxrError(f"{folder}: no checkpoint, {' and '.join(missing)} missing")
@@ -160,11 +175,32 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
             check_safetensors(folder / name)
 
 
-def _begins_as_pickle(path: Path) -> bool:
-    if path.suffix == ".safetensors":  # begins with the length of its header, which may be any number
+def may_be_pickle(path: Path) -> bool:
+    """Whether reading a file with some library can run code: by its name, or by its content whatever its name.
+
+    Binary files have to be safetensors, ONNX, or one of `BINARY_STARTS`. Text is a pickle where all of it is one
+    (protocol 0 is text) and it names something to call.
+    """
+    if path.name.lower().endswith(PICKLES):
+        return True
+    if path.suffix in (".safetensors", ".onnx"):
         return False
     with path.open("rb") as file:
-        return file.read(4).startswith(PICKLE_STARTS)
+        start = file.read(4096)
+        if start.startswith(BINARY_STARTS):
+            return False
+        try:
+            is_text = "\0" not in start.decode("utf-8") and not start.startswith(b"PK\x03\x04")  # a ZIP archive
+        except UnicodeDecodeError as error:
+            is_text = error.reason == "unexpected end of data"  # a letter of several bytes that was cut in two
+        if not is_text:
+            return True
+        file.seek(0)
+        try:
+            operations = {operation.name for operation, _, _ in pickletools.genops(file)}  # parsed, never run
+        except Exception:  # it raises many types on what is no pickle
+            return False
+    return bool(operations & {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"})
 
 
 def check_safetensors(path: Path) -> None:
@@ -188,22 +224,6 @@ def header_size(path: Path) -> int:
     """How many bytes a safetensors file says that its header has: its first 8 bytes, little-endian."""
     with path.open("rb") as file:
         return int.from_bytes(file.read(8), "little")
-
-
-def git_blob_id(content: bytes) -> str:
-    """The name that git gives to this content: what the Hub lists for small files. 40 hex digits."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def content_revision(hashes: dict[str, str]) -> str:
-    """The name of a folder's content: 40 hex digits, as a commit's has, which is what the Hub's cache asks for."""
-    listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
-    return hashlib.sha256(listing.encode()).hexdigest()[:40]
-
-
-def given_or_bundled(folder: str | os.PathLike | None) -> Path:
-    """`folder`, or `model_cards/` of the source tree."""
-    return bundled_checkpoints() if folder is None else Path(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,9 +1,6 @@
 """Puts the checkpoints that lie in the tree into the local cache of the Hub, so that their ids load with no network.
 
-install_checkpoints -> read_checkpoint  checks a folder and hashes its files
-                    -> _install         copies them into the cache, then points `main` at them
-
-What is written is the cache's own layout, so that every library of the Hub finds it, in offline mode or not:
+The layout is the cache's own, so that every library of the Hub finds it, in offline mode or not:
 
     models--spcxr--base/
         blobs/<sha256 of a file>          the content, a copy: it outlives the tree it came from
@@ -21,7 +18,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +25,10 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import sha256
+from spcxr_hf.files import atomic_file, sha256
 from spcxr_hf.hub.folder import (
     BUNDLED,
     Checkpoint,
-    bundled_checkpoints,
     checkpoint_folders,
     content_revision,
     file_names,
@@ -83,43 +78,32 @@ def install_checkpoints(
             that is no Hub id; the cache has that id from the Hub; or it cannot be written.
     """
     cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
-    checkpoints = [read_checkpoint(path, namespace) for path in checkpoint_folders(given_or_bundled(folder))]
+    checkpoints = [
+        (checkpoint, cache / repo_folder_name(repo_id=checkpoint.repo_id, repo_type="model"))
+        for checkpoint in (read_checkpoint(path, namespace) for path in checkpoint_folders(given_or_bundled(folder)))
+    ]
+    for checkpoint, repository in checkpoints:
+        main = _main(repository)
+        if not force and main is not None and main != checkpoint.revision:
+            snapshot = repository / "snapshots" / main
+            if main != content_revision({name: sha256(snapshot / name) for name in file_names(snapshot)}):
+                raise SpcxrError(
+                    f"the Hub cache has {checkpoint.repo_id} from the Hub already, at revision {main}; it stays as it "
+                    "is. To load the bundled one under this id instead: spcxr install --force (files are added, none "
+                    "is removed)"
+                )
     try:
-        if not force:
-            for checkpoint in checkpoints:
-                _refuse_downloaded(checkpoint, _repository(cache, checkpoint.repo_id))
-        return [_install(checkpoint, _repository(cache, checkpoint.repo_id)) for checkpoint in checkpoints]
-    except OSError as error:
-        cause = f"{error.strerror or type(error).__name__}: {error.filename}"
+        return [_install(checkpoint, repository) for checkpoint, repository in checkpoints]
+    except (OSError, SpcxrError) as error:
         raise SpcxrError(
-            f"the checkpoints cannot be put into the Hub cache ({cause}); HF_HOME moves the cache elsewhere"
+            f"the checkpoints cannot be put into the Hub cache ({error}); HF_HOME moves the cache elsewhere"
         ) from error
-
-
-# ---- the cache ---------------------------------------------------------------------------------------------------
-
-
-def _repository(cache: Path, repo_id: str) -> Path:
-    return cache / repo_folder_name(repo_id=repo_id, repo_type="model")
 
 
 def _main(repository: Path) -> str | None:
     """The revision that `main` stands at, if there is one."""
     path = repository / "refs" / "main"
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
-
-
-def _refuse_downloaded(checkpoint: Checkpoint, repository: Path) -> None:
-    """Refuse where `main` stands at a revision that is not the hash of its content."""
-    main = _main(repository)
-    if main is None or main == checkpoint.revision:
-        return
-    snapshot = repository / "snapshots" / main
-    if main != content_revision({name: sha256(snapshot / name) for name in file_names(snapshot)}):
-        raise SpcxrError(
-            f"the Hub cache has {checkpoint.repo_id} from the Hub already, at revision {main}; it stays as it is. "
-            "To load the bundled one under this id instead: spcxr install --force (files are added, none is removed)"
-        )
 
 
 def _install(checkpoint: Checkpoint, repository: Path) -> Installed:
@@ -134,39 +118,27 @@ def _install(checkpoint: Checkpoint, repository: Path) -> Installed:
             absent.touch()
     is_new = _main(repository) != checkpoint.revision
     if is_new:
-        (repository / "refs").mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=repository) as aside:
-            main = Path(aside) / "main"
-            main.write_text(checkpoint.revision, encoding="utf-8")
-            main.replace(repository / "refs" / "main")
+        with atomic_file(repository / "refs" / "main") as partial:
+            partial.write_text(checkpoint.revision, encoding="utf-8")
     return Installed(checkpoint.repo_id, checkpoint.revision, snapshot, is_new)
 
 
 def _add_file(source: Path, blob: Path, pointer: Path) -> None:
-    """Copy `source` to `blob` and link `pointer` to it, unless a file of that size is there already.
+    """Copy `source` to `blob` and link `pointer` to it, unless a file of that size is there already."""
 
-    Both are made under another name first: an interruption, or a second process, leaves no half file.
-    """
-    size = source.stat().st_size
-    if _has_size(pointer, size):
+    def is_there(path: Path) -> bool:
+        return path.is_file() and path.stat().st_size == source.stat().st_size
+
+    if is_there(pointer):
         return
-    blob.parent.mkdir(parents=True, exist_ok=True)
-    pointer.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=blob.parent.parent) as aside:
-        copy, link = Path(aside) / "copy", Path(aside) / "link"
-        if not _has_size(blob, size):
-            shutil.copyfile(source, copy)
-            copy.replace(blob)
+    if not is_there(blob):
+        with atomic_file(blob) as partial:
+            shutil.copyfile(source, partial)
+    with atomic_file(pointer) as partial:
         try:
-            link.symlink_to(os.path.relpath(blob, pointer.parent))
+            partial.symlink_to(os.path.relpath(blob, pointer.parent))
         except OSError:  # Windows, without the right to make links: the cache then keeps the file itself there
-            blob.replace(pointer)
-        else:
-            link.replace(pointer)
+            blob.replace(partial)
 
 
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
-
-
-__all__ = ["BUNDLED", "Installed", "bundled_checkpoints", "install_checkpoints"]
+__all__ = ["BUNDLED", "Installed", "install_checkpoints"]

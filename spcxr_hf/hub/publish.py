@@ -19,6 +19,7 @@ commit whatever breaks, and the same command goes on from there: what is on the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tempfile
@@ -43,7 +44,6 @@ from spcxr_hf.hub.folder import (
     CODE,
     Checkpoint,
     checkpoint_folders,
-    git_blob_id,
     given_or_bundled,
     header_size,
     is_hidden,
@@ -220,7 +220,8 @@ def _is_same(checkpoint: Checkpoint, name: str, remote: RepoFile) -> bool:
     """Whether the Hub has this very file: large ones are known by SHA-256, small ones by git's id."""
     if remote.lfs is not None:
         return remote.lfs.sha256 == checkpoint.hashes[name]
-    return remote.blob_id == git_blob_id(checkpoint.files[name].read_bytes())
+    content = checkpoint.files[name].read_bytes()
+    return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _default_tag() -> str:
@@ -312,15 +313,28 @@ def without_token(words: str, token: str | None) -> str:
 
 # ---- what may be published -----------------------------------------------------------------------------------------
 
+# Forms of the services that a machine for training talks to, and any long value that a name calls a secret.
 SECRETS = {
     "a Hugging Face token": rb"\b(hf|api_org)_[A-Za-z0-9]{30,}",
     "an AWS key": rb"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
-    "an AWS secret": rb"(?i)aws_?secret_?(access_?)?key['\"]?\s*[=:]\s*['\"]?[A-Za-z0-9/+]{40}",
-    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY",
+    "an AWS secret": rb"(?i)aws_?secret_?(access_?)?key\\?['\"]?\s*[=:]\s*\\?['\"]?[A-Za-z0-9/+]{40}",
+    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY|\bAGE-SECRET-KEY-1|\bPuTTY-User-Key-File",
     "a GitHub token": rb"\b(gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{22})",
-    "a Google key": rb"\bAIza[0-9A-Za-z_-]{35}",
-    "a Slack token": rb"\bxox[abprs]-[0-9A-Za-z-]{10}",
-    "a secret key": rb"\bsk-[A-Za-z0-9_-]{32}",
+    "a GitLab token": rb"\bgl(pat|dt|rt|cbt|ptt|soat)-[\w-]{20}",
+    "a Google key": rb"\bAIza[0-9A-Za-z_-]{35}|\bya29\.[\w-]{20}|\bGOCSPX-[\w-]{20}",
+    "an Azure key": rb"(?i)\b(AccountKey|SharedAccessKey)=[A-Za-z0-9+/]{40}|[?&]sig=[\w%]{40}",
+    "a Slack token": rb"\bxox[abeprs]-[0-9A-Za-z-]{10}|\bxapp-\d-[\w-]{10}|hooks\.slack\.com/services/\w",
+    "a secret key": rb"\bsk-[A-Za-z0-9_-]{32}|\b[prs]k_(live|test)_[A-Za-z0-9]{16}",
+    "a token of a package registry": rb"\bnpm_[A-Za-z0-9]{36}|\bpypi-[A-Za-z0-9_-]{16}|\bdckr_pat_[\w-]{20}",
+    "a token of a cloud": rb"\b(dapi[0-9a-f]{32}|dop_v1_[0-9a-f]{32}|r8_\w{30}|nvapi-[\w-]{30}|gsk_\w{30}|hvs\.\w{20})",
+    "a JSON web token": rb"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
+    "a password in an address": rb"://[^\s/:@'\"<>{}$]+:[^\s/:@'\"<>{}$]{3,}@[\w.-]",
+    "an authorisation header": rb"(?i)\bauthorization\\?['\"]?\s*[=:]\s*\\?['\"]?(bearer|basic|token)\s+[\w.+/=-]{12}",
+    "a secret by its name": (
+        rb"(?i)(api_?key|access_?key|auth_?token|access_?token|client_?secret|(?<![a-z])passw(or)?d|(?<![a-z])secret|"
+        rb"(?<![a-z_])token|wandb_?key)\\?['\"]?\s*[=:]\s*\\?['\"]?(?=[\w+/.-]*\d)(?=[\w+/.-]*[A-Za-z])[\w+/.-]{20,}"
+    ),
+    "a login of .netrc": rb"\bmachine\s+\S+\s+login\s+\S+\s+password\s+\S",
 }
 # Folders at a machine's root, not within an address (https://host/home) or a longer path; drives; file addresses.
 PLACES = re.compile(
@@ -377,11 +391,8 @@ def find_unwanted(path: Path, token: str | None = None) -> Iterator[tuple[int, s
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for part in value.values():
-            yield from _leaves(part)
-    elif isinstance(value, list):
-        for part in value:
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
             yield from _leaves(part)
     elif value is not None:
         yield str(value)
@@ -399,24 +410,19 @@ def check_card(path: Path) -> None:
     except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise SpcxrError(f"{path}: front matter not valid ({' '.join(str(error).split())})") from error
     data = card.data.to_dict()
-    if wrong := list(_complaints(data)):
-        raise SpcxrError(f"{path}: front matter not valid ({'; '.join(wrong)})")
-    if "not for clinical use" not in " ".join(card.text.lower().split()):
-        raise SpcxrError(f"{path}: does not say that the model is not for clinical use")
-
-
-def _complaints(data: dict[str, Any]) -> Iterator[str]:
     needed = ["license", "library_name", "pipeline_tag"]
     if data.get("license") == "other":
         needed += ["license_name", "license_link"]
-    for name in needed:
-        if not isinstance(data.get(name), str):
-            yield f"no {name}"
+    wrong = [f"no {name}" for name in needed if not isinstance(data.get(name), str)]
     if not all(isinstance(tag, str) for tag in data.get("tags") or []):
-        yield "tags are words"
+        wrong.append("tags are words")
     bases = data.get("base_model") or []
     for base in [bases] if isinstance(bases, str) else bases:
         try:
             validate_repo_id(base)
         except HFValidationError:
-            yield f"base_model {base!r} is no id"
+            wrong.append(f"base_model {base!r} is no id")
+    if wrong:
+        raise SpcxrError(f"{path}: front matter not valid ({'; '.join(wrong)})")
+    if "not for clinical use" not in " ".join(card.text.lower().split()):
+        raise SpcxrError(f"{path}: does not say that the model is not for clinical use")

@@ -1,10 +1,19 @@
 """The bundled checkpoints in the local Hub cache: its real layout, and ids that load with no network."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
+import marshal
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -236,7 +245,7 @@ def test_force_moves_main_and_removes_nothing(cards, cache, downloaded):
         ("config.json", b"{'model_type'", "config.json: not valid JSON"),
         ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "model.safetensors: damaged"),
         ("model.safetensors", b"", "model.safetensors: damaged"),
-        ("pytorch_model.bin", b"pickle", r"only safetensors are installed, and pytorch_model\.bin can be a pickle"),
+        ("pytorch_model.bin", b"pickle", r"pytorch_model\.bin can be a pickle; a checkpoint holds safetensors"),
         ("extra/optimizer.PT", b"pickle", r"extra/optimizer\.PT can be a pickle"),
         ("weights.dat", b"\x80\x04\x95renamed", r"weights\.dat can be a pickle"),
         ("weights.dat", b"PK\x03\x04renamed", r"weights\.dat can be a pickle"),
@@ -266,6 +275,64 @@ def test_links_are_refused(cards, cache, tmp_path, name):
     with pytest.raises(SpcxrError, match=rf"{name}: a symbolic link"):
         install_checkpoints(cards, cache)
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("suffix", folder.PICKLES)
+def test_formats_that_can_hold_a_pickle_are_refused(tmp_path, suffix):
+    (tmp_path / f"part-00001{suffix.upper()}").write_text("nothing much")
+    assert folder.may_be_pickle(tmp_path / f"part-00001{suffix.upper()}")
+
+
+class Call:
+    """A pickle of it names a function, which whoever loads it calls."""
+
+    def __reduce__(self):
+        return os.getcwd, ()
+
+
+def packed(content: bytes, kind: str) -> bytes:
+    stream = io.BytesIO()
+    if kind == "tar":
+        with tarfile.open(fileobj=stream, mode="w") as archive:
+            entry = tarfile.TarInfo("data.pkl")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    else:
+        with zipfile.ZipFile(stream, "w") as archive:
+            archive.writestr("data.pkl", content)
+    return stream.getvalue()
+
+
+def as_numpy(value) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.array([value], dtype=object), allow_pickle=True)
+    return stream.getvalue()
+
+
+HIDDEN = {
+    **{f"protocol {number}": pickle.dumps(Call(), protocol=number) for number in range(pickle.HIGHEST_PROTOCOL + 1)},
+    **{kind: packed(pickle.dumps(Call()), kind) for kind in ("tar", "zip")},
+    **{module.__name__: module.compress(pickle.dumps(Call(), protocol=0)) for module in (bz2, gzip, lzma, zlib)},
+    "numpy": as_numpy(Call()),
+    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(64),
+    "Python's own": marshal.dumps(compile("1", "x", "eval")),
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+@pytest.mark.parametrize("name", ["notes.txt", "weights", "config.json"])
+def test_a_pickle_is_seen_whatever_its_name(tmp_path, kind, name):
+    (tmp_path / name).write_bytes(HIDDEN[kind])
+    assert folder.may_be_pickle(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b".", b"cos\nand sin\n", b"# card\n", b'{"a": 1}', "Gerät, 20 °C".encode() * 400, b"N.", b"(lp0\n."],
+)
+def test_text_is_no_pickle(tmp_path, content):
+    (tmp_path / "notes").write_bytes(content)
+    assert not folder.may_be_pickle(tmp_path / "notes")
 
 
 def test_weights_cut_short_are_refused(cards, cache):

@@ -296,10 +296,25 @@ UNWANTED = {
     "an AWS secret": "aws_secret_access_key = " + 40 * "c",
     "a private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
     "a GitHub token": "ghp_" + 36 * "d",
+    "a GitLab token": "glpat-" + 20 * "d",
     "a Google key": "AIza" + 35 * "e",
+    "an Azure key": "AccountKey=" + 44 * "E" + "==",
     "a Slack token": "xoxb-" + 12 * "1",
     "a secret key": "sk-" + 32 * "f",
+    "a token of a package registry": "npm_" + 36 * "g",
+    "a token of a cloud": "dapi" + 32 * "1",
+    "a JSON web token": ".".join(("eyJ" + 12 * "h", "eyJ" + 12 * "i", 20 * "j")),
+    "a password in an address": "https://me:" + "word@example.com/x",
+    "an authorisation header": "Authorization: Bearer " + 12 * "k.",
+    "a secret by its name": 'WANDB_API_KEY="' + 20 * "1a" + '"',
+    "a login of .netrc": "machine api.example.com login user " + "password x",
 }
+INNOCENT = (
+    "tokens: 196 of 384 numbers; pad_token: null; token: the_name_of_a_token_without_a_number",
+    "a risk-adjusted-and-very-long-hyphenated-word-in-english, sk_learn_model_selection_of_many",
+    "https://huggingface.co/spcxr/base@main, git@github.com:owner/name, http://127.0.0.1:7860/?a=b@c",
+    '{"mask_token": "encoder.layers.0.attention", "sha256": "' + 32 * "0a" + '"}',
+)
 
 
 @pytest.mark.parametrize("kind", UNWANTED)
@@ -309,6 +324,12 @@ def test_every_kind_of_secret_is_found(tmp_path, kind):
     save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors", {"notes": UNWANTED[kind].replace("\n", " ")})
     assert [found for _, found in find_unwanted(tmp_path / "x.safetensors")] == [kind]
     assert set(UNWANTED) == set(SECRETS)
+
+
+@pytest.mark.parametrize("words", INNOCENT)
+def test_what_only_looks_like_a_secret(tmp_path, words):
+    (tmp_path / "notes.txt").write_text(words)
+    assert list(find_unwanted(tmp_path / "notes.txt")) == []
 
 
 @pytest.mark.parametrize("folder", ["home/me", "root", "workspace", "mnt", "tmp", "data", "scratch"])
