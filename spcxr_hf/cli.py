@@ -1,23 +1,20 @@
-"""The command `spcxr`: what a person asks for, read and handed on to the flows that do it.
+"""The command `spcxr`: options read and handed on.
 
-predict, segment, embed, explain, reconstruct   many files through a model: jobs.Job, with a function of tasks
-audit, install, publish, export, demo           one flow each
+predict, segment, embed, explain, reconstruct   many files through a model: `pipeline.Job` with a function of `tasks`
+audit, install, publish, export, demo           one function each
 
 What a command needs is imported inside it, so that help and a mistyped option answer at once.
 """
 
+import inspect
 import sys
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from spcxr_hf.errors import SpcxrError, printable
-
-if TYPE_CHECKING:
-    from spcxr_hf.inference.pipeline import Loaded, Source
-    from spcxr_hf.inference.tasks import Job
 
 BASE, LUNGS, PNEUMONIA = "spcxr/base", "spcxr/lung-segmentation", "spcxr/pneumonia"
 IDS = (BASE, LUNGS, PNEUMONIA, "spcxr/screening", "spcxr/covid")
@@ -27,14 +24,14 @@ HELP = """SPCXR: a chest X-ray foundation model. Research use only, not for clin
 \b
 Images are files, folders or quoted patterns ('scans/**/*.dcm'), PNG, JPEG,
 TIFF, WebP, BMP or DICOM. Records go to standard output, a table in a terminal
-and JSON Lines in a pipe, or to --output. All that is no record goes to
-standard error."""
+and JSON Lines in a pipe, or to --output. Everything else goes to standard
+error. Flags may be written with underscores too."""
 EXIT_CODES = """\b
 Exit status:
   0    all is done
   1    nothing could be done: the message says why
   2    the command line is mistaken
-  3    some files failed, each told on standard error; the others are done
+  3    some files failed, each reported on standard error; the others are done
   130  interrupted; what is written is whole, and --resume goes on"""
 
 # No mark-up and no framed tracebacks: the text reads the same in a terminal, a pipe and a log.
@@ -44,16 +41,17 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"token_normalize_func": lambda word: word.replace("_", "-")},
 )
 
 
 def _example(*lines: str) -> str:
-    """What stands below a command's help."""
+    """The end of a command's help."""
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _from(*words: str) -> Any:
-    """What the shell completes an option's value from."""
+    """The shell's completions of an option's value."""
 
     def complete(incomplete: str) -> list[str]:
         return [word for word in words if word.startswith(incomplete)]
@@ -67,35 +65,96 @@ Images = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, fo
 ModelOption = Annotated[
     str, typer.Option("--model", metavar="ID|FOLDER", help="A Hub id or a folder.", autocompletion=_from(*IDS))
 ]
-DeviceOption = Annotated[
-    str,
-    typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", autocompletion=_from("auto", "cpu", "cuda", "mps")),
-]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, help="Threads that read; by default one per processor, at most 8.")
 ]
-OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="FILE", help="The records; .jsonl, .csv, .parquet or .txt.")
-]
-VectorsOption = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="FILE", help=".parquet, .safetensors, .jsonl or .csv.")
-]
-FormatOption = Annotated[
-    str | None,
-    typer.Option(
-        "--format",
-        help="table, jsonl, csv or parquet, where the suffix does not say it.",
-        autocompletion=_from("table", "jsonl", "csv", "parquet", "safetensors"),
-    ),
-]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Leave out files that an earlier run has finished.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run has written.")]
 PicturesOption = Annotated[Path, typer.Option("--pictures", metavar="FOLDER", help="Where the pictures go.")]
 CheckpointsOption = Annotated[
     Path | None,
     typer.Option("--checkpoints", metavar="FOLDER", help="Holds a folder per checkpoint; by default the tree's own."),
 ]
+
+
+class JobOptions(NamedTuple):
+    """Options of every command that takes many files through a model."""
+
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", autocompletion=_from("auto", "cpu", "cuda", "mps"))
+    ] = "auto"
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 16
+    workers: WorkersOption = None
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The records: .jsonl, .csv, .parquet or .txt; embeddings also .safetensors.",
+        ),
+    ] = None
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="table, jsonl, csv, parquet or safetensors, where the suffix does not say it.",
+            autocompletion=_from("table", "jsonl", "csv", "parquet", "safetensors"),
+        ),
+    ] = None
+    json: Annotated[bool, typer.Option("--json", help="The same as --format jsonl.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out files that an earlier run has finished.")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run has written.")] = False
+
+
+def _job_command(short_help: str, *example: str) -> Callable[[Callable], Callable]:
+    """Register a command that takes `options`; each field of `JobOptions` becomes an option of its own."""
+
+    def register(command: Callable) -> Callable:
+        def run(**given: Any) -> None:
+            command(options=JobOptions(*(given.pop(name) for name in JobOptions._fields)), **given)
+
+        own = [one for one in inspect.signature(command).parameters.values() if one.name != "options"]
+        shared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for (name, default), annotation in zip(
+                JobOptions._field_defaults.items(), JobOptions.__annotations__.values(), strict=True
+            )
+        ]
+        run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return app.command(short_help=short_help, epilog=_example(*example))(run)
+
+    return register
+
+
+def _run(
+    options: JobOptions,
+    images: list[str],
+    task: str,
+    model: str,
+    make_answer: Callable[[Any, Any], Any],
+    pictures: Path | None = None,
+    suffix: str = ".png",
+) -> None:
+    """Answer for every image; the command ends with the job's exit status.
+
+    Args:
+        options: The shared options.
+        images: Files, folders or patterns.
+        task: As of `load_model`.
+        model: As of `load_model`.
+        make_answer: Takes the loaded model and the place of each source's picture, returns a function of `tasks`.
+        pictures: Folder of the pictures, for tasks that make one of each image.
+        suffix: Of the pictures.
+    """
+    from spcxr_hf.inference.pipeline import Job, find_sources, load_model, picture_names
+
+    sources = find_sources(images)
+    place = None if pictures is None else picture_names(sources, pictures, suffix)
+    stated = "jsonl" if options.json else options.format
+    job = Job(
+        sources, options.output, stated, options.resume, options.overwrite, options.batch_size, options.workers, place
+    )
+    loaded = load_model(task, model, options.device)
+    raise typer.Exit(job.run(loaded, make_answer(loaded, place)).exit_code)
 
 
 @app.callback(invoke_without_command=True)
@@ -110,97 +169,62 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 # ---- many files through a model ----------------------------------------------------------------------------------
 
 
-@app.command(
-    short_help="Probabilities of each label, beside named thresholds.",
-    epilog=_example("spcxr predict scans/ --output predictions.csv", "spcxr predict chest.dcm | jq .targets"),
+@_job_command(
+    "Probabilities of each label, beside named thresholds.",
+    "spcxr predict scans/ --output predictions.csv",
+    "spcxr predict chest.dcm | jq .targets",
 )
 def predict(
+    options: JobOptions,
     images: Images,
     model: ModelOption = PNEUMONIA,
     operating_point: Annotated[
-        str | None, typer.Option("--operating-point", metavar="NAME", help="One of the checkpoint's, as 'youden'.")
+        str | None, typer.Option(metavar="NAME", help="One of the checkpoint's, as 'youden'.")
     ] = None,
-    device: DeviceOption = "auto",
-    batch_size: BatchOption = 16,
-    workers: WorkersOption = None,
-    output: OutputOption = None,
-    format_: FormatOption = None,
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
 ) -> None:
     """Probabilities of each label, and whether they lie above or below the thresholds of a named operating point."""
-    from spcxr_hf.inference.tasks import Job, Predictor
+    from spcxr_hf.inference.tasks import Predictor
 
-    job = Job(_find(images), output, format_, resume, overwrite, batch_size, workers)
-    loaded = _load("classification", model, device)
-    _finish(job, loaded, Predictor(loaded, operating_point))
+    _run(options, images, "classification", model, lambda loaded, _: Predictor(loaded, operating_point))
 
 
-@app.command(
-    short_help="The embedding of each image.",
-    epilog=_example("spcxr embed 'scans/**/*.dcm' --output embeddings.parquet"),
-)
-def embed(
-    images: Images,
-    model: ModelOption = BASE,
-    device: DeviceOption = "auto",
-    batch_size: BatchOption = 16,
-    workers: WorkersOption = None,
-    output: VectorsOption = None,
-    format_: FormatOption = None,
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
-) -> None:
-    """The embedding of each image: the vector that a linear probe or a search for neighbours takes."""
-    from spcxr_hf.inference.tasks import Job
-    from spcxr_hf.inference.tasks import embed as answer
+@_job_command("The embedding of each image.", "spcxr embed 'scans/**/*.dcm' --output embeddings.parquet")
+def embed(options: JobOptions, images: Images, model: ModelOption = BASE) -> None:
+    """The embedding of each image: the vector that a linear probe or a search for neighbors takes."""
+    from spcxr_hf.inference import tasks
 
-    job = Job(_find(images), output, format_, resume, overwrite, batch_size, workers)
-    _finish(job, _load("embedding", model, device), answer)
+    _run(options, images, "embedding", model, lambda *_: tasks.embed)
 
 
-@app.command(
-    short_help="A lung mask of each image, and its areas.",
-    epilog=_example("spcxr segment scans/ --masks masks/ --output areas.csv"),
-)
+@_job_command("A lung mask of each image, and its areas.", "spcxr segment scans/ --masks masks/ --output areas.csv")
 def segment(
+    options: JobOptions,
     images: Images,
     model: ModelOption = LUNGS,
-    masks: Annotated[Path, typer.Option("--masks", metavar="FOLDER", help="Where the masks go.")] = Path("masks"),
+    masks: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the masks go.")] = Path("masks"),
     mask_format: Annotated[
         str,
         typer.Option(
-            "--mask-format",
             help="png (white is lung), or seg: DICOM segmentations of DICOM files.",
             autocompletion=_from("png", "seg"),
         ),
     ] = "png",
-    device: DeviceOption = "auto",
-    batch_size: BatchOption = 16,
-    workers: WorkersOption = None,
-    output: OutputOption = None,
-    format_: FormatOption = None,
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
 ) -> None:
     """A lung mask of each image, of its own size, and the areas of the lungs as shares of the image."""
-    from spcxr_hf.inference.tasks import Job, mask_saver, picture_names
-    from spcxr_hf.inference.tasks import segment as answer
+    from spcxr_hf.inference import tasks
 
-    sources = _find(images)
-    save, suffix = mask_saver(mask_format, model)
-    place = picture_names(sources, masks, suffix)
-    job = Job(sources, output, format_, resume, overwrite, batch_size, workers, place)
-    _finish(
-        job, _load("segmentation", model, device), partial(answer, save=lambda mask, image: save(mask, image, place))
-    )
+    def answer(_: Any, place: Any) -> Any:
+        return lambda loaded, batch: tasks.segment(loaded, batch, place)
+
+    _run(options, images, "segmentation", model, answer, masks, tasks.mask_suffix(mask_format))
 
 
-@app.command(
-    short_help="Draw which parts of an image an answer rests on.",
-    epilog=_example("spcxr explain chest.png --target 'viral pneumonia' --pictures explained/"),
+@_job_command(
+    "Draw the parts of an image that an answer rests on.",
+    "spcxr explain chest.png --target 'viral pneumonia' --pictures explained/",
 )
 def explain(
+    options: JobOptions,
     images: Images,
     model: ModelOption = PNEUMONIA,
     target: Annotated[
@@ -221,30 +245,24 @@ def explain(
         ),
     ] = LUNGS,
     pictures: PicturesOption = Path("explained"),
-    device: DeviceOption = "auto",
-    batch_size: BatchOption = 16,
-    workers: WorkersOption = None,
-    output: OutputOption = None,
-    format_: FormatOption = None,
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
 ) -> None:
-    """Draw which parts of each image an answer rests on. It shows what the model used, not where a disease is."""
+    """Draw the parts of each image that an answer rests on. It shows what the model used, not where a disease is."""
+    from spcxr_hf.inference.pipeline import load_model
     from spcxr_hf.inference.tasks import Explainer
 
-    job = _picture_job(images, pictures, output, format_, resume, overwrite, batch_size, workers)
-    wants_embedding = target == "embedding"
-    loaded = _load("embedding" if wants_embedding else "classification", model, device)
-    outliner = None if lungs == "none" else _load("segmentation", lungs, device)
-    what = None if wants_embedding else target or "probable"
-    _finish(job, loaded, Explainer(loaded, _png_saver(job), what, method, outliner))
+    def answer(loaded: Any, place: Any) -> Any:
+        outliner = None if lungs == "none" else load_model("segmentation", lungs, options.device)
+        return Explainer(loaded, place, None if target == "embedding" else target or "probable", method, outliner)
+
+    task = "embedding" if target == "embedding" else "classification"
+    _run(options, images, task, model, answer, pictures)
 
 
-@app.command(
-    short_help="Draw images corrupted and reconstructed.",
-    epilog=_example("spcxr reconstruct chest.png --fill noise --fill block --seed 1"),
+@_job_command(
+    "Draw images corrupted and reconstructed.", "spcxr reconstruct chest.png --fill noise --fill block --seed 1"
 )
 def reconstruct(
+    options: JobOptions,
     images: Images,
     model: ModelOption = BASE,
     fill: Annotated[
@@ -257,61 +275,19 @@ def reconstruct(
     second: Annotated[Path | None, typer.Option(metavar="IMAGE", help="Where replace takes its pixels from.")] = None,
     seed: Annotated[int, typer.Option(help="Where the corrupted groups lie.")] = 0,
     pictures: PicturesOption = Path("reconstructed"),
-    device: DeviceOption = "auto",
-    batch_size: BatchOption = 16,
-    workers: WorkersOption = None,
-    output: OutputOption = None,
-    format_: FormatOption = None,
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
 ) -> None:
     """Draw each image clean, corrupted, reconstructed and the error, a row for each way to corrupt it."""
     from spcxr_hf.inference.tasks import Reconstructor, read_second
 
-    job = _picture_job(images, pictures, output, format_, resume, overwrite, batch_size, workers)
-    loaded = _load("reconstruction", model, device)
-    other = None if second is None else read_second(loaded, second)
-    fill_modes = fill or ["noise", "zeros", "block", *(["replace"] if second else [])]
-    _finish(job, loaded, Reconstructor(_png_saver(job), fill_modes, seed, other))
+    fills = fill or ["noise", "zeros", "block", *(["replace"] if second else [])]
+
+    def answer(loaded: Any, place: Any) -> Any:
+        return Reconstructor(place, fills, seed, None if second is None else read_second(loaded, second))
+
+    _run(options, images, "reconstruction", model, answer, pictures)
 
 
-def _find(images: list[str]) -> "list[Source]":
-    from spcxr_hf.inference.pipeline import find_sources
-
-    return find_sources(images)
-
-
-def _load(task: str, model: str, device: str) -> "Loaded":
-    from spcxr_hf.inference.pipeline import load_model
-
-    return load_model(task, model, device)
-
-
-def _picture_job(images: list[str], pictures: Path, output: Path | None, stated: str | None, *options: Any) -> "Job":
-    from spcxr_hf.inference.tasks import Job, picture_names
-
-    sources = _find(images)
-    # The options are the four between; mypy takes them for all that could follow.
-    return Job(sources, output, stated, *options, picture_of=picture_names(sources, pictures))  # type: ignore[misc]
-
-
-def _png_saver(job: "Job") -> Any:
-    from spcxr_hf.files import write_png
-
-    def save(picture: Any, image: Any) -> Path:
-        path = job.picture_of(image.source)  # type: ignore[misc]
-        write_png(picture, path)
-        return path
-
-    return save
-
-
-def _finish(job: "Job", loaded: "Loaded", answer: Any) -> None:
-    """Run the job; its exit status is the command's."""
-    raise typer.Exit(job.run(loaded, answer).exit_code)
-
-
-# ---- one flow each -----------------------------------------------------------------------------------------------
+# ---- one function each -------------------------------------------------------------------------------------------
 
 
 @app.command(
@@ -345,9 +321,7 @@ def demo(
         serve_demo(checkpoints, index=index, host=host, port=port or None)
         return
     from spcxr_hf.inference.demo import run_demo
-    from spcxr_hf.models.auto import register
 
-    register()
     run_demo(image, output, checkpoints)
 
 

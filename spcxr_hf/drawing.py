@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 MASK_COLOUR = (0.15, 0.65, 1.0)
-MARGIN = 6  # pixels around words
+MARGIN = 6  # pixels around words and between titled tiles
+TILE = 224  # about as many pixels has a side of a titled tile
 
 
 def to_grey(pixel_values: torch.Tensor, mean: float, std: float) -> torch.Tensor:
@@ -56,6 +57,36 @@ def _wrap(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> list[st
         else:
             lines.append(word)
     return lines
+
+
+def titled_grid(
+    rows: Sequence[Sequence[torch.Tensor]], titles: Sequence[Sequence[str]], size: tuple[int, int] | None = None
+) -> Image.Image:
+    """A grid of tiles with a title above each.
+
+    Args:
+        rows: Tiles, (H, W) grey or (H, W, 3) colour in 0 .. 1, enlarged pixel by pixel, so that what a model saw stays
+            what is seen.
+        titles: Of each tile; all with the same number of lines.
+        size: (width, height) of a tile in the picture; by default a multiple of the first one's own, about 224 pixels.
+    """
+    if size is None:
+        height, width = rows[0][0].shape[:2]
+        times = max(1, round(TILE / max(height, width)))
+        size = (width * times, height * times)
+    width, height = size
+    font = font_for(len(rows[0]) * width)
+    title = round(font.size * (0.4 + 1.2 * (1 + max(text.count("\n") for text in titles[0]))))
+    mode = "L" if all(tile.dim() == 2 for row in rows for tile in row) else "RGB"
+    canvas = Image.new(mode, (len(rows[0]) * (width + MARGIN) - MARGIN, len(rows) * (height + title + MARGIN)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for y, (row, names) in enumerate(zip(rows, titles, strict=True)):
+        top = y * (height + title + MARGIN)
+        for x, (tile, name) in enumerate(zip(row, names, strict=True)):
+            pen.text((x * (width + MARGIN), top), name, fill="black", font=font)
+            picture = Image.fromarray((tile.cpu().clamp(0, 1).numpy() * 255).round().astype(np.uint8))
+            canvas.paste(picture.resize(size, Image.Resampling.NEAREST), (x * (width + MARGIN), top + title))
+    return canvas
 
 
 def save_grid(rows: Sequence[Sequence[torch.Tensor]], path: Path, gap: int = 4) -> None:

@@ -130,6 +130,15 @@ def lines(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def test_flags_may_be_written_with_underscores(tmp_path, segmenter, monkeypatch, capsys):
+    """In names alone: a value keeps its own."""
+    save_pictures(tmp_path / "my_scans", 1)
+    words = ["segment", tmp_path / "my_scans", "--model", segmenter, "--masks", tmp_path / "my_masks"]
+    assert run_main(monkeypatch, *words, "--batch_size", 1, "--mask_format=png", "--json") == 0
+    (record,) = lines(capsys.readouterr().out)
+    assert record["mask"] == str(tmp_path / "my_masks" / "0.png")
+
+
 def test_predict_to_a_pipe_is_json_lines_and_nothing_else(tmp_path, classifier, monkeypatch, capsys):
     save_pictures(tmp_path / "scans", 3)
     assert run_main(monkeypatch, "predict", tmp_path / "scans", "--model", classifier, "--batch-size", 2) == 0

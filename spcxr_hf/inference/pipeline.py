@@ -1,9 +1,10 @@
-"""From files to answers: sources found, a model loaded, images read ahead by threads, batches through the model.
+"""Files through a model to records: sources found, images read ahead by threads, batches answered, records written.
 
-find_sources              files, folders, patterns -> what there is to do, in order
+find_sources              files, folders, patterns -> the images, in order
 load_model                an id or a folder -> model and image processor on a device (`models.loading`)
 read_batches -> prepare   files -> batches, a bounded number of images ahead of the model
 answers                   batches -> records, by one of the functions of `tasks`
+Job.run                   all of it into a file, with progress, `--resume` and an exit status
 
 A file that cannot be read is a `Failed`, and the others go on.
 """
@@ -13,10 +14,15 @@ from __future__ import annotations
 import difflib
 import glob
 import os
+import signal
+import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +30,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from spcxr_hf.data.table import (
     PICTURE_SUFFIXES,
@@ -33,14 +42,16 @@ from spcxr_hf.data.table import (
     pictures_below,
     read_table,
 )
-from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import worker_count
+from spcxr_hf.errors import SpcxrError, printable
+from spcxr_hf.files import RESEARCH_NOTICE, worker_count
 from spcxr_hf.hub.install import BUNDLED, install_checkpoints
 from spcxr_hf.images.reader import read_with_quality_warnings
+from spcxr_hf.inference.writers import check_output, choose_format, finished, open_writer
 from spcxr_hf.models.loading import Loaded, is_local, load_checkpoint
 
 NAMESPACE = "spcxr/"
 AHEAD = 2  # batches that are read while the model works on one
+ALL_DONE, NOTHING_DONE, SOME_FAILED, INTERRUPTED = 0, 1, 3, 130  # exit statuses
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -56,34 +67,30 @@ class Source(NamedTuple):
 def find_sources(words: Sequence[str | os.PathLike]) -> list[Source]:
     """The images behind files, folders (with their subfolders) and patterns such as `scans/**/*.dcm`, each one once.
 
-    In a folder, a file counts as `pictures_below` says. A file that is named itself counts whatever its
-    name.
+    In a folder, a file counts as `pictures_below` says. A file that is given itself counts whatever its name, and
+    whether it exists is found out when it is read.
 
     Raises:
-        SpcxrError: a word names nothing, or there are no images behind it.
+        SpcxrError: there are no images behind a word.
     """
     found: dict[Path, Source] = {}
-    for word in words:
-        for source in _behind(os.fspath(word)):
-            found.setdefault(source.path, source)
+    for word in map(os.fspath, words):
+        path = Path(word)
+        base, files = path.parent, [path]
+        if path.is_dir():
+            base, files = path, pictures_below(path)
+            if not files:
+                raise SpcxrError(f"{path}: no images in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        elif not path.exists() and glob.has_magic(word):
+            first = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
+            base = Path(*path.parts[:first])
+            matches = sorted(base.glob("/".join(path.parts[first:])))
+            files = [file for file in matches if file.is_file() and not is_hidden(file, base)]
+            if not files:
+                raise SpcxrError(f"{word}: no file has such a name")
+        for file in files:
+            found.setdefault(file, Source(file, file.relative_to(base).as_posix()))
     return list(found.values())
-
-
-def _behind(word: str) -> list[Source]:
-    path = Path(word)
-    if path.is_dir():
-        files = pictures_below(path)
-        if not files:
-            raise SpcxrError(f"{path}: no images in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
-        return [Source(file, file.relative_to(path).as_posix()) for file in files]
-    if not path.exists() and glob.has_magic(word):
-        first = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
-        fixed, pattern = Path(*path.parts[:first]), "/".join(path.parts[first:])
-        files = [file for file in sorted(fixed.glob(pattern)) if file.is_file() and not is_hidden(file, fixed)]
-        if not files:
-            raise SpcxrError(f"{word}: no file has such a name")
-        return [Source(file, file.relative_to(fixed).as_posix()) for file in files]
-    return [Source(path, path.name)]  # a missing one is told when its turn comes, and the others go on
 
 
 def table_of(words: Sequence[str | os.PathLike]) -> RadiographTable:
@@ -134,7 +141,7 @@ def load_model(task: str, model: str | os.PathLike, device: str = "auto") -> Loa
 
 
 class Prepared(NamedTuple):
-    """`pixel_values` (C, H, W) of an image, `size` (height, width) that it had, and what speaks against its being an
+    """`pixel_values` (C, H, W) of an image, `size` (height, width) that it had, and reasons why it may not be an
     upright frontal chest radiograph."""
 
     source: Source
@@ -150,28 +157,6 @@ class Failed(NamedTuple):
     cause: str
 
 
-def prepare(source: Source, processor: Any) -> Prepared | Failed:
-    """Read one file and make `pixel_values` of it; never raises for what is wrong with the file."""
-    if not _is_text(str(source.path)):  # no format of the records could hold it
-        return Failed(source, f"{source.path}: the name is not valid UTF-8; rename the file")
-    try:
-        image, found = read_with_quality_warnings(source.path, full_depth=True)
-        pixel_values = processor(image, return_tensors="pt").pixel_values[0]
-    except SpcxrError as error:
-        return Failed(source, str(error))
-    except Exception as error:  # whatever a damaged file does to a library, the others go on
-        return Failed(source, f"{source.path}: cannot be used ({type(error).__name__})")
-    return Prepared(source, pixel_values, (image.height, image.width), found)
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 class Batch(NamedTuple):
     """Images for one forward pass, and the files since the batch before that could not be used."""
 
@@ -183,6 +168,22 @@ class Batch(NamedTuple):
         return torch.stack([image.pixel_values for image in self.images])
 
 
+def prepare(source: Source, processor: Any) -> Prepared | Failed:
+    """Read one file and make `pixel_values` of it; never raises for what is wrong with the file."""
+    try:
+        str(source.path).encode()
+    except UnicodeEncodeError:  # no format of the records could hold it
+        return Failed(source, f"{source.path}: the name is not valid UTF-8; rename the file")
+    try:
+        image, found = read_with_quality_warnings(source.path, full_depth=True)
+        pixel_values = processor(image, return_tensors="pt").pixel_values[0]
+    except SpcxrError as error:
+        return Failed(source, str(error))
+    except Exception as error:  # whatever a damaged file does to a library, the others go on
+        return Failed(source, f"{source.path}: cannot be used ({type(error).__name__})")
+    return Prepared(source, pixel_values, (image.height, image.width), found)
+
+
 def read_batches(
     sources: Sequence[Source], processor: Any, batch_size: int, workers: int | None = None
 ) -> Iterator[Batch]:
@@ -192,7 +193,7 @@ def read_batches(
     """
     images: list[Prepared] = []
     failed: list[Failed] = []
-    for one in _ahead(lambda source: prepare(source, processor), sources, AHEAD * batch_size, worker_count(workers)):
+    for one in map_ahead(lambda source: prepare(source, processor), sources, AHEAD * batch_size, worker_count(workers)):
         if isinstance(one, Failed):
             failed.append(one)
         else:
@@ -204,9 +205,11 @@ def read_batches(
         yield Batch(images, failed)
 
 
-def _ahead(function: Callable[[Source], Any], sources: Sequence[Source], ahead: int, workers: int) -> Iterator[Any]:
-    """`map`, in order, with at most `ahead` results made or being made that nobody has taken yet."""
-    _import_decoders()
+def map_ahead(function: Callable[[Source], Any], sources: Sequence[Source], ahead: int, workers: int) -> Iterator[Any]:
+    """`map` by threads, in order, with at most `ahead` results that are not yet taken."""
+    Image.init()  # before there are threads: a library that one thread is importing looks half made to the others
+    with suppress(ImportError):
+        import pydicom  # noqa: F401
     waiting: deque[Future] = deque()
     rest = iter(sources)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="spcxr-reader")
@@ -220,20 +223,13 @@ def _ahead(function: Callable[[Source], Any], sources: Sequence[Source], ahead: 
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _import_decoders() -> None:
-    """Before there are threads: a library that one thread is importing looks half made to the others."""
-    Image.init()
-    with suppress(ImportError):
-        import pydicom  # noqa: F401
-
-
 # ---- answers -----------------------------------------------------------------------------------------------------
 
 Answer = Callable[[Loaded, Batch], Sequence[Mapping[str, Any] | Failed]]
 
 
 class Step(NamedTuple):
-    """What a batch came to: a record for each of its images that could be used, and the files that could not."""
+    """A batch's records, and its files that could not be used."""
 
     records: list[Mapping[str, Any]]
     failed: list[Failed]
@@ -245,8 +241,8 @@ def answers(
     """Records of all sources, a batch at a time and in order; memory does not grow with their number.
 
     Args:
-        loaded: What `load_model` returns.
-        sources: What `find_sources` returns.
+        loaded: The model.
+        sources: The files.
         answer: One of the functions of `tasks`: takes the model and a batch, returns a record or `Failed` per image.
         batch_size: Images per forward pass.
         workers: Threads that read.
@@ -263,3 +259,170 @@ def answers(
             ) from error
         records = [one for one in found if not isinstance(one, Failed)]
         yield Step(records, [*batch.failed, *(one for one in found if isinstance(one, Failed))])
+
+
+# ---- jobs --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """How many files were answered, failed or skipped."""
+
+    done: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done, 1 nothing could be done, 3 some files failed, 130 interrupted."""
+        if self.interrupted:
+            return INTERRUPTED
+        if not self.failed:
+            return ALL_DONE
+        return SOME_FAILED if self.done or self.skipped else NOTHING_DONE
+
+    def __str__(self) -> str:
+        rate = f" ({self.done / self.seconds:.1f} images/s)" if self.seconds and self.done else ""
+        images = "1 image" if self.done == 1 else f"{self.done} images"
+        parts = [f"{images} in {self.seconds:.1f} s{rate}"]
+        parts += [f"{self.failed} failed"] if self.failed else []
+        parts += [f"{self.skipped} {'was' if self.skipped == 1 else 'were'} done before"] if self.skipped else []
+        parts += ["interrupted; what is written is whole"] if self.interrupted else []
+        return "; ".join(parts)
+
+
+@dataclass
+class Job:
+    """Files to answer for, and where the records go.
+
+    Attributes:
+        sources: The files.
+        output: File of the records; None is standard output.
+        stated: Its format, where its suffix does not say it.
+        resume: Leave out files whose records are in `output`.
+        overwrite: Replace `output`.
+        batch_size: Images per forward pass.
+        workers: Threads that read.
+        place: Where the picture made of a file lies, for tasks that make one: with `resume`, a file whose picture is
+            missing is not finished.
+
+    Raises:
+        SpcxrError: the output cannot be used, or would destroy what is there.
+    """
+
+    sources: Sequence[Source]
+    output: Path | None = None
+    stated: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    batch_size: int = 16
+    workers: int | None = None
+    place: Callable[[Source], Path] | None = None
+    kind: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kind = choose_format(self.output, self.stated, sys.stdout.isatty())
+        by_picture = self.resume and self.place is not None and self.output is None
+        check_output(self.output, self.resume and not by_picture, self.overwrite)
+        places = [] if self.place is None or self.resume or self.overwrite else map(self.place, self.sources)
+        if there := next((picture for picture in places if picture.exists()), None):
+            raise SpcxrError(f"{there}: is there already; --resume leaves it, --overwrite makes all anew")
+
+    def run(self, loaded: Loaded, answer: Answer) -> Outcome:
+        """Answer for every file, report broken ones on standard error, and end with a line of counts."""
+        known = finished(self.output, self.kind, loaded.name) if self.resume else set()
+        sources = [source for source in self.sources if not self._is_finished(source, known)]
+        outcome = Outcome(skipped=len(self.sources) - len(sources))
+        started = time.perf_counter()
+        with (
+            _stop_on_signal() as stop,
+            open_writer(self.output, self.kind, self.resume) as writer,
+            _progress(len(sources)) as advance,
+        ):
+            for step in answers(loaded, sources, answer, self.batch_size, self.workers):
+                # a file whose picture alone was missing has its record already
+                writer.write([record for record in step.records if record["path"] not in known])
+                for failed in step.failed:
+                    print(f"error: {printable(failed.cause)}", file=sys.stderr)
+                outcome.done += len(step.records)
+                outcome.failed += len(step.failed)
+                advance(len(step.records) + len(step.failed))
+                if stop.is_set():
+                    outcome.interrupted = True
+                    break
+        outcome.seconds = time.perf_counter() - started
+        print(f"{outcome}. {RESEARCH_NOTICE.capitalize()}.", file=sys.stderr)
+        return outcome
+
+    def _is_finished(self, source: Source, known: set[str]) -> bool:
+        has_record = self.output is None or str(source.path) in known
+        return self.resume and has_record and (self.place is None or self.place(source).is_file())
+
+
+def picture_names(sources: Sequence[Source], folder: Path, suffix: str = ".png") -> Callable[[Source], Path]:
+    """Where the picture made of each file goes: its own name, and the suffix behind it where it has another.
+
+    Raises:
+        SpcxrError: two files would have the same picture, or a picture would replace a file that it is made of.
+    """
+
+    def name(source: Source) -> Path:
+        own = source.name if source.name.lower().endswith(suffix) else source.name + suffix
+        return folder / own
+
+    taken: dict[Path, Source] = {}
+    inputs = {source.path.resolve() for source in sources}
+    for source in sources:
+        picture = name(source)
+        if picture in taken:
+            raise SpcxrError(
+                f"{picture}: would be made of {taken[picture].path} and of {source.path}; give the folder above them"
+            )
+        if picture.resolve() in inputs:
+            raise SpcxrError(f"{picture}: would be written over an input; give another folder")
+        taken[picture] = source
+    return name
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """Ctrl-C or SIGTERM set the event, so that the batch at hand is finished; a second one breaks off at once."""
+    stop = threading.Event()
+
+    def ask(*_: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be listened to
+        yield stop
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Rate(ProgressColumn):
+    """Images per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} images/s")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, where that is a terminal, with images per second and the time that is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    # What goes to standard output must not be redirected to the bar's console, which is standard error.
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False
+    ) as bar:
+        task = bar.add_task("images", total=total)
+        yield lambda count: bar.advance(task, count)

@@ -20,8 +20,8 @@ from spcxr_hf.app.server import running
 from spcxr_hf.app.session import MAX_BYTES, Session, list_choices, load_index, made_radiograph, read_example
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.inference.demo import example_radiograph
-from spcxr_hf.inference.pipeline import Source, load_model
-from spcxr_hf.inference.tasks import Job, embed
+from spcxr_hf.inference.pipeline import Job, Source, load_model
+from spcxr_hf.inference.tasks import embed
 from tests.inference.test_pipeline import save_model
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")

@@ -34,8 +34,8 @@ from spcxr_hf.app.session import (
 from spcxr_hf.data.table import read_table
 from spcxr_hf.images.plausibility import quality_warnings
 from spcxr_hf.inference.neighbors import build_index
-from spcxr_hf.inference.pipeline import Batch, Source, load_model, prepare
-from spcxr_hf.inference.tasks import Job, Predictor, embed
+from spcxr_hf.inference.pipeline import Batch, Job, Source, load_model, prepare
+from spcxr_hf.inference.tasks import Predictor, embed
 from spcxr_hf.models.encoders import load_encoder
 from tests.inference.test_pipeline import save_model
 from tests.made_up import picture

@@ -116,7 +116,7 @@ def test_reading_ahead_is_bounded(monkeypatch):
 
     monkeypatch.setattr(pipeline, "prepare", count)
     sources = [Source(Path(str(number)), str(number)) for number in range(200)]
-    ahead = pipeline._ahead(lambda source: pipeline.prepare(source, None), sources, 8, 2)
+    ahead = pipeline.map_ahead(lambda source: pipeline.prepare(source, None), sources, 8, 2)
     for taken in range(1, 101):
         assert next(ahead).source.name == str(taken - 1)
         assert made[0] <= taken + 8
@@ -176,6 +176,11 @@ def records(loaded, paths, answer, batch_size=2) -> list[dict]:
     return [record for step in steps for record in step.records]
 
 
+def beside(folder: Path):
+    """A place for the picture of each source."""
+    return lambda source: folder / "pictures" / source.path.name
+
+
 def expected_pixels(loaded, path) -> torch.Tensor:
     return loaded.processor(read_radiograph(path, strict=None), return_tensors="pt").pixel_values
 
@@ -218,8 +223,8 @@ def test_operating_points(classifier):
 def test_a_probability_at_the_threshold_is_above(classifier):
     predictor = tasks.Predictor(load_model("classification", classifier, "cpu"))
     predictor.thresholds = {"viral": 0.25}
-    assert predictor._judge([0.5, 0.25, 0.25])["targets"]["viral"]["decision"] == "above"
-    assert predictor._judge([0.5, 0.26, 0.24])["targets"]["viral"]["decision"] == "below"
+    assert predictor.decide([0.5, 0.25, 0.25])["targets"]["viral"]["decision"] == "above"
+    assert predictor.decide([0.5, 0.26, 0.24])["targets"]["viral"]["decision"] == "below"
 
 
 def test_embeddings_are_those_of_the_model(tmp_path, pretrained):
@@ -231,48 +236,40 @@ def test_embeddings_are_those_of_the_model(tmp_path, pretrained):
 
 def test_masks_have_the_images_own_size(tmp_path, segmenter):
     paths, loaded = save_pictures(tmp_path), load_model("segmentation", segmenter, "cpu")
-    masks = {}
-
-    def save(mask, image):
-        masks[image.source.path] = mask
-        return image.source.path.with_suffix(".mask")
-
-    found = records(loaded, paths, lambda model, batch: tasks.segment(model, batch, save))
+    found = records(loaded, paths, lambda model, batch: tasks.segment(model, batch, beside(tmp_path)))
     for number, (path, record) in enumerate(zip(paths, found, strict=True)):
-        assert masks[path].shape == (40 + number, 40 + number)
-        assert record["lung_area"]["total"] == pytest.approx(masks[path].mean())
-        halves = measure_lungs(masks[path])
+        assert record["mask"] == str(tmp_path / "pictures" / path.name)
+        mask = np.asarray(Image.open(record["mask"])) == 255
+        assert mask.shape == (40 + number, 40 + number)
+        assert record["lung_area"]["total"] == pytest.approx(mask.mean())
+        halves = measure_lungs(mask)
         assert (record["lung_area"]["image_left"], record["lung_area"]["image_right"]) == (
             halves.image_left,
             halves.image_right,
         )
-        assert record["mask"] == str(path.with_suffix(".mask"))
 
 
 def test_reconstructions_do_not_depend_on_the_batch(tmp_path, pretrained):
     paths, loaded = save_pictures(tmp_path, 3), load_model("reconstruction", pretrained, "cpu")
     second = tasks.read_second(loaded, paths[0])
+    fills = ("noise", "zeros", "block", "replace")
     pictures = []
-
-    def save(picture, image):
-        pictures.append(np.asarray(picture))
-        return image.source.path
-
-    answer = tasks.Reconstructor(save, ("noise", "zeros", "block", "replace"), seed=3, second=second)
-    together = records(loaded, paths, answer, batch_size=3)
-    alone = records(loaded, paths, answer, batch_size=1)
-    assert together == alone
-    assert all(np.array_equal(pictures[index], pictures[index + 3]) for index in range(3))
-    other = records(loaded, paths, tasks.Reconstructor(save, ("noise",), seed=4))
-    assert other[0]["fills"]["noise"] != together[0]["fills"]["noise"]
+    for batch_size in (3, 1):
+        answer = tasks.Reconstructor(beside(tmp_path), fills, seed=3, second=second)
+        found = records(loaded, paths, answer, batch_size=batch_size)
+        pictures.append((found, [Path(record["picture"]).read_bytes() for record in found]))
+    assert pictures[0] == pictures[1]
+    assert Image.open(found[0]["picture"]).width == 4 * (7 * SIDE + 6) - 6  # four tiles, each enlarged sevenfold
+    other = records(loaded, paths, tasks.Reconstructor(beside(tmp_path), ("noise",), seed=4))
+    assert other[0]["fills"]["noise"] != found[0]["fills"]["noise"]
     with pytest.raises(SpcxrError, match="give --second FILE"):
-        tasks.Reconstructor(save, ("replace",))
+        tasks.Reconstructor(beside(tmp_path), ("replace",))
 
 
 def test_a_reconstruction_s_error_is_that_of_the_corrupted_pixels(tmp_path, pretrained):
     """In grey values of 0 to 1, of what the model makes of the corrupted image alone."""
     (path,), loaded = save_pictures(tmp_path, 1), load_model("reconstruction", pretrained, "cpu")
-    (record,) = records(loaded, [path], tasks.Reconstructor(lambda picture, image: path, ("zeros",), seed=5))
+    (record,) = records(loaded, [path], tasks.Reconstructor(beside(tmp_path), ("zeros",), seed=5))
     clean = expected_pixels(loaded, path)
     corrupted = GroupMasking(fill_modes=("zeros",))(clean, torch.Generator().manual_seed(5))
     assert not torch.equal(corrupted.pixel_values, clean)
@@ -289,22 +286,19 @@ def test_a_reconstruction_s_error_is_that_of_the_corrupted_pixels(tmp_path, pret
 def test_explanations_say_what_they_are_of(tmp_path, classifier, segmenter):
     paths = save_pictures(tmp_path, 2)
     loaded, lungs = load_model("classification", classifier, "cpu"), load_model("segmentation", segmenter, "cpu")
-    sizes = []
-
-    def save(picture, image):
-        sizes.append((picture.mode, picture.width, picture.height > picture.width))
-        return image.source.path
-
-    found = records(loaded, paths, tasks.Explainer(loaded, save, "bacterial + viral", lungs=lungs))
-    assert sizes == [("RGB", 448, True)] * 2  # enlarged, and words below
-    assert tasks._below_map(found[0])[0] == (
+    place = beside(tmp_path)
+    found = records(loaded, paths, tasks.Explainer(loaded, place, "bacterial + viral", lungs=lungs))
+    for record in found:
+        picture = Image.open(record["picture"])
+        assert (picture.mode, picture.width, picture.height > picture.width) == ("RGB", 448, True)  # words below
+    assert tasks.map_caption(found[0])[0] == (
         f"Relevance for bacterial + viral; {found[0]['relevance_in_lungs']:.0%} of it inside the lungs "
         f"(lungs: {found[0]['lung_area']:.0%} of the image)."
     )
-    assert tasks._below_map(found[0])[-1] == "Research use only, not for clinical use."
+    assert tasks.map_caption(found[0])[-1] == "Research use only, not for clinical use."
     assert [record["target"] for record in found] == ["bacterial + viral"] * 2
     assert all(0 <= record["lung_area"] <= 1 for record in found)
-    probable = records(loaded, paths, tasks.Explainer(loaded, save))
+    probable = records(loaded, paths, tasks.Explainer(loaded, place))
     assert {record["target"] for record in probable} <= set(LABELS.values())
     with pytest.raises(SpcxrError, match="no label 'cancer'"):
-        tasks.Explainer(loaded, save, "cancer")
+        tasks.Explainer(loaded, place, "cancer")
