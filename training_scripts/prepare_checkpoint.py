@@ -27,7 +27,7 @@ from spcxr_hf.hub.expected_outputs import RECORD, record_outputs
 from spcxr_hf.hub.folder import write_code
 from spcxr_hf.models.loading import load_config, load_network, load_processor, own_class
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
-from training_scripts.benchmarks.lib.results import read_cost
+from spcxr_hf.training.run_report import read_cost
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CARDS = Path(__file__).resolve().parent / "cards"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,17 +41,41 @@ def write_report(
     return path
 
 
+def read_cost(folders: Sequence[str]) -> dict[str, Any] | None:
+    """The cost of the runs in these folders together, from their `report.md`; None if one has not ended, or for none.
+
+    Returns:
+        "device", "minutes", "images" (views), "images_per_second" and "processes".
+    """
+    minutes = images = 0.0
+    figures: dict[str, str] = {}
+    for folder in folders:
+        page = Path(folder) / "report.md"
+        if not page.is_file():
+            return None
+        figures = dict(re.findall(r"^\| ([^|]+) \| ([^|]*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE))
+        minutes += float(figures["seconds"]) / 60
+        images += int(figures["optimiser steps"]) * int(figures["images per step"])
+    if not figures:
+        return None
+    rate = images / (60 * minutes) if minutes else 0.0
+    counts = {"minutes": round(minutes, 2), "images": int(images), "images_per_second": round(rate, 2)}
+    processes = int(figures["processes"].partition(",")[0])  # "8, sharded"
+    return {"device": figures["device"], "processes": processes, **counts}
+
+
 def _table(header: tuple[str, str], rows: Mapping[str, Any]) -> list[str]:
     return [
         f"| {header[0]} | {header[1]} |",
         "|---|---|",
-        *(f"| {name} | {_cell(value)} |" for name, value in rows.items()),
+        *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()),
     ]
 
 
 def _cell(value: Any) -> str:
     text = f"{value:.5g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    # Labels come from files: neither HTML nor a link or a picture of Markdown may be made of them.
+    return re.sub(r"([\\|]|(?<=\])\()", r"\\\1", html.escape(text, quote=False)).replace("\n", " ")
 
 
 def write_card(

@@ -22,6 +22,7 @@ from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining
 from spcxr_hf.data.table import read_table
 from spcxr_hf.evaluation import metrics
 from spcxr_hf.training.optim import StepLog
+from spcxr_hf.training.run_report import read_cost
 from tests.made_up import write_set
 from training_scripts import finetune_classification, linear_probe, pretrain
 from training_scripts.benchmarks import evidence
@@ -29,7 +30,7 @@ from training_scripts.benchmarks.lib import grid, tables
 from training_scripts.benchmarks.lib import predictions as evidence_flow
 from training_scripts.benchmarks.lib.grid import Cell, EnergyMeter, Grid
 from training_scripts.benchmarks.lib.predictions import Predictions, Report
-from training_scripts.benchmarks.lib.results import read_cost, training_costs
+from training_scripts.benchmarks.lib.results import training_costs
 
 SCRIPTS = Path(evidence.__file__).parents[1]
 ROOT = SCRIPTS.parent

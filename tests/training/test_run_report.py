@@ -1,5 +1,8 @@
 """The page of a run: it holds its figures and pictures, and no place of anybody's machine."""
 
+import html
+import re
+
 import pytest
 
 from spcxr_hf.errors import SpcxrError
@@ -23,3 +26,16 @@ def test_a_folder_that_is_not_there(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SpcxrError, match=r"report\.md: cannot be written"):
         write_report(tmp_path / "file", "A run", {}, {})
+
+
+def test_names_from_files_are_text(tmp_path):
+    """Labels and names of archives are shown as they are, neither as HTML nor as links or pictures."""
+    for words in (
+        "<img src=x onerror=alert(1)>",
+        "![x](http://a.example/x.png)",
+        "\\[x](http://a.example)",
+        "a|b\n# c",
+    ):
+        text = write_report(tmp_path, "A run", {words: words}, {"classes": words}).read_text()
+        assert html.unescape(re.sub(r"\\(.)", r"\1", text)).count(words.replace("\n", " ")) == 3
+        assert "<img" not in text and "](" not in text and "\n# c" not in text

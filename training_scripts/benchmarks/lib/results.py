@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import decode_images
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.models.loading import label_names
+from spcxr_hf.training.run_report import read_cost
 from training_scripts.benchmarks.lib.grid import NOT_THERE, PREDICTIONS, Cell, Grid, weights_digest
 from training_scripts.benchmarks.lib.predictions import (
     METHOD,
@@ -132,29 +132,6 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SpcxrError(f"{path}: no results ({error})") from error
-
-
-def read_cost(folders: Sequence[str]) -> dict[str, Any] | None:
-    """What the runs in these folders took together, by their reports; None where one has not ended, or none is named.
-
-    Returns:
-        "device", "minutes", "images" (views), "images_per_second" and "processes".
-    """
-    minutes = images = 0.0
-    figures: dict[str, str] = {}
-    for folder in folders:
-        page = Path(folder) / "report.md"
-        if not page.is_file():
-            return None
-        figures = dict(re.findall(r"^\| ([^|]+) \| ([^|]*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE))
-        minutes += float(figures["seconds"]) / 60
-        images += int(figures["optimiser steps"]) * int(figures["images per step"])
-    if not figures:
-        return None
-    rate = images / (60 * minutes) if minutes else 0.0
-    counts = {"minutes": round(minutes, 2), "images": int(images), "images_per_second": round(rate, 2)}
-    processes = int(figures["processes"].partition(",")[0])  # "8, sharded"
-    return {"device": figures["device"], "processes": processes, **counts}
 
 
 def training_costs(
