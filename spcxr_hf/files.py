@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spcxr_hf.errors import SpcxrError
+from spcxr_hf.errors import SpcxrError, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,9 +37,9 @@ def check_regular_file(path: str | os.PathLike, max_bytes: int) -> int:
         SpcxrError: there is no such file; it is a folder, a FIFO, a device or a socket; or it has more than `max_bytes`
             bytes, holes of a sparse file included. The message begins with the path.
     """
-    name = os.fsdecode(path)
+    name = printable(os.fsdecode(path))
     try:
-        found = Path(name).stat()
+        found = Path(os.fsdecode(path)).stat()
     except OSError as error:
         raise SpcxrError(f"{name}: {error.strerror or type(error).__name__}") from error
     except ValueError as error:  # a null character in the path

@@ -119,7 +119,9 @@ def main() -> None:
         except EOFError:
             return
         try:
-            values = np.ascontiguousarray(pydicom.dcmread(BytesIO(data)).pixel_array)
+            dataset = pydicom.dcmread(BytesIO(data))
+            dataset.pixel_array_options(correct_unused_bits=False)
+            values = np.ascontiguousarray(dataset.pixel_array)
             values = values.astype(values.dtype.newbyteorder("<"))
             rows, columns = values.shape
             head = f"{values.dtype.kind}{values.dtype.itemsize}".encode()

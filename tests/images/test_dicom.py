@@ -8,6 +8,7 @@ import zlib
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -147,29 +148,6 @@ def test_a_window_beside_the_values_is_of_no_use(center, width):
     assert np.array_equal(np.asarray(found), np.asarray(read_radiograph(dataset(RAMP, 12))))
 
 
-def test_a_slope_without_an_intercept_counts():
-    window = {"WindowCenter": 2001, "WindowWidth": 2001}
-    found = read_radiograph(dataset(RAMP, 12, RescaleSlope=2, **window))
-    assert np.array_equal(
-        np.asarray(found), np.asarray(read_radiograph(dataset(RAMP, 12, RescaleSlope=2, RescaleIntercept=0, **window)))
-    )
-
-
-def test_a_voi_lut_without_data_leaves_the_window():
-    pydicom = pytest.importorskip("pydicom")
-    item = pydicom.Dataset()
-    item.LUTExplanation = "NORMAL"
-    window = {"WindowCenter": 1000.5, "WindowWidth": 1001}
-    found = read_radiograph(dataset(RAMP, 12, VOILUTSequence=[item], **window))
-    assert np.array_equal(np.asarray(found), np.asarray(read_radiograph(dataset(RAMP, 12, **window))))
-
-
-def test_a_voi_lut_of_12_bits_that_are_declared_16():
-    declared, held = (dataset(RAMP, 12, VOILUTSequence=[lut(4096, 0, bits)]) for bits in (16, 12))
-    declared.VOILUTSequence[0].LUTData = held.VOILUTSequence[0].LUTData
-    assert np.array_equal(np.asarray(read_radiograph(declared)), np.asarray(read_radiograph(held)))
-
-
 def test_8_bits_stay_8_bits(tmp_path):
     path = saved(dataset(GREY[:, :54].copy(), 8, WindowCenter=128, WindowWidth=256), tmp_path / "chest.dcm")
     image = read_radiograph(path, full_depth=True)
@@ -292,7 +270,7 @@ def test_what_the_header_says_it_is_beside_the_pixels(stated, words, monkeypatch
         delattr(made, name) if value is None else setattr(made, name, value)
     image, found = read_with_quality_warnings(made, full_depth=True)
     assert found == words
-    assert np.array_equal(np.asarray(image), np.asarray(dicom.read_dicom(made)))
+    assert np.array_equal(np.asarray(image), np.asarray(dicom.read_dicom(made)[0]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         read_radiograph(made)
@@ -391,7 +369,7 @@ TRANSFORMS = {
     "VOI LUT after rescale": (
         RANDOM,
         12,
-        {"RescaleSlope": 1, "RescaleIntercept": 100, "VOILUTSequence": [lut(4096, 100, 16), lut(64, 9, 8)]},
+        {"RescaleSlope": 1, "RescaleIntercept": 100, "VOILUTSequence": [lut(4096, 100, 16), lut(640, 109, 10)]},
     ),
     "10 bits": ((RANDOM // 4).astype(np.uint16), 10, {"WindowCenter": [400, 9], "WindowWidth": [300, 900]}),
     "15 bits": ((RANDOM * 8).astype(np.uint16), 15, WINDOWS),
@@ -459,6 +437,292 @@ def test_negative_padding_that_is_written_unsigned(tmp_path):
     image = np.asarray(read_radiograph(saved(made, tmp_path / "chest.dcm")))
     assert image[:10].max() == 0
     assert image[10:].mean() > 50
+
+
+# ---- what each attribute may be --------------------------------------------------------------------------------
+
+LINEAR = {"WindowCenter": 1000.5, "WindowWidth": 1001}
+WIDE = {"WindowCenter": 2048, "WindowWidth": 4096}
+RAMP_SIGNED = RAMP.astype(np.int16) - 2048
+AS_LINEAR = np.clip((RAMP - 500.0) / 1000, 0, 1)  # black up to 500, white from 1500
+AS_PERCENTILES = RAMP / 4095  # of 64 values: the extremes
+
+
+def table_item(entries: np.ndarray, first: int, bits: int, form: str = "US") -> Any:
+    """A LUT; its data as numbers, as words (OW), or as bytes (OB) or words of two 8-bit entries each."""
+    from pydicom import Dataset
+
+    item, signed = Dataset(), first < 0 or form == "SS"
+    length = len(entries) % 2**16
+    if signed and length > 32767:
+        length -= 2**16
+    item.add_new("LUTDescriptor", "SS" if signed else "US", [length, first, bits])
+    if form in ("US", "SS"):
+        item.add_new("LUTData", "US", entries.tolist())
+    elif form == "packed numbers":
+        item.add_new("LUTData", "US", entries.astype(np.uint8).view("<u2").tolist())
+    elif form == "packed":
+        item.add_new("LUTData", "OW", entries.astype(np.uint8).tobytes())
+    else:
+        item.add_new("LUTData", form, entries.astype("<u2").tobytes())
+    return item
+
+
+def without(item: Any, *names: str, **values: Any) -> Any:
+    for name in names:
+        delattr(item, name)
+    for name, value in values.items():
+        item[name].value = value
+    return item
+
+
+FALLING = {bits: np.linspace(2**bits - 1, 0, 4096).round().astype(int) for bits in range(7, 18)}  # a negative
+SHORT = np.arange(1024)[::-1] // 4  # of 8 bits, for values from 1000 on
+
+
+def by_short(values: np.ndarray) -> np.ndarray:
+    return SHORT[np.clip(values.astype(int) - 1000, 0, 1023)] / 255
+
+
+def with_window(values: np.ndarray) -> np.ndarray:
+    return np.clip((values - 500.0) / 1000, 0, 1)
+
+
+class Of(NamedTuple):
+    """An attribute's value with another value representation than the dictionary's."""
+
+    vr: str
+    value: Any
+
+
+ATTRIBUTES: dict[str, tuple[dict[str, Any], np.ndarray | str]] = {
+    # C.11.2.1.2: windows
+    "function absent": (LINEAR, AS_LINEAR),
+    "function empty": (LINEAR | {"VOILUTFunction": ""}, AS_LINEAR),
+    "function in lower case": (LINEAR | {"VOILUTFunction": "linear_exact "}, np.clip((RAMP - 500.0) / 1001, 0, 1)),
+    "functions": (LINEAR | {"VOILUTFunction": ["LINEAR", "SIGMOID"]}, AS_LINEAR),
+    "function unknown": (LINEAR | {"VOILUTFunction": "CUBIC"}, AS_PERCENTILES),
+    "function of LO": (LINEAR | {"VOILUTFunction": Of("LO", "SIGMOID")}, 1 / (1 + np.exp(-4 * (RAMP - 1000.5) / 1001))),
+    "window absent": ({}, AS_PERCENTILES),
+    "window empty": ({"WindowCenter": "", "WindowWidth": ""}, AS_PERCENTILES),
+    "width empty": ({"WindowCenter": 1000.5, "WindowWidth": ""}, AS_PERCENTILES),
+    "width 0": ({"WindowCenter": 1000.5, "WindowWidth": 0}, AS_PERCENTILES),
+    "width 1": ({"WindowCenter": 1000.5, "WindowWidth": 1}, 1.0 * (RAMP > 1000)),
+    "width below 0": ({"WindowCenter": 1000.5, "WindowWidth": -9}, AS_PERCENTILES),
+    "several centres, one width": ({"WindowCenter": [1000.5, 9], "WindowWidth": 1001}, AS_LINEAR),
+    "window of FD": ({"WindowCenter": Of("FD", 1000.5), "WindowWidth": Of("FD", 1001.0)}, AS_LINEAR),
+    "window of IS and LO": ({"WindowCenter": Of("LO", "1000.5"), "WindowWidth": Of("IS", 1001)}, AS_LINEAR),
+    "window is text": ({"WindowCenter": Of("LO", "middle"), "WindowWidth": 1001}, AS_PERCENTILES),
+    "window is not finite": ({"WindowCenter": Of("FD", np.nan), "WindowWidth": 1001}, AS_PERCENTILES),
+    # C.11.1: rescale
+    "rescale empty": (LINEAR | {"RescaleSlope": "", "RescaleIntercept": ""}, AS_LINEAR),
+    "slope empty": (LINEAR | {"RescaleSlope": "", "RescaleIntercept": -200}, with_window(RAMP - 200.0)),
+    "slope absent": (LINEAR | {"RescaleIntercept": -200}, with_window(RAMP - 200.0)),
+    "intercept empty": (LINEAR | {"RescaleSlope": 2, "RescaleIntercept": ""}, with_window(RAMP * 2.0)),
+    "slope below 0": (LINEAR | {"RescaleSlope": -1, "RescaleIntercept": 3000}, with_window(3000.0 - RAMP)),
+    "slope 0": (LINEAR | {"RescaleSlope": 0, "RescaleIntercept": 1000}, "no contrast"),
+    "slope of FL": (LINEAR | {"RescaleSlope": Of("FL", 0.5)}, with_window(RAMP * 0.5)),
+    "slope is text": (LINEAR | {"RescaleSlope": Of("LO", "steep")}, "RescaleSlope cannot be read as a number"),
+    "two slopes": (LINEAR | {"RescaleSlope": [1, 2]}, "RescaleSlope holds 2 values"),
+    "slope is not finite": (LINEAR | {"RescaleSlope": Of("FD", np.inf)}, "RescaleSlope is not a finite number"),
+    # C.11.1.1: modality LUTs
+    **{
+        f"modality LUT of {bits} bits": (
+            {
+                "WindowCenter": 2**bits / 2,
+                "WindowWidth": 2**bits,
+                "ModalityLUTSequence": [table_item(FALLING[bits], 0, bits)],
+            },
+            FALLING[bits][RAMP] / (2**bits - 1),
+        )
+        for bits in range(8, 17)
+    },
+    "modality LUT in bytes": (
+        {"WindowCenter": 128, "WindowWidth": 256, "ModalityLUTSequence": [table_item(SHORT, 1000, 8, "packed")]},
+        by_short(RAMP),
+    ),
+    "modality LUT in words of two": (
+        {
+            "WindowCenter": 128,
+            "WindowWidth": 256,
+            "ModalityLUTSequence": [table_item(SHORT, 1000, 8, "packed numbers")],
+        },
+        by_short(RAMP),
+    ),
+    "modality LUT of OW": (
+        {"WindowCenter": 2048, "WindowWidth": 4096, "ModalityLUTSequence": [table_item(FALLING[12], 0, 12, "OW")]},
+        FALLING[12][RAMP] / 4095,
+    ),
+    "modality LUT before slope": (
+        LINEAR | {"RescaleSlope": 3, "RescaleIntercept": 9, "ModalityLUTSequence": [table_item(FALLING[12], 0, 12)]},
+        with_window(FALLING[12][RAMP].astype(float)),
+    ),
+    "modality LUT of 65,536": (
+        WIDE | {"ModalityLUTSequence": [table_item(np.clip(4095 - np.arange(65536), 0, None), 0, 12, "OW")]},
+        1 - RAMP / 4095,
+    ),
+    "no modality LUT in the sequence": (LINEAR | {"ModalityLUTSequence": []}, AS_LINEAR),
+    "modality LUT of 7 bits": ({"ModalityLUTSequence": [table_item(FALLING[7], 0, 7)]}, "from 8 to 16 bits"),
+    "modality LUT of 17 bits": ({"ModalityLUTSequence": [table_item(FALLING[16], 0, 17)]}, "from 8 to 16 bits"),
+    "modality LUT too short": (
+        {"ModalityLUTSequence": [without(table_item(FALLING[12], 0, 12), LUTData=[1, 2, 3])]},
+        "not 4096 entries of 12 bits",
+    ),
+    "modality LUT of more bits": ({"ModalityLUTSequence": [table_item(FALLING[12], 0, 10)]}, "not 4096 entries of 10"),
+    "modality LUT without data": (
+        {"ModalityLUTSequence": [without(table_item(FALLING[12], 0, 12), "LUTData")]},
+        "not 4096 entries of 12 bits",
+    ),
+    "modality LUT without descriptor": (
+        {"ModalityLUTSequence": [without(table_item(FALLING[12], 0, 12), "LUTDescriptor")]},
+        "no descriptor of three numbers",
+    ),
+    # C.11.2.1.1: VOI LUTs
+    **{
+        f"VOI LUT of {bits} bits": (
+            {"VOILUTSequence": [table_item(FALLING[bits], 0, bits)]},
+            FALLING[bits][RAMP] / (2**bits - 1),
+        )
+        for bits in range(8, 17)
+    },
+    "VOI LUT in bytes": ({"VOILUTSequence": [table_item(SHORT, 1000, 8, "packed")]}, by_short(RAMP)),
+    "VOI LUT of OW": ({"VOILUTSequence": [table_item(SHORT, 1000, 8, "OW")]}, by_short(RAMP)),
+    "VOI LUT before window": (LINEAR | {"VOILUTSequence": [table_item(SHORT, 1000, 8)]}, by_short(RAMP)),
+    "VOI LUT after slope": (
+        {"RescaleSlope": "0.5", "RescaleIntercept": 0, "VOILUTSequence": [table_item(SHORT, 1000, 8)]},
+        by_short(RAMP / 2),
+    ),
+    "broken VOI LUT, window": (LINEAR | {"VOILUTSequence": [table_item(FALLING[12], 0, 10)]}, AS_LINEAR),
+    "broken VOI LUT, no window": ({"VOILUTSequence": [table_item(FALLING[12], 0, 10)]}, "not 4096 entries of 10 bits"),
+    "VOI LUT without data": (
+        LINEAR | {"VOILUTSequence": [without(table_item(SHORT, 1000, 8), "LUTData")]},
+        AS_LINEAR,
+    ),
+    "VOI LUT empty": ({"VOILUTSequence": [without(table_item(SHORT, 1000, 8), LUTData=None)]}, AS_PERCENTILES),
+    "12 bits declared as 16": ({"VOILUTSequence": [table_item(FALLING[12], 0, 16)]}, FALLING[12][RAMP] / 4095),
+    # C.7.5.1.1.2: padding
+    "padding": (LINEAR | {"PixelPaddingValue": 4095}, np.where(RAMP == 4095, 0, AS_LINEAR)),
+    "padding empty": (LINEAR | {"PixelPaddingValue": None}, AS_LINEAR),
+    "padding range": (
+        LINEAR | {"PixelPaddingValue": 4095, "PixelPaddingRangeLimit": 4000},
+        np.where(RAMP >= 4000, 0, AS_LINEAR),
+    ),
+    "padding of IS": (LINEAR | {"PixelPaddingValue": Of("IS", "4095")}, np.where(RAMP == 4095, 0, AS_LINEAR)),
+    "padding in bytes": (LINEAR | {"PixelPaddingValue": Of("OB", b"\xff\x0f")}, np.where(RAMP == 4095, 0, AS_LINEAR)),
+    "padding is text": (LINEAR | {"PixelPaddingValue": Of("LO", "none")}, "PixelPaddingValue cannot be read"),
+    "two paddings": (LINEAR | {"PixelPaddingValue": Of("US", [1, 2])}, "PixelPaddingValue holds 2 values"),
+    # C.7.6.3: the pixels
+    "rows of IS": (LINEAR | {"Rows": Of("IS", "8")}, AS_LINEAR),
+    "rows of FD": (LINEAR | {"Rows": Of("FD", 8.0), "Columns": Of("UL", 8)}, AS_LINEAR),
+    "rows in bytes": (LINEAR | {"Rows": Of("OB", b"\x08\0")}, AS_LINEAR),
+    "rows with a fraction": (LINEAR | {"Rows": Of("FD", 8.5)}, "Rows is not a whole number"),
+    "rows empty": ({"Rows": None}, "lacks Rows"),
+    "two numbers of rows": ({"Rows": Of("US", [8, 8])}, "Rows holds 2 values"),
+    "rows are text": ({"Rows": Of("LO", "eight")}, "Rows cannot be read as a number"),
+    "rows below 0": ({"Rows": Of("SS", -8)}, "-8 rows"),
+    "samples empty": (LINEAR | {"SamplesPerPixel": None}, AS_LINEAR),
+    "2 samples": ({"SamplesPerPixel": 2}, "'MONOCHROME2' with 2 sample"),
+    "frames empty": (LINEAR | {"NumberOfFrames": None}, AS_LINEAR),
+    "0 frames": (LINEAR | {"NumberOfFrames": 0}, AS_LINEAR),
+    "photometric in lower case": (LINEAR | {"PhotometricInterpretation": "monochrome1 "}, 1 - AS_LINEAR),
+    "photometric empty": ({"PhotometricInterpretation": ""}, "lacks PhotometricInterpretation"),
+    "photometric unknown": ({"PhotometricInterpretation": "GREY"}, "of an unknown kind"),
+    "7 bits stored": ({"BitsStored": 7, "HighBit": 6}, "7 bits stored"),
+    "17 bits stored": ({"BitsStored": 17, "HighBit": 16}, "17 bits stored"),
+    "12 bits allocated": ({"BitsAllocated": 12}, "12 bits allocated"),
+    "fewer allocated than stored": ({"BitsAllocated": 8}, "8 bits allocated for 12"),
+    "representation empty": ({"PixelRepresentation": None}, "lacks PixelRepresentation"),
+    "representation 2": ({"PixelRepresentation": 2}, "representation 2"),
+    "high bit empty": (LINEAR | {"HighBit": None}, AS_LINEAR),
+    "high bit at the end": ({"HighBit": 15}, "highest bit at 15"),
+    "bits above": (LINEAR | {"PixelData": (RAMP | 0xA000).tobytes()}, AS_LINEAR),
+    "32 bits allocated": (
+        LINEAR | {"BitsAllocated": 32, "PixelData": (RAMP.astype("<u4") | 0x5A000).tobytes()},
+        AS_LINEAR,
+    ),
+    "no pixels": ({"PixelData": b""}, "without pixel data"),
+}
+RISING = FALLING[12][::-1]
+OF_SIGNED = {  # attributes, window
+    "bits above": ({"PixelData": (RAMP_SIGNED.view(np.uint16) & 0xFFF | 0x5000).tobytes()}, (0, 4096)),
+    "padding of the other sign": ({"PixelPaddingValue": Of("US", 65536 - 2048)}, (0, 4096)),
+    "modality LUT of the other sign": (
+        {"ModalityLUTSequence": [table_item(RISING, 65536 - 2048, 12)]},
+        (2048, 4096),
+    ),
+    "modality LUT of SS": ({"ModalityLUTSequence": [table_item(RISING, -2048, 12)]}, (2048, 4096)),
+    "VOI LUT of the other sign": ({"VOILUTSequence": [table_item(RISING, 65536 - 2048, 12)]}, None),
+}
+
+
+def stated(made: Any, attributes: dict[str, Any]) -> Any:
+    """The dataset with these attributes, valid or not."""
+    for name, value in attributes.items():
+        if isinstance(value, Of):
+            made.add_new(name, *value)
+        else:
+            setattr(made, name, value)
+    return made
+
+
+def forms(made: Any) -> list[Any]:
+    """The dataset, and the file that holds it."""
+    import pydicom
+
+    buffer = BytesIO()
+    made["PixelData"].VR = "OW"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pydicom.config.settings, "_writing_validation_mode", pydicom.config.IGNORE)
+        made.save_as(buffer, enforce_file_format=True)
+    return [made, buffer.getvalue()]
+
+
+@pytest.mark.parametrize("case", ATTRIBUTES)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, about values that its dictionary does not allow
+def test_what_an_attribute_may_be(case):
+    attributes, expected = ATTRIBUTES[case]
+    for source in forms(stated(dataset(RAMP, 12), attributes)):
+        if isinstance(expected, str):
+            with pytest.raises(SpcxrError, match=expected) as refusal:
+                read_radiograph(source)
+            assert refusal.value.__cause__ is None or isinstance(refusal.value.__cause__, SpcxrError)
+        else:
+            assert np.abs(levels(read_radiograph(source, full_depth=True)) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("case", OF_SIGNED)
+def test_what_an_attribute_may_be_for_signed_pixels(case):
+    attributes, window = OF_SIGNED[case]
+    window = {"WindowCenter": window[0], "WindowWidth": window[1]} if window else {}
+    for source in forms(stated(dataset(RAMP_SIGNED, 12), window | attributes)):
+        assert np.abs(levels(read_radiograph(source, full_depth=True)) - RAMP / 4095).max() < 1e-4
+
+
+@pytest.mark.parametrize("syntax", ["RLELossless", "JPEG2000Lossless", "JPEGLSLossless"])
+@pytest.mark.parametrize("values", [RAMP, RAMP_SIGNED], ids=["unsigned", "signed"])
+def test_bits_above_those_stored_in_a_codestream(syntax, values):
+    """Of RLE they count as unused; a codestream that holds more bits than the header states is refused."""
+    import pydicom.uid
+
+    shifted = values + (0 if values.dtype.kind == "u" else 2048)
+    for above in (0, 0x3000):
+        made = dataset(
+            values.view(np.uint16) | np.uint16(above),
+            16,
+            WindowCenter=2048 - 2048 * (values.dtype.kind == "i"),
+            WindowWidth=4096,
+        )
+        made.PixelRepresentation = int(values.dtype.kind == "i")
+        try:
+            made.compress(getattr(pydicom.uid, syntax), generate_instance_uid=False)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            pytest.skip(f"no encoder for it is installed: {type(error).__name__}")
+        made.BitsStored, made.HighBit = 12, 11
+        if above and syntax != "RLELossless":
+            with pytest.raises(SpcxrError, match="more than the 12 bits"):
+                read_radiograph(made)
+        else:
+            assert np.abs(levels(read_radiograph(made, full_depth=True)) - shifted / 4095).max() < 1e-4
 
 
 # ---- encodings -------------------------------------------------------------------------------------------------
@@ -813,7 +1077,7 @@ CAUSES = {  # of the public files that are refused for another reason than what 
     "JPGExtended.dcm": "12-bit lossy JPEG has no decoder",
     "JPEG2000-embedded-sequence-delimiter.dcm": "damaged|not of the",
     "MR_truncated.dcm": "damaged or cut short",
-    "badVR.dcm": "damaged",
+    "badVR.dcm": "NumberOfFrames cannot be read as a number",
 }
 
 
