@@ -11,6 +11,8 @@ from PIL import Image
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 CLASSES = ("normal", "bacterial", "viral")
+# In place of the preset "tiny", where a test trains: a step takes a tenth of the time.
+SMALL_PRESET = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def picture(seed: int, size: int = 48, opacity: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrForSemanticSegmentation
+from spcxr_hf.modeling.configuration_spcxr import SIZES
 from spcxr_hf.training.engine import Run
 from spcxr_hf.transforms.augment import RADIOGRAPH_MEAN, RADIOGRAPH_STD
 from spcxr_hf.transforms.group_masking import GroupMasking
-from tests.made_up import write_set
+from tests.made_up import SMALL_PRESET, write_set
 from training_scripts import finetune_classification, finetune_segmentation, linear_probe, pretrain
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
@@ -26,9 +27,12 @@ BRIEF += ["--steps", "2", "--save_every", "2"]
 COLUMNS = ["--label_column", "pneumonia_label", "--split_column", "pneumonia_split"]
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+@pytest.fixture(scope="module", autouse=True)
+def small_and_on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setitem(SIZES, "tiny", SMALL_PRESET)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,14 @@ from spcxr_hf.files import atomic_folder, write_json
 from spcxr_hf.models.loading import set_attention
 from spcxr_hf.models.lungs import Segmenter, find_lungs, load_segmenter
 from spcxr_hf.quality.checks import SplitArguments, check_split, write_skipped
-from spcxr_hf.training.arguments import check_values, learning_rate_schedule, parse_arguments, run_script, save_recipe
+from spcxr_hf.training.arguments import (
+    check_values,
+    flag,
+    learning_rate_schedule,
+    parse_arguments,
+    run_script,
+    save_recipe,
+)
 from spcxr_hf.training.checkpoints import list_checkpoints
 from spcxr_hf.training.classifiers import (
     ClassifierArguments,
@@ -61,41 +68,29 @@ CURVES = {"loss": "loss", "loss on val": "val_loss", "AUROC on val": "val_auroc"
 class Arguments(AugmentationArguments, SplitArguments, ClassifierArguments):
     """Fine-tune an encoder to classify radiographs."""
 
-    label_column: str = field(
-        default="label",
-        metadata={"help": "column of the labels: one for each row (a list counts as normal, if empty, or abnormal); "
-                  "with multi_label a list of those that hold, or a struct with a field for each"},
-    )  # fmt: skip
-    split_column: str = field(
-        default="split", metadata={"help": "column of the splits; its rows train and val are read"}
+    label_column: str = flag(
+        "label",
+        "column of the labels: one for each row (a list counts as normal, if empty, or abnormal); "
+        "with multi_label a list of those that hold, or a struct with a field for each",
     )
-    classes: list[str] = field(
-        default_factory=list,
-        metadata={"help": "classes in their order, as `normal pneumonia=bacterial+viral`; rows of other labels are "
-                  "left out. By default the labels of the rows train, sorted"},
-    )  # fmt: skip
-    label_fraction: float = field(default=1.0, metadata={"help": "share of each class's training images that is used"})
-    seeds: list[int] = field(
-        default_factory=list, metadata={"help": "a run for each, in output/seed-<n>; by default one run, of `seed`"}
+    split_column: str = flag("split", "column of the splits; its rows train and val are read")
+    classes: list[str] = flag(
+        [],
+        "classes in their order, as `normal pneumonia=bacterial+viral`; rows of other labels are "
+        "left out. By default the labels of the rows train, sorted",
     )
-    balance: str = field(
-        default="none",
-        metadata={"help": "against rare classes: none; loss: they weigh more; sampling: they come up as often"},
+    label_fraction: float = flag(1.0, "share of each class's training images that is used")
+    seeds: list[int] = flag([], "a run for each, in output/seed-<n>; by default one run, of `seed`")
+    balance: str = flag("none", "against rare classes: none; loss: they weigh more; sampling: they come up as often")
+    label_smoothing: float = flag(0.0, "share of a target that is spread over all classes")
+    mixup: float = flag(0.0, "alpha of mixup; 0: none")
+    cutmix: float = flag(0.0, "alpha of CutMix; 0: none; with mixup, either half the time")
+    metric: str = flag("auroc", f"chooses the model on val: {', '.join(METRICS)}")
+    head_from_probe: bool = flag(
+        False, "start with a logistic regression on the encoder's features as the head (LP-FT)"
     )
-    label_smoothing: float = field(default=0.0, metadata={"help": "share of a target that is spread over all classes"})
-    mixup: float = field(default=0.0, metadata={"help": "alpha of mixup; 0: none"})
-    cutmix: float = field(default=0.0, metadata={"help": "alpha of CutMix; 0: none; with mixup, either half the time"})
-    metric: str = field(default="auroc", metadata={"help": f"chooses the model on val: {', '.join(METRICS)}"})
-    head_from_probe: bool = field(
-        default=False,
-        metadata={"help": "start with a logistic regression on the encoder's features as the head (LP-FT)"},
-    )
-    lungs: str | None = field(
-        default=None, metadata={"help": "folder or Hub id of a segmentation model with a label `lung`"}
-    )
-    lung_only_prob: float = field(
-        default=0.0, metadata={"help": "share of the views in which all but the lungs is filled with the image's mean"}
-    )
+    lungs: str | None = flag(None, "folder or Hub id of a segmentation model with a label `lung`")
+    lung_only_prob: float = flag(0.0, "share of the views in which all but the lungs is filled with the image's mean")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

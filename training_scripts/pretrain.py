@@ -12,7 +12,7 @@ film as it is are predicted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from spcxr_hf.models.loading import load_network
 from spcxr_hf.quality.checks import WITHOUT_PRETRAIN, SetArguments, for_pretraining, write_skipped
 from spcxr_hf.training.arguments import (
     PretrainingArguments,
+    flag,
     learning_rate_schedule,
     parse_arguments,
     run_script,
@@ -51,29 +52,21 @@ VIEWS = {one.name: one.metadata for one in fields(AugmentationArguments)}  # the
 class Arguments(AugmentationArguments, SetArguments, PretrainingArguments):
     """Pretrain the SPCXR encoder by group-masked model learning."""
 
-    crop_scale: list[float] = field(default_factory=lambda: [0.25, 1.0], metadata=VIEWS["crop_scale"])
-    brightness: float = field(default=0.1, metadata=VIEWS["brightness"])
-    contrast: float = field(default=0.2, metadata=VIEWS["contrast"])
-    fill_modes: list[str] = field(
-        default_factory=lambda: ["noise", "replace"],
-        metadata={"help": "noise, zeros, block, replace: what masked groups hold"},
+    crop_scale: list[float] = flag([0.25, 1.0], VIEWS["crop_scale"]["help"])
+    brightness: float = flag(0.1, VIEWS["brightness"]["help"])
+    contrast: float = flag(0.2, VIEWS["contrast"]["help"])
+    fill_modes: list[str] = flag(["noise", "replace"], "noise, zeros, block, replace: what masked groups hold")
+    mask_ratio: list[float] = flag([0.5, 0.75], "least and largest masked share of an image")
+    replace_ratio: float = flag(0.3, "masked share for the mode replace")
+    max_block_size: float = flag(0.3, "largest side of a group as a share of the image's")
+    align: int = flag(1, "groups keep to multiples of this many pixels")
+    norm_pix_loss: bool = flag(False, "each patch's target has mean 0 and deviation 1")
+    teacher: str | None = flag(
+        None, "frozen encoder whose features are a second target: efficientnet-lite0, a folder or a Hub id"
     )
-    mask_ratio: list[float] = field(
-        default_factory=lambda: [0.5, 0.75], metadata={"help": "least and largest masked share of an image"}
-    )
-    replace_ratio: float = field(default=0.3, metadata={"help": "masked share for the mode replace"})
-    max_block_size: float = field(default=0.3, metadata={"help": "largest side of a group as a share of the image's"})
-    align: int = field(default=1, metadata={"help": "groups keep to multiples of this many pixels"})
-    norm_pix_loss: bool = field(default=False, metadata={"help": "each patch's target has mean 0 and deviation 1"})
-    teacher: str | None = field(
-        default=None,
-        metadata={
-            "help": "frozen encoder whose features are a second target: efficientnet-lite0, a folder or a Hub id"
-        },
-    )
-    teacher_components: int = field(default=256, metadata={"help": "principal components of the teacher's features"})
-    teacher_share: float = field(default=0.75, metadata={"help": "share of a micro-batch that predicts the teacher"})
-    teacher_weight: float = field(default=1.0, metadata={"help": "weight of the teacher's loss"})
+    teacher_components: int = flag(256, "principal components of the teacher's features")
+    teacher_share: float = flag(0.75, "share of a micro-batch that predicts the teacher")
+    teacher_weight: float = flag(1.0, "weight of the teacher's loss")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -65,6 +65,13 @@ SYNONYMS = {
     "attention": ("attn_implementation", "attn"),
     "fsdp": ("shard",),
 }
+
+
+def flag(default: Any = dataclasses.MISSING, help_text: str = "") -> Any:
+    """A field of an arguments class: its default (without one the flag is required) and its help text."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help_text})
+    return dataclasses.field(default=default, metadata={"help": help_text})
 
 
 def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
@@ -246,107 +253,68 @@ def check_values(
 class RunArguments:
     """Flags of every training script."""
 
-    data: str = field(metadata={"help": "Parquet shards, or a folder of images"})
-    output: str = field(metadata={"help": "folder for checkpoints, figures and the log"})
-    cache: str = field(
-        default="memory",
-        metadata={"help": "where decoded images are kept: memory or device (pretraining also: none, read on the way)"},
+    data: str = flag(help_text="Parquet shards, or a folder of images")
+    output: str = flag(help_text="folder for checkpoints, figures and the log")
+    cache: str = flag(
+        "memory", "where decoded images are kept: memory or device (pretraining also: none, read on the way)"
     )
-    cache_folder: str | None = field(
-        default=None, metadata={"help": "folder that keeps the decoded images between starts"}
-    )
-    stored_size: int = field(default=256, metadata={"help": "images are kept at this size, in pixels"})
-    image_size: int = field(default=224, metadata={"help": "side of the input in pixels, a multiple of 16"})
-    init_from: str | None = field(
-        default=None, metadata={"help": "checkpoint to start from, of any task and image size"}
-    )
-    attention: str = field(
-        default="sdpa", metadata={"help": "attention implementation; eager is faster on a CPU below 224 px"}
-    )
-    drop_path_rate: float = field(default=0.1, metadata={"help": "stochastic depth of the last block"})
-    steps: int = field(default=1000, metadata={"help": "optimiser steps: epochs x images / batch size"})
-    batch_size: int = field(default=64, metadata={"help": "images per optimiser step over all processes"})
-    micro_batch_size: int = field(
-        default=32, metadata={"help": "images per forward pass; batch_size / this is a multiple of the processes"}
-    )
-    learning_rate: float = field(
-        default=5e-4, metadata={"help": "peak learning rate; it falls along a cosine to at most 1e-6"}
-    )
-    warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up"})
-    weight_decay: float = field(default=0.05, metadata={"help": "weight decay of AdamW"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    ema_decay: float = field(
-        default=0.0, metadata={"help": "decay of the weights' moving average, which becomes the final model; 0: none"}
-    )
-    mixed_precision: str = field(
-        default="no", metadata={"help": "no, bf16 (float32 on a CPU without fast bf16) or fp16"}
-    )
-    fsdp: bool = field(
-        default=False, metadata={"help": "divide weights, gradients and optimiser state among the processes (FSDP)"}
-    )
-    compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
-    deterministic: bool = field(default=False, metadata={"help": "torch.use_deterministic_algorithms"})
-    save_every: int = field(default=500, metadata={"help": "steps between checkpoints"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "number of checkpoints to keep"})
-    log_every: int = field(default=20, metadata={"help": "steps between rows of the log"})
-    max_nonfinite_steps: int = field(
-        default=10, metadata={"help": "stop after so many steps in a row with a loss or gradient that is not finite"}
-    )
-    trackers: list[str] = field(
-        default_factory=list, metadata={"help": "experiment trackers: tensorboard, trackio, wandb, ..."}
-    )
-    push_to_hub: str | None = field(
-        default=None, metadata={"help": "id of a Hub repository that gets every checkpoint, in the background"}
-    )
-    allow_other_data: bool = field(
-        default=False, metadata={"help": "go on from checkpoints although rows or labels have changed since"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+    cache_folder: str | None = flag(None, "folder that keeps the decoded images between starts")
+    stored_size: int = flag(256, "images are kept at this size, in pixels")
+    image_size: int = flag(224, "side of the input in pixels, a multiple of 16")
+    init_from: str | None = flag(None, "checkpoint to start from, of any task and image size")
+    attention: str = flag("sdpa", "attention implementation; eager is faster on a CPU below 224 px")
+    drop_path_rate: float = flag(0.1, "stochastic depth of the last block")
+    steps: int = flag(1000, "optimiser steps: epochs x images / batch size")
+    batch_size: int = flag(64, "images per optimiser step over all processes")
+    micro_batch_size: int = flag(32, "images per forward pass; batch_size / this is a multiple of the processes")
+    learning_rate: float = flag(5e-4, "peak learning rate; it falls along a cosine to at most 1e-6")
+    warmup_steps: int = flag(100, "steps of linear warm-up")
+    weight_decay: float = flag(0.05, "weight decay of AdamW")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    ema_decay: float = flag(0.0, "decay of the weights' moving average, which becomes the final model; 0: none")
+    mixed_precision: str = flag("no", "no, bf16 (float32 on a CPU without fast bf16) or fp16")
+    fsdp: bool = flag(False, "divide weights, gradients and optimiser state among the processes (FSDP)")
+    compile: bool = flag(False, "torch.compile the model")
+    deterministic: bool = flag(False, "torch.use_deterministic_algorithms")
+    save_every: int = flag(500, "steps between checkpoints")
+    keep_checkpoints: int = flag(2, "number of checkpoints to keep")
+    log_every: int = flag(20, "steps between rows of the log")
+    max_nonfinite_steps: int = flag(10, "stop after so many steps in a row with a loss or gradient that is not finite")
+    trackers: list[str] = flag([], "experiment trackers: tensorboard, trackio, wandb, ...")
+    push_to_hub: str | None = flag(None, "id of a Hub repository that gets every checkpoint, in the background")
+    allow_other_data: bool = flag(False, "go on from checkpoints although rows or labels have changed since")
+    seed: int = flag(0, "seed of everything random")
 
 
 @dataclass
 class PretrainingArguments(RunArguments):
     """Flags of the pretraining scripts."""
 
-    splits: list[str] = field(
-        default_factory=list, metadata={"help": "learn from these values of split_column: `--splits train`"}
-    )
-    split_column: str = field(default="split", metadata={"help": "column of the splits, with --splits"})
-    pretrain_only: bool = field(
-        default=True, metadata={"help": "without splits: only rows whose column `pretrain` is true"}
-    )
-    size: str = field(default="small", metadata={"help": "tiny, small or base"})
-    workers: int = field(default=2, metadata={"help": "processes that read images, with --cache none"})
-    decay_steps: int | None = field(
-        default=None, metadata={"help": "length of the cosine at the end; by default all steps after the warm-up"}
-    )
-    adam_beta2: float = field(default=0.999, metadata={"help": "second beta of AdamW"})
-    weight_decay: float = field(default=0.04, metadata={"help": "weight decay at the start"})
-    final_weight_decay: float = field(default=0.4, metadata={"help": "weight decay at the end of its cosine"})
-    max_grad_norm: float = field(default=3.0, metadata={"help": "gradients are clipped to this norm"})
+    splits: list[str] = flag([], "learn from these values of split_column: `--splits train`")
+    split_column: str = flag("split", "column of the splits, with --splits")
+    pretrain_only: bool = flag(True, "without splits: only rows whose column `pretrain` is true")
+    size: str = flag("small", "tiny, small or base")
+    workers: int = flag(2, "processes that read images, with --cache none")
+    decay_steps: int | None = flag(None, "length of the cosine at the end; by default all steps after the warm-up")
+    adam_beta2: float = flag(0.999, "second beta of AdamW")
+    weight_decay: float = flag(0.04, "weight decay at the start")
+    final_weight_decay: float = flag(0.4, "weight decay at the end of its cosine")
+    max_grad_norm: float = flag(3.0, "gradients are clipped to this norm")
 
 
 @dataclass
 class FineTuningArguments(RunArguments):
     """Flags of the fine-tuning scripts."""
 
-    from_scratch: bool = field(
-        default=False, metadata={"help": "random weights; of `init_from` only the config is used"}
-    )
-    size: Literal["tiny", "small", "base"] = field(
-        default="small", metadata={"help": "tiny, small or base: from scratch, without init_from"}
-    )
-    layer_decay: float = field(default=0.75, metadata={"help": "learning rate of a block relative to the one above it"})
-    patience: int = field(
-        default=0, metadata={"help": "stop after so many checkpoints in a row without a better figure on val; 0: never"}
-    )
-    batch_size: int = field(default=32, metadata={"help": "images per optimiser step over all processes"})
-    learning_rate: float = field(
-        default=5e-4, metadata={"help": "peak learning rate of the head; it falls along a cosine to at most 1e-6"}
-    )
-    warmup_steps: int = field(default=50, metadata={"help": "steps of linear warm-up"})
-    save_every: int = field(default=100, metadata={"help": "steps between checkpoints, each measured on val"})
-    log_every: int = field(default=10, metadata={"help": "steps between rows of the log"})
+    from_scratch: bool = flag(False, "random weights; of `init_from` only the config is used")
+    size: Literal["tiny", "small", "base"] = flag("small", "tiny, small or base: from scratch, without init_from")
+    layer_decay: float = flag(0.75, "learning rate of a block relative to the one above it")
+    patience: int = flag(0, "stop after so many checkpoints in a row without a better figure on val; 0: never")
+    batch_size: int = flag(32, "images per optimiser step over all processes")
+    learning_rate: float = flag(5e-4, "peak learning rate of the head; it falls along a cosine to at most 1e-6")
+    warmup_steps: int = flag(50, "steps of linear warm-up")
+    save_every: int = flag(100, "steps between checkpoints, each measured on val")
+    log_every: int = flag(10, "steps between rows of the log")
 
 
 def check_run(arguments: RunArguments) -> None:

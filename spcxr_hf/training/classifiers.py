@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,7 @@ from spcxr_hf.models.loading import (
     loading_errors,
     set_attention,
 )
-from spcxr_hf.training.arguments import FineTuningArguments
+from spcxr_hf.training.arguments import FineTuningArguments, flag
 from spcxr_hf.training.optim import layerwise_groups, new_config, parameter_groups
 
 LORA_ALPHA = 16.0  # adapters are scaled by this / rank
@@ -34,18 +34,14 @@ LORA_ALPHA = 16.0  # adapters are scaled by this / rank
 class ClassifierArguments(FineTuningArguments):
     """Flags of a classifier."""
 
-    init_from: str | None = field(
-        default=None,
-        metadata={"help": "checkpoint to start from: SPCXR of any task and image size, or another family's folder or "
-                  "Hub id that AutoModelForImageClassification loads"},
-    )  # fmt: skip
-    multi_label: bool = field(
-        default=False, metadata={"help": "several labels may hold at once, and null is a missing one"}
+    init_from: str | None = flag(
+        None,
+        "checkpoint to start from: SPCXR of any task and image size, or another family's folder or "
+        "Hub id that AutoModelForImageClassification loads",
     )
-    freeze_encoder: bool = field(default=False, metadata={"help": "train the head alone"})
-    lora_rank: int = field(
-        default=0, metadata={"help": "rank of LoRA adapters in every linear layer of the encoder; 0: none"}
-    )
+    multi_label: bool = flag(False, "several labels may hold at once, and null is a missing one")
+    freeze_encoder: bool = flag(False, "train the head alone")
+    lora_rank: int = flag(0, "rank of LoRA adapters in every linear layer of the encoder; 0: none")
 
 
 # ---- models ----------------------------------------------------------------------------------------------------

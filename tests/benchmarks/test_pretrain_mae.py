@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTMAEForPreTraining
 
 from spcxr_hf import SpcxrError
+from spcxr_hf.modeling.configuration_spcxr import SIZES
 from spcxr_hf.models.encoders import load_encoder
 from spcxr_hf.training.arguments import parse_arguments
 from spcxr_hf.training.optim import new_config
-from tests.made_up import write_set
+from tests.made_up import SMALL_PRESET, write_set
 from training_scripts import finetune_classification, linear_probe
 from training_scripts.benchmarks import pretrain_mae
 
@@ -24,9 +25,12 @@ BRIEF += ["--decoder_width", "32", "--decoder_depth", "1", "--decoder_heads", "2
 COLUMNS = ["--label_column", "pneumonia_label", "--split_column", "pneumonia_split"]
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+@pytest.fixture(scope="module", autouse=True)
+def small_and_on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setitem(SIZES, "tiny", SMALL_PRESET)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +131,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(shard, finished, tmp_path, mon
 def test_other_scripts_take_it_as_a_model_of_another_family(shard, finished, tmp_path):
     encoder = load_encoder(str(finished / "final"))
     images = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
-    assert encoder.embed(images, "mean").shape == (2, 192)
+    assert encoder.embed(images, "mean").shape == (2, 32)
     probe = ["--model", str(finished / "final"), "--data", shard, "--pooling", "mean", "--method", "knn"]
     found = linear_probe.main([*probe, "--seeds", "0", "--label_fraction", "1", "--resamples", "4"])
     assert set(found["tasks"]) == {"pneumonia", "three_way"}

@@ -35,12 +35,13 @@ from spcxr_hf.data.batches import BalancedSet, StepPlan, draw_rows, strata
 from spcxr_hf.data.table import open_image, read_table
 from spcxr_hf.evaluation.predict import load_classifier
 from spcxr_hf.hub.publish import check_card
+from spcxr_hf.modeling.configuration_spcxr import SIZES
 from spcxr_hf.models import precision as precision_module
 from spcxr_hf.training import engine as run_module
 from spcxr_hf.training.classifiers import Pixels, add_adapters, build_classifier, classifier_groups
 from spcxr_hf.training.losses import class_weights, classification_loss
 from spcxr_hf.transforms.augment import mix
-from tests.made_up import CLASSES, break_rows, write_set
+from tests.made_up import CLASSES, SMALL_PRESET, break_rows, write_set
 from tests.processes import finish, start_group
 from training_scripts import evaluate, finetune_classification
 from training_scripts.finetune_classification import Arguments
@@ -55,9 +56,12 @@ BRIEF += ["--warmup_steps", "1", "--micro_batch_size", "3", "--log_every", "1"]
 HARD = ["--ema_decay", "0.9", "--mixup", "0.4", "--cutmix", "1", "--balance", "sampling", "--label_smoothing", "0.1"]
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+@pytest.fixture(scope="module", autouse=True)
+def small_and_on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setitem(SIZES, "tiny", SMALL_PRESET)
+        yield
 
 
 @pytest.fixture(scope="module")

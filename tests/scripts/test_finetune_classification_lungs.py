@@ -7,19 +7,23 @@ import torch
 
 from spcxr_hf import SpcxrError, SpcxrForSemanticSegmentation, SpcxrImageProcessor
 from spcxr_hf.data.batches import MicroBatch
+from spcxr_hf.modeling.configuration_spcxr import SIZES
 from spcxr_hf.models.lungs import Segmenter
 from spcxr_hf.training.classifiers import Pixels
 from tests.common import build, tiny_config
-from tests.made_up import write_set
+from tests.made_up import SMALL_PRESET, write_set
 from tests.scripts.test_finetune_classification import SPLITS, contents, killed_and_started_again, run
 from training_scripts.finetune_classification import Arguments, draw_views
 
 LUNGS = {"id2label": {0: "background", 1: "lung"}, "label2id": {"background": 0, "lung": 1}}
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+@pytest.fixture(scope="module", autouse=True)
+def small_and_on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setitem(SIZES, "tiny", SMALL_PRESET)
+        yield
 
 
 @pytest.fixture(autouse=True)

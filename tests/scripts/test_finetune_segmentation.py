@@ -16,8 +16,9 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
 from spcxr_hf.data.table import open_mask
+from spcxr_hf.modeling.configuration_spcxr import SIZES
 from spcxr_hf.training import engine as run_module
-from tests.made_up import write_set
+from tests.made_up import SMALL_PRESET, write_set
 from training_scripts import evaluate_segmentation, finetune_segmentation, linear_probe
 
 SCRIPTS = Path(finetune_segmentation.__file__).parent
@@ -26,9 +27,12 @@ SPLITS = ["train"] * 12 + ["val"] * 6 + ["test"] * 6
 BRIEF = ["--image_size", "32", "--stored_size", "40", "--steps", "4", "--batch_size", "5", "--save_every", "2"]
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+@pytest.fixture(scope="module", autouse=True)
+def small_and_on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setitem(SIZES, "tiny", SMALL_PRESET)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining
+from spcxr_hf.modeling.configuration_spcxr import SIZES
 from spcxr_hf.training.arguments import RunArguments
 from spcxr_hf.training.engine import Run
 from spcxr_hf.transforms.augment import Views
 from spcxr_hf.transforms.group_masking import as_pixels, normalise_patches
 from tests.common import tiny_config
-from tests.made_up import picture, write_set
+from tests.made_up import SMALL_PRESET, picture, write_set
 from tests.processes import free_port
 from training_scripts import pretrain
 
@@ -28,9 +29,12 @@ BRIEF = ["--size", "tiny", "--image_size", "32", "--stored_size", "40", "--batch
 BRIEF += ["--steps", "4", "--save_every", "2", "--log_every", "1"]
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+@pytest.fixture(scope="module", autouse=True)
+def small_and_on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setitem(SIZES, "tiny", SMALL_PRESET)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +112,7 @@ def test_the_final_model_loads(finished):
     processor = AutoImageProcessor.from_pretrained(finished / "final")
     inputs = processor(Image.new("L", (50, 60)), return_tensors="pt")
     assert model(**inputs).reconstruction.shape == (1, 1, 32, 32)
-    assert AutoModel.from_pretrained(finished / "final")(**inputs).pooler_output.shape == (1, 192)
+    assert AutoModel.from_pretrained(finished / "final")(**inputs).pooler_output.shape == (1, 32)
 
 
 def test_only_the_rows_for_pretraining_are_read(tmp_path):
@@ -148,7 +152,7 @@ def test_another_image_size_goes_on_from_a_checkpoint(shard, finished, tmp_path)
     model = AutoModelForPreTraining.from_pretrained(tmp_path / "final")
     assert model.config.image_size == 48
     assert model.config.images_seen == 32  # the checkpoint's and these
-    assert model.spcxr.embeddings.position_embeddings.shape == (1, 1 + 9, 192)
+    assert model.spcxr.embeddings.position_embeddings.shape == (1, 1 + 9, 32)
 
 
 def test_it_learns(shard, tmp_path):

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.files import locked
+from spcxr_hf.modeling.configuration_spcxr import SIZES
 from spcxr_hf.models import precision
 from spcxr_hf.training import checkpoints, engine
 from spcxr_hf.training.arguments import PretrainingArguments, check_run, run_script
 from spcxr_hf.training.checkpoints import list_checkpoints
-from tests.made_up import write_set
+from tests.made_up import SMALL_PRESET, write_set
 from tests.processes import finish, start, start_group
 from training_scripts import pretrain
 
@@ -30,9 +31,12 @@ BRIEF += ["--micro_batch_size", "2", "--save_every", "2", "--log_every", "1"]
 HARD = [*BRIEF, "--steps", "40", "--ema_decay", "0.9"]
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+@pytest.fixture(scope="module", autouse=True)
+def small_and_on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setitem(SIZES, "tiny", SMALL_PRESET)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +36,7 @@ from spcxr_hf.quality.checks import for_pretraining
 from spcxr_hf.training.arguments import (
     PretrainingArguments,
     check_values,
+    flag,
     learning_rate_schedule,
     parse_arguments,
     run_script,
@@ -55,24 +56,16 @@ WARM_UP, MEASURED = 2, 6  # steps of the throwaway model
 class Arguments(PretrainingArguments):
     """Pretrain a ViT of SPCXR's shape as a masked autoencoder."""
 
-    exclude: str | None = field(
-        default=None, metadata={"help": "text file of ids to leave out, as copies of held-out images; one a line"}
-    )
-    max_minutes: float | None = field(
-        default=None, metadata={"help": "sets `steps` so that the training takes this long"}
-    )
-    images_per_second: float | None = field(
-        default=None, metadata={"help": "of all processes, for max_minutes; measured by default"}
-    )
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.25, 1.0], metadata={"help": "area of a crop, least and largest"}
-    )
-    drop_path_rate: float = field(default=0.0, metadata={"help": "ViTMAE has no stochastic depth: 0"})
-    mask_ratio: float = field(default=0.75, metadata={"help": "share of the patches that the encoder does not see"})
-    norm_pix_loss: bool = field(default=True, metadata={"help": "each patch's target has mean 0 and deviation 1"})
-    decoder_width: int = field(default=256, metadata={"help": "of the decoder, which is left aside afterwards"})
-    decoder_depth: int = field(default=4, metadata={"help": "blocks of the decoder"})
-    decoder_heads: int = field(default=8, metadata={"help": "attention heads of the decoder"})
+    exclude: str | None = flag(None, "text file of ids to leave out, as copies of held-out images; one a line")
+    max_minutes: float | None = flag(None, "sets `steps` so that the training takes this long")
+    images_per_second: float | None = flag(None, "of all processes, for max_minutes; measured by default")
+    crop_scale: list[float] = flag([0.25, 1.0], "area of a crop, least and largest")
+    drop_path_rate: float = flag(0.0, "ViTMAE has no stochastic depth: 0")
+    mask_ratio: float = flag(0.75, "share of the patches that the encoder does not see")
+    norm_pix_loss: bool = flag(True, "each patch's target has mean 0 and deviation 1")
+    decoder_width: int = flag(256, "of the decoder, which is left aside afterwards")
+    decoder_depth: int = flag(4, "blocks of the decoder")
+    decoder_heads: int = flag(8, "attention heads of the decoder")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
