@@ -94,7 +94,7 @@ def test_what_lies_outside_is_hidden_in_the_views():
         (["--lung_only_prob", "0.5"], "go together"),
         (["--lungs", "somewhere"], "go together"),
         (["--lungs", "somewhere", "--lung_only_prob", "1.5"], r"lung_only_prob must lie in \[0, 1\]; got 1.5"),
-        (["--lungs", "nowhere", "--lung_only_prob", "1"], "nowhere: there is no such folder"),
+        (["--lungs", "nowhere", "--lung_only_prob", "1"], "nowhere: is not in the local Hub cache"),
     ],
 )
 def test_refusals(shard, tmp_path, words, message):

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from spcxr_hf import SpcxrError, SpcxrForPreTraining
-from spcxr_hf.files import read_json, write_json
+from spcxr_hf.files import locked, read_json, write_json
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 from spcxr_hf.training.optim import new_config
 from training_scripts.benchmarks.lib.grid import Cell, EnergyMeter, Grid, network_fingerprint, weights_digest
@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.list_only:
         list_cells(grid, choose(cells, arguments.only))
         return
-    run(arguments, plan, grid, cells)
+    with locked(Path(arguments.output)):
+        run(arguments, plan, grid, cells)
     if arguments.render or arguments.figures:
         show(arguments)
     if grid.summary.failed:
