@@ -40,7 +40,7 @@ from spcxr_hf import SpcxrImageProcessor, read_radiograph
 from spcxr_hf.data.shards import read_index
 from spcxr_hf.data.table import open_image, read_table
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 
 SECONDS, BYTES = 5.0, 1 << 30
 NAME, SET = "mutated.bin", "mutated.parquet"
@@ -450,4 +450,4 @@ def instrument(atheris: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -33,7 +33,7 @@ from torch import nn
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.modeling.modeling_spcxr import SpcxrForPreTraining
 from spcxr_hf.models.convert import load_vit_state_dict
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 from spcxr_hf.transforms.group_masking import Corrupted, GroupMasking
 
 LIMIT = 1e-5  # largest |difference| allowed
@@ -250,4 +250,4 @@ def write_json(arguments: Arguments, differences: list[Difference]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from spcxr_hf.data.table import open_image, read_table
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.images import plausibility
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 
 EXPONENTS = (0.7, 1.0, 1.5, 2.0)  # of 1/f noise
 TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
@@ -159,4 +159,4 @@ def measure_others(folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -36,7 +36,7 @@ from spcxr_hf.inference.pipeline import Source, answers
 from spcxr_hf.inference.tasks import embed
 from spcxr_hf.inference.writers import open_writer
 from spcxr_hf.models.loading import Loaded, choose_device
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 from training_scripts.benchmarks.lib.timing import clock, describe_machine, peak_memory, replace_block
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cli.json"
@@ -206,4 +206,4 @@ def row(what: str, told: str, found: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

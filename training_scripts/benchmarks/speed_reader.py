@@ -27,7 +27,7 @@ from PIL import Image
 from spcxr_hf import SpcxrImageProcessor, read_radiograph
 from spcxr_hf.data.table import read_table
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 
 DICOM_ROWS, DICOM_COLUMNS = 1955, 1841
 
@@ -150,4 +150,4 @@ def dicom(**attributes: Any) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
