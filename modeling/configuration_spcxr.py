@@ -54,9 +54,13 @@ POSITIVE = (
     "patch_size",
     "segmentation_hidden_size",
 )
-# What names a head's labels, and what was measured of that head.
+# A damaged or hostile configuration is refused before memory is taken for its model.
+MAX_LAYERS = 1_000
+MAX_LABELS = 100_000
+MAX_PARAMETERS = 5_000_000_000
+# What names a head's labels, and what belongs to a head of these labels alone.
 LABEL_SPACE = ("num_labels", "id2label", "label2id")
-THRESHOLDS = ("operating_points", "operating_point")
+OF_A_HEAD = ("operating_points", "operating_point", "intended_use")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -96,6 +100,9 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
             labels of one softmax joined by `" + "`, whose probabilities are added. A probability at or above the
             threshold is positive. Loading with other labels (`num_labels`, `id2label`) drops them.
         operating_point (`str`, *optional*): The name that is used by default; every target has it.
+        intended_use (`dict[str, Any]`, *optional*): The images that a head was made for: `"population"` (a few words),
+            `"ages"` (`[youngest, oldest]` in years, both included; `None` leaves an end open) and `"views"` (values of
+            DICOM's View Position, as `["PA", "AP"]`), each of them optional. Loading with other labels drops it.
         out_features, out_indices: Which blocks [`SpcxrBackbone`] returns: `"stem"`, `"stage1"`, ... or their indices.
 
     Raises:
@@ -138,11 +145,19 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
     apply_layernorm: bool = True
     operating_points: dict[str, dict[str, float]] | None = None
     operating_point: str | None = None
+    intended_use: dict[str, Any] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         depth = self.num_hidden_layers
+        labels = kwargs.get("num_labels")
+        if (isinstance(depth, int) and depth > MAX_LAYERS) or (isinstance(labels, int) and labels > MAX_LABELS):
+            raise ValueError(
+                f"num_hidden_layers may be at most {MAX_LAYERS} and num_labels {MAX_LABELS}; got {depth} and {labels}"
+            )
+        if self.id2label is not None:
+            self.id2label = _by_number(self.id2label)
         if self.reconstruction_layers is None:
             self.reconstruction_layers = _spread_layers(first=depth / 2, last=depth)
         if self.segmentation_layers is None:
@@ -168,12 +183,18 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As every config's; but thresholds belong to a head, and other labels mean a new one, which has none yet."""
+        if kwargs.get("id2label") is not None:
+            kwargs["id2label"] = _by_number(kwargs["id2label"])
         if any(kwargs.get(name) is not None for name in LABEL_SPACE):
-            config_dict = {name: value for name, value in config_dict.items() if name not in THRESHOLDS}
+            config_dict = {name: value for name, value in config_dict.items() if name not in OF_A_HEAD}
         return super().from_dict(config_dict, **kwargs)
 
-    def drop_foreign_thresholds(self) -> None:
-        """Drop thresholds, with a warning, that name a label which is no longer there (`config.num_labels = 2`)."""
+    def settle_labels(self) -> None:
+        """What was set by hand: keys of `id2label` become numbers, as JSON has them as text, and thresholds that name a
+        label which is no longer there (`config.num_labels = 2`) are dropped with a warning.
+        """
+        if self.id2label is not None:
+            self.id2label = _by_number(self.id2label)
         try:
             for target in self.operating_points or {}:
                 self._validate_target(target)
@@ -205,6 +226,13 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"num_channels must be 1 (grey) or 3; got {self.num_channels}")
         if self.segmentation_hidden_size % 32:
             raise ValueError(f"segmentation_hidden_size must be a multiple of 32; got {self.segmentation_hidden_size}")
+        width, decoder = self.hidden_size, self.segmentation_hidden_size
+        block = 4 * width**2 + 2 * width * self.intermediate_size
+        heads = self.reconstruction_depth * width**2 + 4 * width * decoder + 4 * decoder**2
+        pixels = 2 * width * self.num_channels * self.patch_size**2
+        count = self.num_hidden_layers * block + heads + pixels + self.num_patches * width
+        if count > MAX_PARAMETERS:
+            raise ValueError(f"a model of these sizes has {count:.2g} parameters; it may have {MAX_PARAMETERS:.2g}")
 
     def validate_rates(self) -> None:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
@@ -235,6 +263,22 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"operating_point must be a name that all targets of operating_points have; got {default!r}"
             )
 
+    def validate_intended_use(self) -> None:
+        use = self.intended_use or {}
+        if unknown := sorted(set(use) - {"population", "ages", "views"}):
+            raise ValueError(f"intended_use may have population, ages and views; got {unknown[0]!r}")
+        if not isinstance(use.get("population", ""), str):
+            raise ValueError(f"intended_use: population must be text; got {use['population']!r}")
+        ages = use.get("ages", [None, None])
+        ends = [end for end in ages if end is not None] if isinstance(ages, (list, tuple)) and len(ages) == 2 else [-1]
+        numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) and 0 <= end <= 150 for end in ends)
+        if not numbers or ends != sorted(ends):
+            raise ValueError(f"intended_use: ages must be [youngest, oldest] in years, from 0 to 150; got {ages!r}")
+        views = use.get("views", ["PA"])
+        named = isinstance(views, (list, tuple)) and all(isinstance(view, str) and view for view in views)
+        if not named or not views:
+            raise ValueError(f"intended_use: views must be names such as PA and AP; got {views!r}")
+
     def _validate_target(self, target: str) -> None:
         labels = list((self.id2label or {}).values())
         parts = target.split(" + ")
@@ -260,6 +304,14 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{name} must be rising block numbers between 1 and num_hidden_layers ({self.num_hidden_layers}); "
                     f"got {layers}"
                 )
+
+
+def _by_number(id2label: dict[Any, str]) -> dict[int, str]:
+    """The same with the numbers of the labels as keys."""
+    try:
+        return {int(number): label for number, label in id2label.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"id2label maps numbers to labels, as {{0: 'normal'}}; got {id2label}") from error
 
 
 def _spread_layers(first: float, last: int, count: int = 4) -> list[int]:

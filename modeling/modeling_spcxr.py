@@ -92,7 +92,8 @@ class SpcxrEmbeddings(nn.Module):
 
         The identity at the native grid; elsewhere the patch positions are resized bicubically and CLS keeps its own.
         """
-        if height == self.grid_size and width == self.grid_size:
+        # Resizing to the native grid changes no bit; a trace would keep this branch for images of all sizes.
+        if height == self.grid_size and width == self.grid_size and not torch.jit.is_tracing():
             return self.position_embeddings
         cls_position, patch_positions = self.position_embeddings.split([1, self.grid_size**2], dim=1)
         grid = patch_positions.unflatten(1, (self.grid_size, self.grid_size)).permute(0, 3, 1, 2)  # (1, D, grid, grid)
@@ -101,9 +102,14 @@ class SpcxrEmbeddings(nn.Module):
         return torch.cat([cls_position, grid.flatten(2).transpose(1, 2).to(cls_position.dtype)], dim=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.dim() != 4 or not pixel_values.shape[0]:
+            raise ValueError(f"pixel_values must be (B, C, H, W), B at least 1; got {tuple(pixel_values.shape)}")
         _, channels, height, width = pixel_values.shape
         if channels != self.num_channels:
-            raise ValueError(f"pixel_values has {channels} channels; this model takes {self.num_channels}")
+            raise ValueError(
+                f"pixel_values has {channels} channels; this model takes {self.num_channels}. The checkpoint's image "
+                f"processor (AutoImageProcessor) makes them of grey and colour pictures"
+            )
         if height % self.patch_size or width % self.patch_size or not height or not width:
             raise ValueError(
                 f"pixel_values is {height} x {width} pixels; height and width must be multiples of {self.patch_size}"
@@ -210,17 +216,17 @@ class SpcxrLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = SpcxrDropPath(drop_path_rate)
 
-    def forward(
-        self, hidden_states: torch.Tensor, need_weights: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        context, attention = self.attention(self.norm1(hidden_states), need_weights)
+    def forward(self, hidden_states: torch.Tensor, attentions: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Where a list is given, the attention weights (B, heads, 1 + N, 1 + N) are appended to it."""
+        context, attention = self.attention(self.norm1(hidden_states), attentions is not None)
+        if attentions is not None:
+            attentions.append(attention)
         hidden_states = hidden_states + self.drop_path(self.dropout(context))
-        hidden_states = hidden_states + self.drop_path(self.dropout(self.mlp(self.norm2(hidden_states))))
-        return hidden_states, attention
+        return hidden_states + self.drop_path(self.dropout(self.mlp(self.norm2(hidden_states))))
 
 
 class SpcxrEncoder(nn.Module):
-    """The stack of blocks. Returns the hidden states before the first and after each, and each block's attention."""
+    """The stack of blocks: the hidden states before the first and after each, and each block's attention if needed."""
 
     def __init__(self, config: SpcxrConfig):
         super().__init__()
@@ -231,13 +237,17 @@ class SpcxrEncoder(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, need_weights: bool = False
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
-        all_hidden_states, all_attentions = [hidden_states], []
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        all_hidden_states, attentions = [hidden_states], []
         for layer in self.layers:
-            hidden_states, attention = layer(hidden_states, need_weights)
+            hidden_states = layer(hidden_states, attentions if need_weights else None)
             all_hidden_states.append(hidden_states)
-            all_attentions.append(attention)
-        return tuple(all_hidden_states), tuple(all_attentions)
+        # What gradient checkpointing appends when it computes a block again is not in the tuple.
+        return tuple(all_hidden_states), tuple(attentions)
+
+
+LARGEST_HEADER = 100_000_000  # bytes of a safetensors header; as the library that reads it
+NEW_PARAMETERS = 100_000_000  # so many may be newly initialised beside any weights; the largest head has 1,000,000
 
 
 def check_weight_files(folder: Path) -> None:
@@ -288,6 +298,44 @@ def _parts_of_index(index: Path) -> list[str]:
         raise ValueError(f"{index}: no index of weights ({type(error).__name__})") from error
 
 
+def check_stored_weights(model: PreTrainedModel, files: list[str]) -> None:
+    """Refuse weights that a model cannot take, by the files' headers, before memory is taken.
+
+    Raises:
+        ValueError: weights are stored as whole numbers without being quantised, are position embeddings of another
+            image size, or are few beside the parameters that would be newly initialised.
+    """
+    stored = {}
+    for file in files:
+        with open(file, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if size > LARGEST_HEADER:
+                return  # reading it fails with the library's own words
+            try:
+                stored |= json.loads(stream.read(size))
+            except (ValueError, TypeError):
+                return
+    stored = {name: entry for name, entry in stored.items() if name != "__metadata__"}
+    is_quantized = getattr(model.config, "quantization_config", None) is not None
+    for name, entry in stored.items():
+        if entry["dtype"][:1] in "IUB" and entry["dtype"] != "BF16" and not is_quantized:
+            raise ValueError(f"{name} is stored as {entry['dtype']}; weights are floating-point numbers")
+    parts = {name.removeprefix(f"{model.base_model_prefix}."): entry["shape"] for name, entry in stored.items()}
+    found = new = 0
+    for name, parameter in model.named_parameters():
+        shape = parts.get(name.removeprefix(f"{model.base_model_prefix}."))
+        is_stored = shape == list(parameter.shape)
+        found, new = found + is_stored * parameter.numel(), new + (not is_stored) * parameter.numel()
+        if name.endswith("position_embeddings") and shape is not None and not is_stored and len(shape) == 3:
+            side = round((shape[1] - 1) ** 0.5) * model.config.patch_size
+            raise ValueError(
+                f"image_size is {model.config.image_size}, and the position embeddings are stored for {side}. Pass no "
+                "image_size: images of other sizes are taken as they are, the positions being interpolated"
+            )
+    if not is_quantized and new > max(found, NEW_PARAMETERS):
+        raise ValueError(f"the weights hold {found:,} of the configuration's parameters and lack {new:,} of them")
+
+
 class SpcxrPreTrainedModel(PreTrainedModel):
     """What all classes of the family share: configuration, initialisation, capabilities."""
 
@@ -311,7 +359,7 @@ class SpcxrPreTrainedModel(PreTrainedModel):
 
     def post_init(self) -> None:
         """What every class does when its parts are there: thresholds of labels that are gone go, weights are drawn."""
-        self.config.drop_foreign_thresholds()
+        self.config.settle_labels()
         super().post_init()
 
     @classmethod
@@ -324,10 +372,13 @@ class SpcxrPreTrainedModel(PreTrainedModel):
         if isinstance(module, SpcxrEmbeddings):  # its bare parameters belong to no layer
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+        if isinstance(module, SpcxrHeadLinear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
         if isinstance(module, SpcxrReconstructionLayer):
             # No residual and no norm carries the signal through these layers: at initializer_range each would shrink it
             # five times, and the head would learn nothing but the mean of a patch for a long time (arXiv 1502.01852).
-            init.normal_(module.weight, std=(2 / module.in_features) ** 0.5)
+            init.normal_(module.weight, std=(2 / module.weight.shape[1]) ** 0.5)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs):
@@ -346,18 +397,19 @@ class SpcxrPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
-        """Where the library has found out which files to read: of a Hub id it knows only here."""
+        """The library's own, from where it knows which files to read (of a Hub id, it does so only here)."""
         for file in checkpoint_files or []:
             below = str(file).replace(os.sep, "/").partition("/snapshots/")[2].split("/")
             if not str(file).endswith(".safetensors") or ".." in below:
                 raise ValueError(f"{file}: weights are read from safetensors files in their own folder alone")
+        check_stored_weights(model, checkpoint_files or [])
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save weights, configuration and code, so that the folder loads by itself."""
         # What came from the Hub names its code "user/repository--file.Class"; from here on it is the code saved beside.
         self.config.auto_map = dict(AUTO_MAP)
-        self.config.drop_foreign_thresholds()
+        self.config.settle_labels()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _requested(self, name: str, value: bool | None) -> bool:
@@ -395,7 +447,8 @@ class SpcxrModel(SpcxrPreTrainedModel):
             output_attentions: Whether to return every block's attention weights; computed eagerly then.
 
         Raises:
-            ValueError: the number of channels is not `num_channels`, or H or W is not a multiple of `patch_size`.
+            ValueError: `pixel_values` is empty or not (B, C, H, W), the number of channels is not `num_channels`, or H
+                or W is not a multiple of `patch_size`.
         """
         output_attentions = self._requested("output_attentions", output_attentions)
         hidden_states, attentions = self.encoder(self.embeddings(pixel_values), output_attentions)
@@ -410,8 +463,26 @@ class SpcxrModel(SpcxrPreTrainedModel):
         )
 
 
-class SpcxrReconstructionLayer(nn.Linear):
-    """A layer of the head, for `_init_weights`: of custom code, it sees only modules that own parameters themselves."""
+class SpcxrHeadLinear(nn.Module):
+    """A linear layer of a head.
+
+    No subclass of `nn.Linear`: tools that quantise or adapt all linear layers of a model leave a head as it is.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        layer = nn.Linear(in_features, out_features)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(features, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
+
+
+class SpcxrReconstructionLayer(SpcxrHeadLinear):
+    """A layer of the reconstruction head, for `_init_weights`: it sees modules that own parameters themselves."""
 
 
 class SpcxrReconstructionHead(nn.Module):
@@ -444,6 +515,9 @@ class SpcxrForPreTraining(SpcxrPreTrainedModel):
         self.spcxr = SpcxrModel(config)
         self.reconstruction_head = SpcxrReconstructionHead(config)
         self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.reconstruction_head.projection
 
     # trf-ignore: TRF045 (written out, so that they are seen; and a request for attentions switches to eager)
     @can_return_tuple
@@ -537,6 +611,10 @@ class SpcxrForImageClassification(SpcxrPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer, which quantisation and adapters of all linear layers leave alone."""
+        return self.classifier
+
     # trf-ignore: TRF045 (written out, so that they are seen; and a request for attentions switches to eager)
     @can_return_tuple
     def forward(
@@ -554,13 +632,15 @@ class SpcxrForImageClassification(SpcxrPreTrainedModel):
             labels: (B,) class indices for `problem_type="single_label_classification"`; (B, num_labels) in [0, 1] for
                 "multi_label_classification"; (B,) or (B, num_labels) values for "regression". A missing label is NaN in
                 the last two and -100 in the first, and takes no part in the loss: missing is not negative. Where
-                `config.problem_type` is unset it follows from `num_labels` and the labels' dtype.
+                `config.problem_type` is unset it follows from `num_labels` and the labels' dtype (one label:
+                regression, floating point: multi-label) and is set to that.
 
         Returns:
             `loss` where `labels` is given (0 if every label is missing), `logits` (B, num_labels).
 
         Raises:
-            ValueError: `labels` does not fit the logits' shape.
+            ValueError: `labels` does not fit the logits' shape, or a label is out of range; or `pixel_values` is not
+                (B, C, H, W), or empty.
         """
         outputs = self.spcxr(
             pixel_values,
@@ -578,8 +658,12 @@ class SpcxrForImageClassification(SpcxrPreTrainedModel):
 
     def _classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         problem_type = self.config.problem_type or self._infer_problem_type(labels)
+        if self.config.problem_type is None and not torch.compiler.is_compiling():
+            # As the library's heads do. What the head is trained as is saved with it: its logits are read by that.
+            self.config.problem_type = problem_type
         if problem_type == "single_label_classification":
-            loss = nn.functional.cross_entropy(logits, labels.reshape(-1), ignore_index=-100, reduction="sum")
+            _check_class_indices(labels, (len(logits),), self.num_labels, ignored=-100)
+            loss = nn.functional.cross_entropy(logits, labels.long(), ignore_index=-100, reduction="sum")
             return loss / (labels != -100).sum().clamp(min=1)
         if problem_type == "regression" and labels.dim() == 1:
             labels = labels.unsqueeze(-1)
@@ -588,6 +672,9 @@ class SpcxrForImageClassification(SpcxrPreTrainedModel):
         known = ~labels.isnan() if labels.is_floating_point() else torch.ones_like(labels, dtype=torch.bool)
         targets = torch.where(known, labels, 0).to(logits.dtype)
         if problem_type == "multi_label_classification":
+            if not torch.compiler.is_compiling() and ((targets < 0) | (targets > 1)).any():
+                wrong = targets[(targets < 0) | (targets > 1)][0].item()
+                raise ValueError(f"labels must lie in [0, 1], a missing one being NaN; got {wrong:g}")
             loss = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         else:
             loss = nn.functional.mse_loss(logits, targets, reduction="none")
@@ -597,6 +684,21 @@ class SpcxrForImageClassification(SpcxrPreTrainedModel):
         if self.num_labels == 1:
             return "regression"
         return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def _check_class_indices(labels: torch.Tensor, shape: tuple[int, ...], num_labels: int, ignored: int) -> None:
+    """Raises ValueError unless `labels` holds class indices, or `ignored`, in this shape."""
+    if labels.shape != shape:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; expected {tuple(shape)}, the indices of classes")
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be whole numbers, the indices of the classes; got {labels.dtype}")
+    if torch.compiler.is_compiling():
+        return
+    wrong = labels[(labels != ignored) & ((labels < 0) | (labels >= num_labels))]
+    if len(wrong):
+        raise ValueError(
+            f"labels must lie in 0 .. {num_labels - 1}, or be {ignored} where missing; got {wrong[0].item()}"
+        )
 
 
 class SpcxrSegmentationDecoder(nn.Module):
@@ -610,7 +712,7 @@ class SpcxrSegmentationDecoder(nn.Module):
     def __init__(self, config: SpcxrConfig):
         super().__init__()
         width = config.segmentation_hidden_size
-        self.projections = nn.ModuleList(nn.Linear(config.hidden_size, width) for _ in config.segmentation_layers)
+        self.projections = nn.ModuleList(SpcxrHeadLinear(config.hidden_size, width) for _ in config.segmentation_layers)
         self.upsampling = nn.ModuleList(self._doubling(width, width // 2) + self._doubling(width // 2, width // 4))
         self.classifier = nn.Conv2d(width // 4, config.num_labels, kernel_size=1)
 
@@ -643,6 +745,9 @@ class SpcxrForSemanticSegmentation(SpcxrPreTrainedModel):
         self.decoder = SpcxrSegmentationDecoder(config)
         self.post_init()
 
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.classifier
+
     # trf-ignore: TRF045 (written out, so that they are seen; and a request for attentions switches to eager)
     @can_return_tuple
     def forward(
@@ -664,7 +769,7 @@ class SpcxrForSemanticSegmentation(SpcxrPreTrainedModel):
             `logits`: (B, num_labels, H, W), the input's resolution, in float32.
 
         Raises:
-            ValueError: `labels` is not (B, H, W).
+            ValueError: `labels` is not (B, H, W), or holds what is neither a class nor ignored.
         """
         output_hidden_states = self._requested("output_hidden_states", output_hidden_states)
         outputs = self.spcxr(
@@ -688,11 +793,10 @@ class SpcxrForSemanticSegmentation(SpcxrPreTrainedModel):
         )
 
     def _segmentation_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if labels.shape != (logits.shape[0], *logits.shape[-2:]):
-            expected = (logits.shape[0], *logits.shape[-2:])
-            raise ValueError(f"labels has shape {tuple(labels.shape)}; expected {expected}")
+        ignored = self.config.semantic_loss_ignore_index
+        _check_class_indices(labels, (logits.shape[0], *logits.shape[-2:]), self.num_labels, ignored)
         labels = labels.long()
-        known = labels != self.config.semantic_loss_ignore_index
+        known = labels != ignored
         targets = torch.where(known, labels, 0)
         cross_entropy = nn.functional.cross_entropy(logits, targets, reduction="none")
         cross_entropy = (cross_entropy * known).sum() / known.sum().clamp(min=1)

@@ -284,7 +284,9 @@ class InitialisationContract(Case):
     def test_model_get_set_embeddings(self):
         model = self.model_class(tiny_config())
         assert isinstance(model.get_input_embeddings(), nn.Conv2d)
-        assert model.get_output_embeddings() is None
+        output = model.get_output_embeddings()  # quantisation, and adapters of all linear layers, leave it alone
+        names = ("Classification", "Segmentation", "PreTraining")
+        assert (output is not None) == any(name in self.model_class.__name__ for name in names)
 
 
 class SavingContract(Case):

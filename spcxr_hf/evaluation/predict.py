@@ -118,10 +118,12 @@ def load_classifier(source: str, device: torch.device | str = "cpu") -> tuple[Pr
     """A classifier of any family, in evaluation mode on its device, and its image processor.
 
     Raises:
-        SpcxrError: as `load_checkpoint`; or scikit-learn, which the metrics need, is missing.
+        SpcxrError: as `load_checkpoint`; it is for regression; or scikit-learn, which the metrics need, is missing.
     """
     check_packages()
     loaded = load_checkpoint("classification", source, device, any_family=True)
+    if loaded.model.config.problem_type == "regression":
+        raise SpcxrError(f"{source}: a regression model gives no probabilities")
     return loaded.model, loaded.processor
 
 

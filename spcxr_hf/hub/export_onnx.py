@@ -35,7 +35,7 @@ from spcxr_hf.hub.export import (
     plain_config,
 )
 from spcxr_hf.hub.export_vit import check_target
-from spcxr_hf.models.loading import label_names
+from spcxr_hf.models.loading import is_multi_label, label_names
 
 MODEL_FILE = "onnx/model.onnx"  # where Transformers.js looks; the 8-bit one is model_quantized.onnx (its dtype "q8")
 INT8_FILE = "onnx/model_quantized.onnx"
@@ -218,7 +218,10 @@ def _write_metadata(onnx: Any, file: Path, source: Source, num_channels: int) ->
     if source.task != "embedding":
         facts["labels"] = label_names(source.model.config)
     if source.task == "classification":
-        facts["problem_type"] = config.problem_type or "single_label_classification"
+        # Regression, or how the logits are read: a single label has a sigmoid, as in the pipelines of transformers.
+        regression = config.problem_type == "regression"
+        kind = "multi_label" if not regression and is_multi_label(config) else "single_label"
+        facts["problem_type"] = "regression" if regression else f"{kind}_classification"
         facts["operating_points"] = getattr(config, "operating_points", None) or {}
         facts["operating_point"] = getattr(config, "operating_point", None)
     proto = onnx.load(file)

@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from transformers import PreTrainedModel
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.models.loading import is_sigmoid, probabilities
+from spcxr_hf.models.loading import is_multi_label, probabilities
 
 METHODS = ("relevance", "rollout")
 
@@ -151,7 +151,7 @@ def _score(model: PreTrainedModel, pixels: torch.Tensor, target: Target) -> tupl
     wanted = target_matrix(model, target, len(pixels))
     logits = model.get_submodule("classifier")(encoded.pooler_output).float()
     inside = logits.masked_fill(~wanted, -torch.inf).logsumexp(dim=1)
-    if is_sigmoid(model.config):
+    if _is_independent(model):
         return inside, encoded
     return inside - logits.masked_fill(wanted, -torch.inf).logsumexp(dim=1), encoded
 
@@ -174,9 +174,14 @@ def target_matrix(model: PreTrainedModel, target: Target, batch: int) -> torch.T
     matrix = torch.zeros(batch, count, dtype=torch.bool)
     for row, one in enumerate(targets):
         matrix[row, _labels_of(model, one)] = True
-    if not is_sigmoid(model.config) and matrix.all(dim=1).any():
+    if not _is_independent(model) and matrix.all(dim=1).any():
         raise SpcxrError(f"the target {targets[0]!r} holds every class: its probability is always 1")
     return matrix.to(model.device)
+
+
+def _is_independent(model: PreTrainedModel) -> bool:
+    """Whether an output says something by itself; classes that exclude each other are read against each other."""
+    return model.config.problem_type == "regression" or is_multi_label(model.config)
 
 
 def _labels_of(model: PreTrainedModel, target: int | str) -> list[int]:

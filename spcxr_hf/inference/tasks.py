@@ -22,7 +22,7 @@ from spcxr_hf.images.reader import read_radiograph
 from spcxr_hf.inference.dicom_seg import SourceError, check_highdicom, write_segmentation
 from spcxr_hf.inference.explain import draw_explanation, explain, share_inside, target_matrix
 from spcxr_hf.inference.pipeline import Batch, Failed, Prepared, Source, prepare
-from spcxr_hf.models.loading import Loaded, forward, is_sigmoid, label_names, probabilities
+from spcxr_hf.models.loading import Loaded, forward, is_multi_label, label_names, probabilities
 from spcxr_hf.models.lungs import measure_lungs, segment_lungs
 from spcxr_hf.transforms.group_masking import FILL_MODES, GroupMasking, as_pixels
 
@@ -66,7 +66,7 @@ class Predictor:
         config = loaded.model.config
         if config.problem_type == "regression":
             raise SpcxrError(f"{loaded.name}: a regression model gives no probabilities")
-        self.labels, self.exclusive = label_names(config), not is_sigmoid(config)
+        self.labels, self.exclusive = label_names(config), not is_multi_label(config)
         points: Mapping[str, Mapping[str, float]] = getattr(config, "operating_points", None) or {}
         names = list(dict.fromkeys(name for thresholds in points.values() for name in thresholds))
         if operating_point is not None and operating_point not in names:

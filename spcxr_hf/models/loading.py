@@ -315,15 +315,16 @@ def label_names(config: PreTrainedConfig) -> list[str]:
 
 
 def is_multi_label(config: PreTrainedConfig) -> bool:
-    """Whether the labels of a classifier may hold together."""
-    return config.problem_type == "multi_label_classification"
+    """Whether each label has a probability of its own (a sigmoid): labels that may hold together, or a single one.
 
-
-def is_sigmoid(config: PreTrainedConfig) -> bool:
-    """Whether each label has a probability of its own: labels that may hold together, or a single one."""
-    return is_multi_label(config) or config.num_labels == 1
+    Raises:
+        SpcxrError: the model is for regression, whose outputs are no probabilities.
+    """
+    if config.problem_type == "regression":
+        raise SpcxrError("a regression model gives no probabilities")
+    return config.problem_type == "multi_label_classification" or config.num_labels == 1
 
 
 def probabilities(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Tensor:
     """Logits (B, labels) -> probabilities (B, labels), as the pipelines of transformers have them."""
-    return logits.float().sigmoid() if is_sigmoid(config) else logits.float().softmax(dim=-1)
+    return logits.float().sigmoid() if is_multi_label(config) else logits.float().softmax(dim=-1)

@@ -248,3 +248,64 @@ def test_auto_map_is_complete(tmp_path):
     public = {name for name in modeling_spcxr.__all__ if name != "SpcxrPreTrainedModel"}
     assert {code.removeprefix("modeling_spcxr.") for auto, code in AUTO_MAP.items() if auto != "AutoConfig"} == public
     assert AUTO_MAP["AutoConfig"] == "configuration_spcxr.SpcxrConfig"
+
+
+def test_intended_use_is_kept_and_belongs_to_the_head(tmp_path):
+    use = {"population": "adults", "ages": [18, None], "views": ["PA", "AP"]}
+    tiny_config(**LABELS, intended_use=use).save_pretrained(tmp_path)
+    assert SpcxrConfig.from_pretrained(tmp_path).intended_use == use
+    assert SpcxrConfig.from_pretrained(tmp_path, num_labels=2).intended_use is None
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        ({"sex": "F"}, "may have population, ages and views; got 'sex'"),
+        ({"ages": [18]}, "ages must be"),
+        ({"ages": [18, 5]}, r"ages must be \[youngest, oldest\] in years, from 0 to 150; got \[18, 5\]"),
+        ({"ages": ["18", "90"]}, "ages must be"),
+        ({"ages": [-1, 5]}, "ages must be"),
+        ({"ages": 18}, "ages must be"),
+        ({"views": []}, "views must be names"),
+        ({"views": "PA"}, "views must be names"),
+        ({"population": 5}, "population must be text"),
+        (["adults"], "intended_use"),
+    ],
+    ids=str,
+)
+def test_intended_use_that_is_refused(use, message):
+    with pytest.raises((StrictDataclassError, ValueError), match=message):
+        SpcxrConfig(intended_use=use)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_labels": 10**9},
+        {"hidden_size": 6 * 10**6},
+        {"intermediate_size": 10**12},
+        {"image_size": 16 * 10**6},
+        {"patch_size": 10**7, "image_size": 10**7},
+        {"segmentation_hidden_size": 32 * 10**6},
+        {"reconstruction_depth": 10**9},
+    ],
+    ids=str,
+)
+def test_absurd_sizes_are_refused_before_memory_is_taken(sizes):
+    with pytest.raises((StrictDataclassError, ValueError), match="parameters; it may have|may be at most"):
+        SpcxrConfig(**sizes)
+
+
+def test_numbers_of_labels_may_be_text(tmp_path):
+    """As JSON has them."""
+    named = {"0": "normal", "1": "pneumonia"}
+    expected = {0: "normal", 1: "pneumonia"}
+    assert SpcxrConfig(id2label=named).id2label == expected
+    tiny_config().save_pretrained(tmp_path)
+    assert SpcxrConfig.from_pretrained(tmp_path, id2label=named).id2label == expected
+    config = tiny_config()
+    config.id2label = named
+    assert modeling_spcxr.SpcxrForImageClassification(config).config.id2label == expected
+    with pytest.raises((StrictDataclassError, ValueError), match="id2label maps numbers to labels"):
+        SpcxrConfig(id2label={"normal": 0})

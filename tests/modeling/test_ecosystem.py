@@ -11,6 +11,8 @@ from torch import nn
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
+    BitsAndBytesConfig,
+    TorchAoConfig,
     Trainer,
     TrainingArguments,
     UperNetConfig,
@@ -115,6 +117,46 @@ def test_lora(tmp_path: Path):
     reloaded = AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         torch.testing.assert_close(reloaded(pixels()).logits, merged(pixel_values=pixels()).logits)
+
+
+HEADS = [SpcxrForImageClassification, SpcxrForSemanticSegmentation, SpcxrForPreTraining]
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_adapters_of_all_linear_layers_leave_heads_alone(model_class):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build(model_class), peft.LoraConfig(r=2, target_modules="all-linear"))
+    adapted = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert len(adapted) == 2 * 4 * model.config.num_hidden_layers  # two matrices for each of a block's four layers
+    assert all(".encoder.layers." in name for name in adapted)
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_leaves_heads_alone(tmp_path, model_class, bits):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = build(model_class, tiny_config(hidden_size=64, intermediate_size=128)).eval()
+    model.save_pretrained(tmp_path)
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if bits == 4 else {"load_in_8bit": True}
+    quantised = model_class.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**options))
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    names = [name for name, module in quantised.named_modules() if isinstance(module, kinds)]
+    assert len(names) == 4 * model.config.num_hidden_layers and all(".encoder.layers." in name for name in names)
+    heads = {name: value for name, value in model.state_dict().items() if not name.startswith("spcxr.")}
+    assert heads
+    for name, value in heads.items():
+        assert torch.equal(quantised.state_dict()[name].float(), value), name
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_torchao_leaves_heads_alone(tmp_path, model_class):
+    torchao = pytest.importorskip("torchao.quantization")
+    build(model_class).save_pretrained(tmp_path)
+    config = TorchAoConfig(quant_type=torchao.Int8WeightOnlyConfig())
+    quantised = model_class.from_pretrained(tmp_path, quantization_config=config)
+    names = [name for name, weight in quantised.named_parameters() if type(weight.data) is not torch.Tensor]
+    assert len(names) == 4 * quantised.config.num_hidden_layers
+    assert all(".encoder.layers." in name for name in names)
 
 
 def test_upernet_over_a_pretrained_backbone(tmp_path: Path):

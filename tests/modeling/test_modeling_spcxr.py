@@ -1,8 +1,11 @@
 """The model family: the contract of transformers for each class, and what is particular to it."""
 
+import json
+import warnings
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
@@ -298,6 +301,66 @@ class TestSpcxrForPreTraining(ModelContract):
             self.run(build(SpcxrForPreTraining), **wrong)
 
 
+@pytest.mark.parametrize("model_class", [SpcxrForImageClassification, SpcxrForSemanticSegmentation, SpcxrBackbone])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((0, 1, SIDE, SIDE), r"B at least 1; got \(0, 1, 32, 32\)"),
+        ((1, SIDE, SIDE), r"must be \(B, C, H, W\)"),
+        ((1, 3, SIDE, SIDE), "takes 1. The checkpoint's image processor"),
+    ],
+)
+def test_pixels_that_are_refused(model_class, shape, message):
+    with pytest.raises(ValueError, match=message):
+        build(model_class)(torch.zeros(shape))
+
+
+def test_a_block_returns_a_tensor():
+    """What hooks of Captum and Grad-CAM expect."""
+    found = []
+    model = build(SpcxrForImageClassification)
+    model.spcxr.encoder.layers[1].register_forward_hook(lambda *arguments: found.append(arguments[2]))
+    states = model(pixels(), output_hidden_states=True).hidden_states
+    assert_same(found[0], states[2])
+
+
+@pytest.mark.parametrize("model_class", [SpcxrModel, SpcxrForImageClassification, SpcxrForSemanticSegmentation])
+def test_a_trace_is_exact_at_other_sizes(model_class):
+    model = build(model_class)
+    model.config.return_dict = False
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, pixels(), strict=False, check_trace=False)
+        for size in ((SIDE, SIDE), (SIDE + 16, SIDE), (SIDE, 2 * SIDE)):
+            images = pixels(batch=3, height=size[0], width=size[1])
+            assert_same(traced(images)[0], model(images)[0])
+
+
+def test_an_image_size_needs_not_be_given(tmp_path):
+    build(SpcxrModel).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"image_size is 64, and .* stored for 32\. Pass no image_size"):
+        SpcxrModel.from_pretrained(tmp_path, image_size=64)
+
+
+def test_weights_stored_as_integers_are_refused(tmp_path):
+    build(SpcxrModel).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for dtype, name in ((torch.int64, "I64"), (torch.uint8, "U8"), (torch.bool, "BOOL")):
+        weights["layernorm.weight"] = torch.ones(WIDTH, dtype=dtype)
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"layernorm.weight is stored as {name}; weights are floating-point"):
+            SpcxrModel.from_pretrained(tmp_path)
+
+
+def test_a_configuration_far_larger_than_its_weights(tmp_path):
+    """No memory is taken for it: on this model, 3 GB."""
+    build(SpcxrForPreTraining).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | {"intermediate_size": 3_000_000}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="the weights hold .* and lack"):
+        SpcxrForPreTraining.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
 class TestSpcxrForImageClassification(ModelContract):
     model_class = SpcxrForImageClassification
 
@@ -331,12 +394,14 @@ class TestSpcxrForImageClassification(ModelContract):
             (1, torch.tensor([0.5, 3.0]), "regression"),
         ],
     )
-    def test_problem_type_follows_from_the_labels(self, num_labels, labels, problem_type):
+    def test_problem_type_follows_from_the_labels_and_is_kept(self, tmp_path, num_labels, labels, problem_type):
+        """What reads the logits (pipelines, `spcxr predict`, the handler) knows how they were trained."""
         model = build(SpcxrForImageClassification, tiny_config(num_labels=num_labels))
-        guessed = self.run(model, labels=labels).loss
-        assert model.config.problem_type is None  # a later batch of other labels is not bound by the first
-        model.config.problem_type = problem_type
-        assert_same(self.run(model, labels=labels).loss, guessed)
+        inferred = self.run(model, labels=labels).loss
+        assert model.config.problem_type == problem_type
+        assert_same(self.run(model, labels=labels).loss, inferred)
+        model.save_pretrained(tmp_path)
+        assert SpcxrForImageClassification.from_pretrained(tmp_path).config.problem_type == problem_type
 
     def test_regression_of_flat_labels(self):
         model = build(SpcxrForImageClassification, tiny_config(num_labels=1))
@@ -385,6 +450,25 @@ class TestSpcxrForImageClassification(ModelContract):
         model = build(SpcxrForImageClassification, tiny_config(problem_type=problem_type))
         with pytest.raises(ValueError, match=r"labels has shape \(2, 2\); .* expects \(2, 3\)"):
             self.run(model, labels=torch.zeros(2, 2))
+
+    @pytest.mark.parametrize(
+        ("problem_type", "labels", "message"),
+        [
+            ("multi_label_classification", [[0, 1, -1], [1, 0, 0]], r"must lie in \[0, 1\], .* NaN; got -1"),
+            ("multi_label_classification", [[0, 1, -100.0], [1, NAN, 0]], "got -100"),
+            ("multi_label_classification", [[0, 2.0, 0], [1, 0, 0]], "got 2"),
+            ("multi_label_classification", [[0, float("inf"), 0], [1, 0, 0]], "got inf"),
+            ("single_label_classification", [3, 0], r"must lie in 0 \.\. 2, or be -100 where missing; got 3"),
+            ("single_label_classification", [-1, 0], "got -1"),
+            ("single_label_classification", [[0, 1, 0], [1, 0, 0]], r"shape \(2, 3\); expected \(2,\)"),
+            ("single_label_classification", [0.0, 1.0], "whole numbers"),
+            ("single_label_classification", [0], r"shape \(1,\); expected \(2,\), the indices of classes"),
+        ],
+    )
+    def test_labels_out_of_range(self, problem_type, labels, message):
+        model = build(SpcxrForImageClassification, tiny_config(problem_type=problem_type))
+        with pytest.raises(ValueError, match=message):
+            self.run(model, labels=torch.tensor(labels))
 
     @pytest.mark.parametrize("pooling", ["mean", "cls"])
     def test_classifies_what_the_pooling_says(self, pooling):
@@ -449,6 +533,19 @@ class TestSpcxrForSemanticSegmentation(ModelContract):
         right = self.run(model, labels=predicted).loss
         wrong = self.run(model, labels=(predicted + 1) % 3).loss
         assert 0 < right < wrong
+
+    @pytest.mark.parametrize(
+        ("labels", "message"),
+        [
+            (torch.full((BATCH, SIDE, SIDE), 3), r"must lie in 0 \.\. 2, or be 255 where missing; got 3"),
+            (torch.full((BATCH, SIDE, SIDE), -100), "got -100"),
+            (torch.zeros(BATCH, SIDE, SIDE), "whole numbers"),
+            (torch.zeros(BATCH, 3, SIDE, SIDE, dtype=torch.long), r"shape \(2, 3, 32, 32\); expected \(2, 32, 32\)"),
+        ],
+    )
+    def test_labels_out_of_range(self, labels, message):
+        with pytest.raises(ValueError, match=message):
+            self.run(build(SpcxrForSemanticSegmentation), labels=labels)
 
     @pytest.mark.parametrize("ignored", [255, 2])
     def test_ignored_pixels_take_no_part(self, ignored):
