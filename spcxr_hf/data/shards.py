@@ -4,7 +4,7 @@
 `ShardIndex.read` reads rows of one unit.
 
 Parquet counts come from the footers (a few milliseconds a file): they grow with the files, not their rows. A tar has no
-footer: its headers are walked once, without its data (10 seconds per million members), in every process.
+footer: its headers are walked once, without its data (30 seconds per million members), in every process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ SAMPLES_PER_UNIT, BYTES_PER_UNIT = 256, 2**26  # a tar's unit is closed at which
 LARGEST_ROW_GROUP = 2**30  # bytes; a stream holds several of them
 PARQUET_BATCH = 64  # rows that are decoded at once; more of them could overflow Arrow's 32-bit offsets
 REGULAR_FILES = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
-EXTRA_HEADERS = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE}
 
 UNIT = np.dtype(
     [
@@ -260,20 +259,11 @@ def _read_parquet_rows(path: Path, group: int, first_row: int, wanted: np.ndarra
 # ---- WebDataset ------------------------------------------------------------------------------------------------
 
 
-class _Member(NamedTuple):
-    """A regular file in a tar."""
-
-    name: str
-    header: int  # byte offset of its first header
-    data: int
-    size: int
-
-
 class _Sample(NamedTuple):
     """The members of one key, a picture among them."""
 
     key: str
-    members: dict[str, _Member]  # by extension, in lower case
+    members: dict[str, tarfile.TarInfo]  # by extension, in lower case
 
 
 def _scan_tar(path: Path, where: tuple[str, Any] | None) -> _Scan:
@@ -290,7 +280,7 @@ def _scan_tar(path: Path, where: tuple[str, Any] | None) -> _Scan:
                 kept.append(np.flatnonzero(matches).astype(np.uint32))
                 rows = len(kept[-1])
             first = next(iter(run[0].members.values()))
-            units.append((first.header, first_row, rows, size))
+            units.append((first.offset, first_row, rows, size))
             first_row += len(run)
     if not first_row:
         raise SpcxrError(f"{path}: no pictures ({', '.join(sorted(IMAGE_EXTENSIONS))}) in this tar")
@@ -316,7 +306,7 @@ def _samples(file: BinaryIO, path: Path, offset: int) -> Iterator[_Sample]:
     named = ((*_split_name(member.name), member) for member in _members(file, path, offset))
     visible = (entry for entry in named if entry[0] and not entry[0].endswith("/"))  # some systems add `._key.jpg`
     for key, group in itertools.groupby(visible, key=lambda entry: entry[0]):
-        members: dict[str, _Member] = {}
+        members: dict[str, tarfile.TarInfo] = {}
         for _, extension, member in group:
             if extension in members:
                 raise SpcxrError(f"{path}: two members in a row are called {member.name}")
@@ -335,84 +325,37 @@ def _split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _members(file: BinaryIO, path: Path, offset: int) -> Iterator[_Member]:
-    """The regular files of a tar, by their headers alone.
+def _members(file: BinaryIO, path: Path, offset: int) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar from the header at this byte on, by their headers alone.
 
-    `tarfile` would take a damaged header for the end of the archive, and remember every member.
+    `tarfile` takes a damaged header for the end of the archive: whether its end marker stands there is checked here.
     """
     end = file.seek(0, os.SEEK_END)
-    at = header = offset
-    said: dict[str, str] = {}  # by extra headers before the file's own: a long name, a large size
-    while (found := _tar_header(file, path, at)) is not None:
-        name, size, kind = found
-        data, is_extra = at + tarfile.BLOCKSIZE, kind in EXTRA_HEADERS
-        if not is_extra:
-            size = int(said.get("size", size))
-        if data + size > end:
-            raise SpcxrError(f"{path}: the tar is cut short, within the member at byte {header}")
-        at = data + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        if is_extra:
-            said |= _extra_header(file, path, kind, data, size)
-            continue
-        if kind in REGULAR_FILES:
-            yield _Member(said.get("path", name), header, data, size)
-        header, said = at, {}
-
-
-def _tar_header(file: BinaryIO, path: Path, at: int) -> tuple[str, int, bytes] | None:
-    """Name, size and type in the header at this offset (POSIX.1-1988 ustar, GNU); None where the archive ends.
-
-    `tarfile.TarInfo.frombuf` reads every field, and takes twice as long as all the rest of the walk.
-    """
-    file.seek(at)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise SpcxrError(f"{path}: the tar is cut short, it ends at byte {at + len(block)} without an end marker")
-    if block.count(0) == tarfile.BLOCKSIZE:
-        return None
+    at = file.seek(offset)
     try:
-        is_whole = _tar_number(block[148:156]) == sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
-        size = _tar_number(block[124:136])
-    except ValueError:
-        is_whole = False
-    if not is_whole:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # or all are kept
+                if member.size < 0 or tar.offset <= at:  # type: ignore[attr-defined]
+                    raise SpcxrError(f"{path}: not a tar, or damaged: no header at byte {at}")
+                if member.offset_data + member.size > end:
+                    raise SpcxrError(f"{path}: the tar is cut short, within the member at byte {at}")
+                at = tar.offset  # type: ignore[attr-defined]
+                if member.type in REGULAR_FILES:
+                    yield member
+    except SpcxrError:
+        raise
+    except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError):
+        pass  # no header there, as is found below
+    file.seek(at)
+    if (block := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
+        if len(block) < tarfile.BLOCKSIZE:
+            raise SpcxrError(f"{path}: the tar is cut short, it ends at byte {at + len(block)} without an end marker")
         raise SpcxrError(f"{path}: not a tar, or damaged: no header at byte {at}")
-    name, kind = block[:100].partition(b"\0")[0], block[156:157]
-    if block[257:263] == b"ustar\0" and block[345]:
-        name = block[345:500].partition(b"\0")[0] + b"/" + name
-    if kind == tarfile.AREGTYPE and name.endswith(b"/"):  # before ustar
-        kind = tarfile.DIRTYPE
-    return os.fsdecode(name), size, kind
 
 
-def _tar_number(field: bytes) -> int:
-    """Octal digits; or, marked by its first bit, a binary number too large for them (GNU)."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
-
-
-def _extra_header(file: BinaryIO, path: Path, kind: bytes, data: int, size: int) -> dict[str, str]:
-    """What a GNU long name or a pax header (POSIX.1-2001) says of the next member: its path, its size."""
-    file.seek(data)
-    text = file.read(size)
-    if kind == tarfile.GNUTYPE_LONGNAME:
-        return {"path": os.fsdecode(text.rstrip(b"\0"))}
-    said = {}
-    while kind == tarfile.XHDTYPE and text:
-        length, _, _ = text.partition(b" ")  # "27 path=folder/picture.png\n", its own digits counted
-        if not length.isdigit() or not len(length) + 3 <= int(length) <= len(text):
-            raise SpcxrError(f"{path}: not a tar, or damaged: no pax header at byte {data}")
-        keyword, _, value = text[len(length) + 1 : int(length) - 1].partition(b"=")
-        said[os.fsdecode(keyword)] = os.fsdecode(value)
-        text = text[int(length) :]
-    if not said.get("size", "0").isdecimal():
-        raise SpcxrError(f"{path}: not a tar, or damaged: no size in the pax header at byte {data}")
-    return {keyword: said[keyword] for keyword in ("path", "size") if keyword in said}
-
-
-def _read_member(file: BinaryIO, member: _Member) -> bytes:
-    file.seek(member.data)
+def _read_member(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)
     return file.read(member.size)
 
 
