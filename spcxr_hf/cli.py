@@ -345,7 +345,9 @@ def install(
     short_help="Look through a set: broken files, copies, leaks.", epilog=_example("spcxr audit scans/ --output audit/")
 )
 def audit(
-    images: Annotated[list[str], typer.Argument(metavar="SET...", help="Parquet, a folder, files or quoted patterns.")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="SET...", help="A folder, Parquet, CSV, .tar, files, patterns.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the page goes.")] = Path(
         "audit"
     ),
@@ -361,6 +363,10 @@ def audit(
             autocompletion=_from("skip", "stop"),
         ),
     ] = "skip",
+    copies_list: Annotated[
+        Path | None,
+        typer.Option("--copies-list", metavar="FILE", help="Ids to leave out, for no image to be on two sides."),
+    ] = None,
     workers: WorkersOption = None,
 ) -> None:
     """Look through a set: sizes, depths, broken files, copies, leaks between splits; one page and its numbers."""
@@ -377,6 +383,7 @@ def audit(
         flips=flips,
         workers=workers,
         on_error=on_error,  # type: ignore[arg-type]  # checked there
+        copies_list=copies_list,
     )
     typer.echo(str(output / "audit.html"))
     _note("1 image" if len(table) == 1 else f"{len(table)} images")

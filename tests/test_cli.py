@@ -19,6 +19,7 @@ from spcxr_hf import SpcxrForImageClassification, SpcxrForPreTraining, SpcxrForS
 from spcxr_hf.inference import tasks, writers
 from tests.hub.test_install import make_checkpoint
 from tests.inference.test_pipeline import save_model, save_pictures
+from tests.made_up import picture
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +295,17 @@ def test_ctrl_c_leaves_whole_records(tmp_path, pretrained, monkeypatch, capsys, 
     assert run_main(monkeypatch, *words, "--resume") == 0
     assert len(writers.finished(output, kind, str(pretrained))) == 8
     assert len(batches) == 4
+
+
+def test_audit_reads_a_folder_of_classes_as_the_scripts_do(tmp_path, monkeypatch, capsys):
+    for seed, place in enumerate(("train/normal", "train/pneumonia", "val/normal", "val/pneumonia")):
+        (tmp_path / "set" / place).mkdir(parents=True)
+        Image.fromarray(picture(seed)[0]).save(tmp_path / "set" / place / f"{seed}.png")
+    options = ["--split", "split", "--label", "label", "--copies-list", tmp_path / "copies.txt"]
+    assert run_main(monkeypatch, "audit", tmp_path / "set", *options, "--output", tmp_path / "audit") == 0
+    found = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert found["labels"]["label"] == {"normal": {"train": 1, "val": 1}, "pneumonia": {"train": 1, "val": 1}}
+    assert (tmp_path / "copies.txt").read_text().startswith("# 0 copies")
 
 
 def test_audit_takes_single_files(tmp_path, monkeypatch, capsys):

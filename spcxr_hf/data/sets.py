@@ -53,11 +53,23 @@ def read_set(source: Any, exclude: str | os.PathLike | None = None, **options: A
     return table.without(read_ids(exclude)) if exclude else table
 
 
+def is_set(source: str | os.PathLike) -> bool:
+    """Whether this names a set and not an image: a folder, a table, a shard, or an id of the Hub."""
+    path = Path(source)
+    if path.exists():
+        return path.is_dir() or path.suffix == ".parquet" or _reader_of_file(path) is not read_table
+    return _is_hub_id(source)
+
+
+def _is_hub_id(source: Any) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None and not Path(source).suffix
+
+
 def _reader_of(source: Any) -> Callable[..., RadiographTable]:
     if not isinstance(source, str | os.PathLike):
         return read_torchxrayvision if is_torchxrayvision(source) else read_dataset
     path = Path(source)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.suffix:
+    if not path.exists() and _is_hub_id(source):
         return read_dataset  # the id of a set of the Hub
     return _reader_of_folder(path) if path.is_dir() else _reader_of_file(path)
 

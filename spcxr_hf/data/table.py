@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from spcxr_hf.errors import SpcxrError, one_line
 from spcxr_hf.files import atomic_file, worker_count
-from spcxr_hf.images.reader import DICOM_PREFIX, read_radiograph
+from spcxr_hf.images.reader import DICOM_PREFIX, read_radiograph, read_with_quality_warnings
 
 OnError = Literal["stop", "skip"]  # what a broken file does
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".webp"}
@@ -206,11 +206,20 @@ def open_image(cell: dict, name: str) -> Image.Image:
     Raises:
         SpcxrError: it cannot be read; the message holds `name` and the cause.
     """
+    return read_radiograph(_source_of(cell, name), strict=None)
+
+
+def open_with_warnings(cell: dict, name: str) -> tuple[Image.Image, list[str]]:
+    """As `open_image`, with the texts of `spcxr_hf.images.plausibility.quality_warnings`."""
+    return read_with_quality_warnings(_source_of(cell, name))
+
+
+def _source_of(cell: dict, name: str) -> str | io.BytesIO:
     if cell["bytes"] is None:
-        return read_radiograph(cell["path"], strict=None)
+        return cell["path"]
     stream = io.BytesIO(cell["bytes"])
     stream.name = name  # what messages call it
-    return read_radiograph(stream, strict=None)
+    return stream
 
 
 def open_mask(cell: dict | None, name: str) -> Image.Image:

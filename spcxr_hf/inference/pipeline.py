@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from spcxr_hf.data.sets import is_set, read_set
 from spcxr_hf.data.table import (
     PICTURE_SUFFIXES,
     RadiographTable,
@@ -94,13 +95,13 @@ def find_sources(words: Sequence[str | os.PathLike]) -> list[Source]:
 
 
 def table_of(words: Sequence[str | os.PathLike]) -> RadiographTable:
-    """A set out of Parquet files, one folder, or whatever `find_sources` takes; ids are paths then.
+    """A set: whatever one word names for `read_set`, Parquet files, or what `find_sources` takes; ids are paths then.
 
     Raises:
         SpcxrError: there are no images.
     """
-    if len(words) == 1 and Path(words[0]).is_dir():
-        return read_table(words[0])
+    if len(words) == 1 and is_set(words[0]):
+        return read_set(words[0])
     sources = find_sources(words)
     shards = [source.path for source in sources if source.path.suffix == ".parquet"]
     if shards and len(shards) == len(sources):

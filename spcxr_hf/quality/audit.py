@@ -9,7 +9,6 @@ is read but what decoding needs, and nothing of that is written.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 from collections import Counter
@@ -20,15 +19,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from tqdm.auto import tqdm
 
-from spcxr_hf.data.table import OnError, RadiographTable, open_image
+from spcxr_hf.data.sets import write_ids
+from spcxr_hf.data.table import OnError, RadiographTable, open_with_warnings
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import RESEARCH_NOTICE, atomic_file, worker_count, write_json
 from spcxr_hf.quality.duplicates import (
     THUMBNAIL,
     Pair,
+    copies_to_leave_out,
     find_duplicates,
     find_patient_leaks,
     known_patients,
@@ -40,15 +42,6 @@ TILES = 12  # of each class and split
 SHOWN = 50  # rows of a list on the page; audit.json has them all
 SHOWN_PAIRS = 24
 MAX_CLASSES = 20  # a column with more values is no label: names, dates, ids
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem; } th, td { padding: .2rem .7rem; text-align: left; }
-th { background: #eef; } td { border-bottom: 1px solid #ddd; } img { image-rendering: auto; max-width: 100%; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-figure { margin: 0 0 1rem; } .sheet { background: #000; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 0 1.5rem; }
-.pairs figcaption { font-size: 12px; line-height: 1.3; overflow-wrap: anywhere; }
-"""
 
 
 @dataclass
@@ -61,6 +54,7 @@ class _Survey:
         sizes: Width and height of each image.
         modes: How each file keeps its pixels.
         histograms: (n, 256) share of each grey value.
+        warnings: Of each image, as `spcxr_hf.images.plausibility.quality_warnings` words them.
         broken: Row -> cause.
     """
 
@@ -69,6 +63,7 @@ class _Survey:
     sizes: list[tuple[int, int] | None]
     modes: list[str | None]
     histograms: np.ndarray
+    warnings: list[list[str]]
     broken: dict[int, str] = field(default_factory=dict)
 
 
@@ -86,6 +81,7 @@ def audit(
     flips: bool = False,
     workers: int | None = None,
     on_error: OnError = "skip",
+    copies_list: Path | str | None = None,
 ) -> dict[str, Any]:
     """Write `audit.html`, a page with pictures, and `audit.json`, its numbers, into a folder.
 
@@ -101,6 +97,9 @@ def audit(
         on_error: "skip": a broken image is listed with its cause, however many there are, since an audit is what finds
             them; "stop": the first ends the audit, and nothing is written.
 
+        copies_list: A text file to write: ids of images to leave out (`exclude` of `read_set`, `--exclude` of the
+            scripts) so that no image is on two sides of the split; of two copies that in `train` goes first.
+
     Returns:
         What `audit.json` holds.
 
@@ -112,6 +111,8 @@ def audit(
         raise SpcxrError(f"{table.name}: no rows to audit")
     if on_error not in get_args(OnError):
         raise SpcxrError(f"on_error must be {' or '.join(get_args(OnError))}; got {on_error!r}")
+    if copies_list is not None and not (split_column and images):
+        raise SpcxrError("a list of copies needs a column of splits, and images that are compared")
     labels = [label_columns] if isinstance(label_columns, str) else list(label_columns)
     splits = _words(table.column(split_column)) if split_column else [None] * len(table)
     columns = {name: _words(table.column(name)) for name in labels}
@@ -120,8 +121,12 @@ def audit(
     pairs = find_duplicates(survey.thumbnails, flips=flips) if images else None
     numbers = _numbers(table, survey, pairs, splits, columns, patient_column) | {"split_column": split_column}
     write_json(folder / "audit.json", numbers)
+    if copies_list is not None:
+        pairs_of_ids = [(pair["first"], pair["second"]) for pair in numbers["leaks"]["images"]]
+        copies = copies_to_leave_out(pairs_of_ids, dict(zip(table.ids, splits, strict=True)))
+        write_ids(copies_list, sorted(copies), f"{len(copies)} copies of images on a later side of {split_column}")
     with atomic_file(folder / "audit.html") as partial:
-        page = _page(numbers, survey, pairs, table.ids, splits, columns)
+        page = _page(numbers, survey, pairs, splits, columns)
         partial.write_text(page, encoding="utf-8", errors="replace")
     return numbers
 
@@ -150,6 +155,7 @@ def _survey(table: RadiographTable, workers: int, on_error: OnError) -> _Survey:
         [None] * count,
         [None] * count,
         np.zeros((count, 256), dtype=np.float32),
+        [[] for _ in range(count)],
     )
 
     def look(row: int) -> None:
@@ -171,7 +177,7 @@ def _look(table: RadiographTable, row: int, survey: _Survey) -> None:
     cell = table.rows["image"][row].as_py()
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise SpcxrError(f"{table.name}: row {row}: no image in this row")
-    image = open_image(cell, f"{table.name}: row {row}")
+    image, survey.warnings[row] = open_with_warnings(cell, f"{table.name}: row {row}")
     survey.thumbnails[row] = thumbnail(image)
     survey.tiles[row] = np.asarray(_fit_square(image))
     survey.histograms[row] = np.bincount(np.asarray(image).ravel(), minlength=256) / (image.width * image.height)
@@ -226,6 +232,7 @@ def _numbers(
         "width": _spread([size[0] for size in survey.sizes if size]),
         "height": _spread([size[1] for size in survey.sizes if size]),
         "modes": _count(mode for mode in survey.modes if mode),
+        "warnings": _warnings(survey, ids),
         "grey": _grey_by_split(survey, splits),
         "broken": [{"id": ids[row], "cause": cause} for row, cause in survey.broken.items()],
         "duplicates": told,
@@ -234,6 +241,15 @@ def _numbers(
             "images": None if told is None else [pair for pair in told if _crosses(pair)],
         },
     }
+
+
+def _warnings(survey: _Survey, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What may be wrong -> how many images, and the first of them; figures of a single image are left out."""
+    rows: dict[str, list[int]] = {}
+    for row, texts in enumerate(survey.warnings):
+        for text in texts:
+            rows.setdefault(text.partition(":")[0], []).append(row)
+    return {text: {"images": len(found), "first": ids[found[0]]} for text, found in rows.items()}
 
 
 def _describe_pair(pair: Pair, ids: Sequence[str], splits: Sequence[str | None]) -> dict[str, Any]:
@@ -306,25 +322,39 @@ def _page(
     numbers: Mapping[str, Any],
     survey: _Survey,
     pairs: Sequence[Pair] | None,
-    ids: Sequence[str],
     splits: Sequence[str | None],
     columns: Mapping[str, Sequence[str | None]],
 ) -> str:
-    title = f"Audit of {_escape(numbers['set'])}"
-    sides = [_side(split, numbers["split_column"]) for split in splits]
-    parts = [
-        *_overview(numbers),
-        *_label_tables(numbers),
-        *_troubles(numbers),
-        *_duplicates(numbers, survey, pairs),
-        "<h2>Grey values</h2>",
-        _histogram_figure({_side(name, numbers["split_column"]): values for name, values in numbers["grey"].items()}),
-        *_contact_sheets(survey, sides, columns),
-        f"<footer>{RESEARCH_NOTICE.capitalize()}.</footer>",
-    ]
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    body = "\n".join(parts)
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n'
+    """`templates/audit.html` with the numbers and the pictures."""
+    column = numbers["split_column"]
+    grey = {_side(name, column): values for name, values in numbers["grey"].items()}
+    environment = Environment(
+        loader=PackageLoader("spcxr_hf.quality"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("audit.html").render(
+        numbers,
+        notice=RESEARCH_NOTICE.capitalize(),
+        shown=SHOWN,
+        sides=[(name, *numbers[name].values()) for name in ("width", "height") if numbers[name]],
+        label_tables=[
+            (
+                name,
+                [_side(split, column) for split in next(iter(counts.values()))],
+                [(label, *by_split.values(), sum(by_split.values())) for label, by_split in counts.items()],
+            )
+            for name, counts in numbers["labels"].items()
+        ],
+        warning_rows=[(text, one["images"], one["first"]) for text, one in numbers["warnings"].items()],
+        broken_rows=[(one["id"], one["cause"]) for one in numbers["broken"]],
+        patient_rows=[
+            (one["patient"], ", ".join(one["ids"]), "; ".join(", ".join(ids) for ids in one["ids"].values()))
+            for one in numbers["leaks"]["patients"]
+        ],
+        pair_figures=_pair_figures(numbers, survey, pairs or ()),
+        grey_rows=[(name, values["mean"], values["std"]) for name, values in grey.items()],
+        histogram=_histogram(grey),
+        sheets=_contact_sheets(survey, [_side(split, column) for split in splits], columns),
+    )
 
 
 def _side(split: str | None, column: str | None) -> str:
@@ -334,147 +364,55 @@ def _side(split: str | None, column: str | None) -> str:
     return str(split) if column == "split" else f"{column} = {split}"
 
 
-def _escape(value: Any) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """An HTML table, every cell escaped."""
-    top = "".join(f"<th>{_escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>\n" for row in rows)
-    return f"<table><tr>{top}</tr>\n{body}</table>"
-
-
-def _cell(value: Any) -> str:
-    if not isinstance(value, int | float):
-        return f"<td>{_escape(value)}</td>"
-    return f'<td class="number">{int(value) if value == int(value) else value:,}</td>'
-
-
-def _overview(numbers: Mapping[str, Any]) -> list[str]:
-    leaks = numbers["leaks"]
-    not_looked_for = "not looked for"
-    rows = [
-        ("images", numbers["images"]),
-        ("readable", numbers["readable"]),
-        ("broken", len(numbers["broken"])),
-        ("patients", numbers["patients"]),
-        ("images without a patient", numbers["images_without_patient"]),
-        ("pairs of nearly equal images", _length(numbers["duplicates"], not_looked_for)),
-        ("of these on different sides of the split", _length(leaks["images"], not_looked_for)),
-        ("patients on different sides of the split", len(leaks["patients"])),
-    ]
-    sizes = [(name, *numbers[name].values()) for name in ("width", "height") if numbers[name]]
-    return [
-        _table(("", "number"), rows),
-        "<h2>Splits</h2>",
-        _table((numbers["split_column"] or "split", "images"), numbers["splits"].items()),
-        "<h2>Files</h2>",
-        _table(("kind and mode", "images"), numbers["modes"].items()),
-        _table(("pixels", "smallest", "median", "largest"), sizes),
-        _table(("most frequent size", "images"), list(numbers["sizes"].items())[:10]),
-    ]
-
-
-def _length(found: Sequence | None, otherwise: str) -> Any:
-    return otherwise if found is None else len(found)
-
-
-def _label_tables(numbers: Mapping[str, Any]) -> list[str]:
-    parts = ["<h2>Labels</h2>"] if numbers["labels"] else []
-    for name, counts in numbers["labels"].items():
-        splits = list(next(iter(counts.values())))
-        rows = [(label, *by_split.values(), sum(by_split.values())) for label, by_split in counts.items()]
-        splits = [_side(split, numbers["split_column"]) for split in splits]
-        parts += [_table((name, *splits, "all"), rows[:SHOWN]), _more(rows, SHOWN)]
-    return parts
-
-
-def _more(rows: Sequence, shown: int) -> str:
-    return f"<p>{len(rows) - shown} more are in audit.json.</p>" if len(rows) > shown else ""
-
-
-def _troubles(numbers: Mapping[str, Any]) -> list[str]:
-    """Missing values, broken files, leaking patients."""
-    broken, patients = numbers["broken"], numbers["leaks"]["patients"]
-    parts = ["<h2>Missing values</h2>", _table(("column", "rows without a value"), numbers["missing"].items())]
-    if broken:
-        causes = [(one["id"], one["cause"]) for one in broken[:SHOWN]]
-        parts += ["<h2>Broken images</h2>", _table(("image", "cause"), causes), _more(broken, SHOWN)]
-    if patients:
-        places = [(one["patient"], *_places(one["ids"])) for one in patients[:SHOWN]]
-        parts += ["<h2>Patients on several sides</h2>", _table(("patient", "splits", "images"), places)]
-        parts.append(_more(patients, SHOWN))
-    return parts
-
-
-def _places(ids: Mapping[str, Sequence[str]]) -> tuple[str, str]:
-    return ", ".join(ids), "; ".join(", ".join(names) for names in ids.values())
-
-
-def _duplicates(numbers: Mapping[str, Any], survey: _Survey, pairs: Sequence[Pair] | None) -> list[str]:
-    """Pairs side by side, those across splits first."""
-    if not pairs:
-        return []
-    told = sorted(zip(numbers["duplicates"], pairs, strict=True), key=lambda item: not _crosses(item[0]))
-    parts = ["<h2>Nearly equal images</h2>", '<div class="pairs">']
-    for words, pair in told[:SHOWN_PAIRS]:
-        picture = np.concatenate([survey.tiles[pair.first], survey.tiles[pair.second]], axis=1)
-        sides = [_side(words[f"{one}_split"], numbers["split_column"]) for one in ("first", "second")]
-        where = [f"{words[one]} ({side})" for one, side in zip(("first", "second"), sides, strict=True)]
+def _pair_figures(numbers: Mapping[str, Any], survey: _Survey, pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+    """Nearly equal images side by side, those across splits first: (PNG in base64, caption)."""
+    found = []
+    described = zip(numbers["duplicates"] or (), pairs, strict=True)
+    for words, pair in sorted(described, key=lambda item: not _crosses(item[0]))[:SHOWN_PAIRS]:
+        where = [
+            f"{words[one]} ({_side(words[f'{one}_split'], numbers['split_column'])})" for one in ("first", "second")
+        ]
         leak = ": a leak" if _crosses(words) else ""
-        parts.append(_figure(picture, f"{' and '.join(where)}, correlation {words['correlation']:.2f}{leak}"))
-    return [*parts, "</div>", _more(told, SHOWN_PAIRS)]
+        caption = f"{' and '.join(where)}, correlation {words['correlation']:.2f}{leak}"
+        found.append((_png(np.concatenate([survey.tiles[pair.first], survey.tiles[pair.second]], axis=1)), caption))
+    return found
 
 
-def _contact_sheets(survey: _Survey, splits: Sequence[str], columns: Mapping[str, Sequence[str | None]]) -> list[str]:
-    """A sheet for each split, and for each class of each label column in it."""
-    parts = ["<h2>Contact sheets</h2>"]
-    for title, rows in _sheets(splits, columns):
+def _contact_sheets(
+    survey: _Survey, sides: Sequence[str], columns: Mapping[str, Sequence[str | None]]
+) -> list[tuple[str, str]]:
+    """A sheet for each class of each label column in each split, or for each split: (PNG in base64, caption)."""
+    shown = {name: values for name, values in columns.items() if len(set(values)) <= MAX_CLASSES}
+    groups: dict[str, list[int]] = {}
+    for row, side in enumerate(sides):
+        for name, values in shown.items():
+            if values[row] is not None:
+                groups.setdefault(f"{name} = {values[row]}, {side}", []).append(row)
+        if not shown:
+            groups.setdefault(side, []).append(row)
+    found = []
+    for title, rows in sorted(groups.items()):
         readable = [row for row in rows if row not in survey.broken]
         if readable:
             spread = np.linspace(0, len(readable) - 1, min(TILES, len(readable))).round().astype(int)
-            chosen = [readable[place] for place in spread]
-            parts.append(_figure(np.concatenate(list(survey.tiles[chosen]), axis=1), f"{title}: {len(rows)} images"))
-    return parts
+            tiles = survey.tiles[[readable[place] for place in spread]]
+            found.append((_png(np.concatenate(list(tiles), axis=1)), f"{title}: {len(rows)} images"))
+    return found
 
 
-def _sheets(splits: Sequence[str], columns: Mapping[str, Sequence[str | None]]) -> list[tuple[str, list[int]]]:
-    """Titles and row numbers; by split alone where there are no labels to show."""
-    shown = {name: values for name, values in columns.items() if len(set(values)) <= MAX_CLASSES}
-    groups: dict[str, list[int]] = {}
-    for row, split in enumerate(splits):
-        for name, values in shown.items():
-            if values[row] is not None:
-                groups.setdefault(f"{name} = {values[row]}, {split}", []).append(row)
-        if not shown:
-            groups.setdefault(split, []).append(row)
-    return sorted(groups.items())
-
-
-def _figure(pixels: np.ndarray, caption: str) -> str:
-    """A grey picture (H, W) uint8 inside the page."""
+def _png(pixels: np.ndarray) -> str:
+    """A grey picture (H, W) uint8 as PNG in base64."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return _embed(buffer.getvalue(), caption, "sheet")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _embed(png: bytes, caption: str, style: str) -> str:
-    data = base64.b64encode(png).decode("ascii")
-    text = _escape(caption)
-    return (
-        f'<figure><img class="{style}" alt="{text}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{text}</figcaption></figure>"
-    )
-
-
-def _histogram_figure(grey: Mapping[str, Mapping[str, Any]]) -> str:
-    """Moments of all splits, and their histograms where matplotlib (the extra `demo`) is installed."""
-    moments = _table(("split", "mean", "standard deviation"), [(name, g["mean"], g["std"]) for name, g in grey.items()])
+def _histogram(grey: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The histograms of all splits as PNG in base64; None where matplotlib (the extra `demo`) is missing."""
     try:
         from matplotlib.figure import Figure  # a figure of its own touches no global state
     except ImportError:
-        return moments + '<p>Histograms need matplotlib: <code>pip install "spcxr-hf[demo]"</code></p>'
+        return None
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, values in grey.items():
@@ -486,4 +424,4 @@ def _histogram_figure(grey: Mapping[str, Mapping[str, Any]]) -> str:
         axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    return moments + _embed(buffer.getvalue(), "grey values by split", "plot")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

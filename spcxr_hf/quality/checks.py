@@ -36,8 +36,8 @@ class SetArguments:
     exclude: str | None = field(
         default=None,
         metadata={
-            "help": "text file of ids to leave out, one a line, as copies of held-out images (check_leaks.py); "
-            "by default, or empty, none"
+            "help": "text file of ids to leave out, one a line, as copies of held-out images "
+            "(spcxr audit --copies-list); by default, or empty, none"
         },
     )
     on_error: OnError = field(
@@ -135,7 +135,7 @@ def _way_out(error: LeakError, split_column: str) -> str:
     kinds = [name for name in ("patients", "images") if getattr(error.report, name)]
     ways = [f"--allow_leaks {'all' if len(kinds) > 1 else kinds[0]} goes on all the same"]
     if "images" in kinds:
-        write = f"check_leaks.py --copies_of {split_column} --copies_list FILE"
+        write = f"spcxr audit SET --split {split_column} --copies-list FILE"
         ways.insert(0, f"--exclude FILE leaves copies out ({write} writes them)")
     else:
         ways.insert(0, "split by patient (spcxr_hf.quality.splits), or leave rows out with --exclude FILE")

@@ -16,6 +16,7 @@ from spcxr_hf.errors import SpcxrError
 from spcxr_hf.inference.pipeline import table_of
 from spcxr_hf.quality import audit as module
 from spcxr_hf.quality.audit import audit
+from tests.images.test_plausibility import chest
 from tests.made_up import STRUCT, encoded, write_set
 from tests.quality.test_duplicates import crop, radiograph
 
@@ -174,6 +175,19 @@ def test_no_value_becomes_mark_up(page, folder):
     assert "<footer>Research use only, not for clinical use.</footer>" in text
 
 
+def test_dark_and_negative_images_are_counted(tmp_path):
+    grey = chest()
+    cells = [encoded(pixels) for pixels in (grey, 255 - grey, (grey.astype(np.uint16) << 4), grey.astype(np.uint16))]
+    rows = pa.table({"image": pa.array(cells, STRUCT), "id": ["right", "negative", "12 bits", "8 of 16 bits"]})
+    numbers = audit(RadiographTable(rows, "made"), tmp_path, images=False)
+    assert numbers["warnings"] == {
+        "probably a photographic negative": {"images": 1, "first": "negative"},
+        "nearly empty": {"images": 2, "first": "12 bits"},
+    }
+    page = Page((tmp_path / "audit.html").read_text(encoding="utf-8"))
+    assert ["nearly empty", "2", "12 bits"] in page.rows
+
+
 def test_without_matplotlib(table, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     audit(table, tmp_path, images=False)
@@ -224,7 +238,7 @@ def test_workers_are_bounded(table, tmp_path, monkeypatch):
             super().__init__(workers)
 
     monkeypatch.setattr(module, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(64), raising=False)
     audit(table, tmp_path, images=False)
     audit(table, tmp_path, images=False, workers=3)
     assert asked == [8, 3]
@@ -242,7 +256,7 @@ def test_refusals(table, tmp_path, settings, message):
     with pytest.raises(SpcxrError, match=message):
         audit(table, tmp_path / "out", **settings)
     (tmp_path / "file").write_text("")
-    with pytest.raises(SpcxrError, match="file: cannot be made"):
+    with pytest.raises(SpcxrError, match=r"file/audit\.json: cannot be written"):
         audit(table, tmp_path / "file")
     with pytest.raises(SpcxrError, match="no rows to audit"):
         audit(RadiographTable(table.rows.slice(0, 0), "none"), tmp_path / "out")
@@ -252,6 +266,6 @@ def test_a_broken_image_ends_the_audit_where_that_is_asked_for(tmp_path):
     rows = read_table(write_set(tmp_path / "set.parquet", ["train", "val"], unreadable=["val"]))
     with pytest.raises(SpcxrError, match=r"set\.parquet: row 1"):
         audit(rows, tmp_path / "page", on_error="stop")
-    assert not list((tmp_path / "page").iterdir())
+    assert not (tmp_path / "page").exists()
     with pytest.raises(SpcxrError, match="on_error must be stop or skip; got 'never'"):
         audit(rows, tmp_path / "page", on_error="never")

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from spcxr_hf.data.sets import read_ids
 from spcxr_hf.data.table import RadiographTable
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.quality import duplicates
-from spcxr_hf.quality.checks import read_ids
+from spcxr_hf.quality.audit import audit
 from spcxr_hf.quality.duplicates import (
     LeakError,
     check_leaks,
@@ -383,22 +384,22 @@ def test_the_less_important_copy_goes():
     assert copies_to_leave_out([("a", "b"), ("b", "c"), ("a", "c")], sides) == {"a", "b"}
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_copies_of_a_split_are_listed(tmp_path, known):
+def test_copies_of_a_split_are_listed(tmp_path):
     images = [radiograph(0), radiograph(1), reencode(radiograph(0)), brighten(radiograph(1)), radiograph(2)]
     rows = table(images, id=list("abcde"), split=["train", "val", "test", "shift", "train"])
-    pq.write_table(rows.rows, tmp_path / "set.parquet")
-    words = ["--data", str(tmp_path / "set.parquet"), "--copies_of", "split"]
-    if known:  # rounded to three digits: what may be above the threshold counts
-        pairs = [["a", "c", 0.9], ["d", "b", duplicates.SAME_IMAGE], ["e", "c", 0.769]]
-        (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-        words += ["--known_pairs", str(tmp_path / "pairs.json")]
-    with pytest.raises(SpcxrError, match="--copies_list FILE"):
-        check_leaks_script.main(words)
-    check_leaks_script.main([*words, "--copies_list", str(tmp_path / "copies.txt")])
-    assert (tmp_path / "copies.txt").read_text().splitlines()[0].endswith("on a later side of it: 1 in train, 1 in val")
+    with pytest.raises(SpcxrError, match="a list of copies needs a column of splits"):
+        audit(rows, tmp_path, copies_list=tmp_path / "copies.txt")
+    audit(rows, tmp_path, split_column="split", copies_list=tmp_path / "copies.txt")
     assert read_ids(tmp_path / "copies.txt") == {"a", "b"}
     assert not check_leaks(RadiographTable(rows.without({"a", "b"}).rows, "left"), "split").found
+
+
+def test_known_pairs(tmp_path):
+    """Rounded to three digits: what may be above the threshold counts."""
+    (tmp_path / "pairs.json").write_text(
+        json.dumps([["a", "c", 0.9], ["d", "b", duplicates.SAME_IMAGE], ["e", "c", 0.769]])
+    )
+    assert check_leaks_script.read_pairs(tmp_path / "pairs.json") == [("a", "c"), ("d", "b")]
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "[[1, 2]]", "{}x"])

@@ -676,7 +676,7 @@ def leaking(tmp_path_factory):
 def test_a_leaking_split_is_refused(leaking, pretrained, tmp_path):
     with pytest.raises(SpcxrError, match=r"pneumonia_split leaks: 1 nearly equal image pair\(s\): .*'copy'") as told:
         run(leaking, tmp_path / "run", "--init_from", pretrained)
-    assert "--exclude FILE" in str(told.value) and "--copies_of pneumonia_split" in str(told.value)
+    assert "--exclude FILE" in str(told.value) and "--split pneumonia_split --copies-list" in str(told.value)
     assert "--allow_leaks images" in str(told.value) and "\n" not in str(told.value)
     (tmp_path / "copies.txt").write_text("# 1 copy\nrow-2\n")
     for name, flags in (("without", ["--exclude", str(tmp_path / "copies.txt")]), ("all", ["--allow_leaks", "images"])):

@@ -317,7 +317,10 @@ def test_broken_files_are_skipped_and_a_leak_is_refused(tmp_path, pretrained):
     rows.append(rows[4] | {"id": "copy", "patient": None, "lung_split": "test"})
     pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
     flags = ["--init_from", pretrained, "--steps", "1"]
-    with pytest.raises(SpcxrError, match=r"lung_split leaks: 1 nearly equal image pair.*--copies_of lung_split"):
+    with pytest.raises(
+        SpcxrError,
+        match=r"lung_split leaks: 1 nearly .*audit SET --split lung_split --copies-list",
+    ):
         run(str(path), tmp_path / "run", *flags)
     (tmp_path / "copies.txt").write_text("row-4\n")
     flags += ["--exclude", str(tmp_path / "copies.txt")]

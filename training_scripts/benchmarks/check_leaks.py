@@ -6,12 +6,7 @@
 Copies of random images (a crop, a re-encoded one, one of another brightness and contrast) are hidden among all images,
 and all pairs are compared. The threshold is the largest that finds 98 % of each kind among the copies of one random
 half of the images; what is reported is measured on the other half. Then the leaks between the images that pretraining
-may see and those of any other split, and the patients that are on both sides.
-
-    python -m training_scripts.benchmarks.check_leaks --data DATA --copies_of split --copies_list copies.txt
-
-compares the sides of one split and lists what to leave out (`--exclude` of the other scripts), so that no image is on
-two sides: the copy in `train` goes before that in `val`, `test` and `shift`.
+may see and those of any other split, and the patients that are on both sides. (`spcxr audit` checks a set of your own.)
 
     python -m training_scripts.benchmarks.check_leaks --data DATA --verify pretrain \\
         --exclude training_scripts/recipes/near_copies.txt
@@ -46,8 +41,6 @@ from spcxr_hf.quality.duplicates import (
     SAME_IMAGE,
     LeakError,
     Pair,
-    check_leaks,
-    copies_to_leave_out,
     find_duplicates,
     find_patient_leaks,
     known_patients,
@@ -75,11 +68,6 @@ class Arguments:
     copies_list: str | None = field(
         default=None, metadata={"help": "text file of the images that copy a held-out one, for --exclude"}
     )
-    copies_of: str | None = field(
-        default=None,
-        metadata={"help": "column of a split: only list its copies (train goes before val, test and shift); "
-                  "by default copies_list has the pretraining images"},
-    )  # fmt: skip
     exclude: str | None = field(default=None, metadata={"help": "text file of ids to leave out, as training does"})
     verify: str | None = field(
         default=None,
@@ -88,7 +76,7 @@ class Arguments:
     )  # fmt: skip
     known_pairs: str | None = field(
         default=None,
-        metadata={"help": "with copies_of or verify: a file that --pairs wrote, in place of comparing the images"},
+        metadata={"help": "with verify: a file that --pairs wrote, in place of comparing the images"},
     )
     sheet: str | None = field(default=None, metadata={"help": "PNG of found pairs to look at; never into the tree"})
 
@@ -97,8 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(Arguments, argv)
     if arguments.verify is not None:
         verify(arguments, arguments.verify)
-    elif arguments.copies_of is not None:
-        list_copies(arguments, arguments.copies_of)
     else:
         measure_search(arguments)
 
@@ -162,27 +148,6 @@ def verify(arguments: Arguments, column: str) -> None:
             raise LeakError(f"{table.name}: {column} leaks: {len(pairs)} nearly equal pair(s), as {pairs[0]}", report)
     told = {"rows": report.rows, "patients": len(report.patients), "image_pairs": 0}
     print(json.dumps(told | {"unknown_patients": report.unknown_patients, "unreadable": len(report.broken)}))
-
-
-# The copies of one split
-
-
-def list_copies(arguments: Arguments, split_column: str) -> None:
-    """Write the images whose leaving takes every near copy off the other sides of a split."""
-    if arguments.copies_list is None:
-        raise SpcxrError("--copies_of lists copies: say where with --copies_list FILE")
-    table = read_set(arguments.data, arguments.exclude)
-    side_of = dict(zip(table.ids, table.column(split_column), strict=True))
-    if arguments.known_pairs is not None:
-        pairs = read_pairs(Path(arguments.known_pairs))
-    else:
-        pairs = [(leak.first, leak.second) for leak in check_leaks(table, split_column).images or []]
-    names = copies_to_leave_out(pairs, side_of)
-    sides = Counter(side_of[name] for name in names)
-    print(json.dumps({"images": len(names), "sides": dict(sorted(sides.items()))}))
-    what = f"images of {split_column} with a near copy (similarity > {SAME_IMAGE}) on a later side of it"
-    where = ", ".join(f"{count} in {side}" for side, count in sorted(sides.items()))
-    write_ids(arguments.copies_list, sorted(names), f"{len(names)} {what}" + (f": {where}" if where else ""))
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
