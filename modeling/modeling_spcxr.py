@@ -273,7 +273,7 @@ def check_weight_files(folder: Path) -> None:
         _check_weight_file(file, folder)
         if not file.name.endswith(".safetensors"):
             for part in _parts_of_index(file):
-                _check_weight_file(file.parent / part, folder)
+                _check_weight_file(folder / part, folder)  # the library looks here, wherever the index lies
                 if not part.endswith(".safetensors"):
                     raise ValueError(f"{file}: names {part!r}; only safetensors are loaded")
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import atomic_file, sha256
 from spcxr_hf.modeling import configuration_spcxr
+from spcxr_hf.modeling.modeling_spcxr import check_weight_files
 
 BUNDLED = Path(__file__).resolve().parents[2] / "model_cards"
 CODE = {
@@ -153,8 +154,8 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
     """Refuse a folder that is no checkpoint, or not a safe one.
 
     Raises:
-        SpcxrError: a link (it may lead out of the folder), a file that may hold a pickle, `config.json` or the weights
-            missing or damaged; the message names the file.
+        SpcxrError: a link (it may lead out of the folder), a file that may hold a pickle, weights that would be read
+            from elsewhere, `config.json` or the weights missing or damaged; the message names the file.
     """
     links = [path for path in [folder, *folder.rglob("*")] if path.is_symlink()]
     if links:
@@ -170,6 +171,10 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise SpcxrError(f"{folder / 'config.json'}: not valid JSON ({error})") from error
+    try:
+        check_weight_files(folder)
+    except ValueError as error:
+        raise SpcxrError(str(error)) from error
     for name in names:
         if name.endswith(".safetensors"):
             check_safetensors(folder / name)

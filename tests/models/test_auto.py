@@ -1,6 +1,10 @@
 """After `import spcxr_hf` the Auto classes and the pipelines know the family; no remote code is asked for."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
 from spcxr_hf import (
@@ -21,8 +26,11 @@ from spcxr_hf import (
     SpcxrImageProcessorPil,
     SpcxrModel,
 )
+from spcxr_hf.errors import SpcxrError
+from spcxr_hf.hub.folder import read_checkpoint, write_code
 from spcxr_hf.modeling.configuration_spcxr import AUTO_MAP
 from spcxr_hf.models.auto import MODEL_CLASSES, register
+from spcxr_hf.models.loading import load_checkpoint
 from tests.common import SIDE, WIDTH, answer_for_the_hub, assert_same, assert_same_weights, build, pixels, tiny_config
 
 EXPECTED = {
@@ -169,6 +177,44 @@ def through_an_index(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def as_a_pickle_in_an_index(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    as_a_pickle(folder, weights)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "pytorch_model.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def state_weights(folder: Path, name: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+
+
+def as_a_pickle_in_the_configuration(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    as_a_pickle(folder, weights)
+    (folder / "pytorch_model.bin").rename(folder / "adapter_model.bin")  # the one such name that the library takes
+    state_weights(folder, "adapter_model.bin")
+
+
+def through_an_index_in_a_subfolder(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """From the index the name leads into the folder; from the folder, where the library begins, out of it."""
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    (folder / "a").mkdir()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "../elsewhere.safetensors")}
+    (folder / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
+    state_weights(folder, "a/model.safetensors.index.json")
+
+
+def through_a_linked_subfolder(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    (folder.parent / "elsewhere").mkdir()
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere" / "model.safetensors")
+    (folder / "a").symlink_to(folder.parent / "elsewhere")
+    state_weights(folder, "a/model.safetensors")
+
+
+def as_an_adapter(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}')
+    torch.save({}, folder / "adapter_model.bin")
+
+
 def with_a_broken_index(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     (folder / "model.safetensors.index.json").write_text("[]")
 
@@ -191,21 +237,99 @@ REFUSED = {
         ValueError,
         r"elsewhere\.safetensors: lies outside the folder .*; weights lie in their own folder",
     ),
+    as_a_pickle_in_an_index: (ValueError, r"index\.json: names 'pytorch_model\.bin'; only safetensors are loaded"),
+    as_a_pickle_in_the_configuration: (ValueError, r"adapter_model\.bin: no index of weights"),
+    through_an_index_in_a_subfolder: (ValueError, r"elsewhere\.safetensors: lies outside the folder"),
+    through_a_linked_subfolder: (ValueError, r"a/model\.safetensors: lies outside the folder"),
+    as_an_adapter: (ValueError, "adapters of a model that lies elsewhere"),
     with_a_broken_index: (ValueError, r"index\.json: no index of weights \(TypeError\)"),
     with_an_oversized_header: (SafetensorError, "header too large"),
     with_a_malformed_header: (SafetensorError, "invalid JSON in header"),
 }
 
 
+@pytest.fixture(scope="module")
+def unsafe(tmp_path_factory) -> Path:
+    """A folder `NAME/model` for each of these."""
+    root = tmp_path_factory.mktemp("unsafe")
+    for spoil in REFUSED:
+        folder = root / spoil.__name__ / "model"
+        saved(SpcxrModel, folder)
+        write_code(folder)
+        spoil(folder, build(SpcxrModel, labelled_config()).state_dict())
+    return root
+
+
 @pytest.mark.parametrize("spoil", REFUSED, ids=lambda spoil: spoil.__name__.replace("_", " "))
-def test_unsafe_weights_are_refused(tmp_path, spoil):
-    folder = tmp_path / "model"
-    saved(SpcxrModel, folder)
-    spoil(folder, build(SpcxrModel, labelled_config()).state_dict())
+def test_unsafe_weights_are_refused(unsafe, spoil):
+    folder = unsafe / spoil.__name__ / "model"
     error, words = REFUSED[spoil]
     for auto in (SpcxrModel, AutoModel):
         with pytest.raises(error, match=words):
             auto.from_pretrained(str(folder))
+    with pytest.raises(SpcxrError):
+        load_checkpoint(folder, "embedding")
+    with pytest.raises(SpcxrError):
+        read_checkpoint(folder, "spcxr")  # as `spcxr install` and `spcxr publish` do
+
+
+ELSEWHERE = """
+import importlib.util, json, sys
+from pathlib import Path
+
+sys.modules["spcxr_hf"] = None
+import transformers
+
+
+def said(load, folder):
+    try:
+        load(folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def as_remote_code(folder):
+    transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+
+def through_the_handler(folder):
+    spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.EndpointHandler(str(folder))
+
+
+root = Path(sys.argv[1])
+folders = {path.name: path / "model" for path in root.iterdir() if (path / "model").is_dir()}
+print(json.dumps({name: [said(load, folder) for load in (as_remote_code, through_the_handler)]
+                  for name, folder in folders.items()}))
+"""
+
+
+def test_unsafe_weights_are_refused_without_the_package(unsafe):
+    caches = {"HF_HOME": str(unsafe / "home"), "HF_MODULES_CACHE": str(unsafe / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(unsafe)],
+        env={**os.environ, **caches}, cwd=unsafe, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == {spoil.__name__ for spoil in REFUSED}
+    for spoil, (_, words) in REFUSED.items():
+        assert all(said and re.search(words, said) for said in found[spoil.__name__]), (spoil, found[spoil.__name__])
+
+
+def test_adapters_come_from_safetensors(tmp_path):
+    peft = pytest.importorskip("peft", reason="the extra train is not installed")
+    adapted = peft.get_peft_model(build(SpcxrModel), peft.LoraConfig(target_modules=["qkv"]))
+    adapted.save_pretrained(tmp_path)
+    build(SpcxrModel).load_adapter(str(tmp_path))
+    torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        (ValueError, OSError), match=r"adapter_model\."
+    ):  # it looks for the safetensors, or ours refuses
+        build(SpcxrModel).load_adapter(str(tmp_path))
 
 
 def test_a_pickle_is_not_loaded_on_request(tmp_path):
