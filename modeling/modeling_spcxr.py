@@ -298,7 +298,7 @@ def _parts_of_index(index: Path) -> list[str]:
         raise ValueError(f"{index}: no index of weights ({type(error).__name__})") from error
 
 
-def check_stored_weights(model: PreTrainedModel, files: list[str]) -> None:
+def check_stored_weights(model: PreTrainedModel, files: list[str], is_quantized: bool) -> None:
     """Refuse weights that a model cannot take, by the files' headers, before memory is taken.
 
     Raises:
@@ -316,7 +316,6 @@ def check_stored_weights(model: PreTrainedModel, files: list[str]) -> None:
             except (ValueError, TypeError):
                 return
     stored = {name: entry for name, entry in stored.items() if name != "__metadata__"}
-    is_quantized = getattr(model.config, "quantization_config", None) is not None
     for name, entry in stored.items():
         if entry["dtype"][:1] in "IUB" and entry["dtype"] != "BF16" and not is_quantized:
             raise ValueError(f"{name} is stored as {entry['dtype']}; weights are floating-point numbers")
@@ -396,14 +395,14 @@ class SpcxrPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
 
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """The library's own, from where it knows which files to read (of a Hub id, it does so only here)."""
         for file in checkpoint_files or []:
             below = str(file).replace(os.sep, "/").partition("/snapshots/")[2].split("/")
             if not str(file).endswith(".safetensors") or ".." in below:
                 raise ValueError(f"{file}: weights are read from safetensors files in their own folder alone")
-        check_stored_weights(model, checkpoint_files or [])
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        check_stored_weights(model, checkpoint_files or [], load_config.hf_quantizer is not None)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save weights, configuration and code, so that the folder loads by itself."""

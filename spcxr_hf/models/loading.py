@@ -50,6 +50,7 @@ AUTO_CLASSES: dict[str, Any] = {
     "classification": AutoModelForImageClassification,
     "segmentation": AutoModelForSemanticSegmentation,
 }
+LARGEST_SIDE = 4096  # pixels of a model's input
 SPCXR_CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in MODEL_CLASSES.values()}
 
 
@@ -133,8 +134,7 @@ def load_network(
     if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
         raise SpcxrError(f"{source}: no .safetensors weights in this folder")
     with loading_errors(source, "its weights cannot be loaded"), _no_progress_bar():
-        if Path(source).is_dir():
-            check_weight_files(Path(source))
+        check_weight_files(_folder_of(source))
         model, loading = model_class.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=new == "head", **options
         )
@@ -168,7 +168,11 @@ def load_processor(source: str, required: bool = True) -> Any:
         names = ("preprocessor_config.json", "processor_config.json")
         if not required and not any(_has_file(source, name) for name in names):
             return None
-        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **_local_files(source))
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **_local_files(source))
+        sides = [side for side in dict(getattr(processor, "size", None) or {}).values() if side is not None]
+        if any(not 0 < side <= LARGEST_SIDE for side in sides):
+            raise ValueError(f"it makes images of {max(sides)} pixels a side; it may be 1 to {LARGEST_SIDE}")
+        return processor
 
 
 def own_class(config: PreTrainedConfig) -> Any:
@@ -228,6 +232,15 @@ def name_with_revision(source: str) -> str:
     """A folder as it is; an id with the start of the revision that the cache holds it at."""
     file = None if Path(source).is_dir() else _cached_file(source, "config.json")
     return f"{source}@{file.parent.name[:12]}" if file else source
+
+
+def _folder_of(source: str) -> Path:
+    """The folder that the weights are read from, with its lists of weight files: of an id, in the local Hub cache."""
+    if Path(source).is_dir():
+        return Path(source)
+    for name in ("model.safetensors.index.json", "adapter_config.json"):
+        _has_file(source, name)
+    return Path(cached_file(source, "config.json", **_local_files(source))).parent
 
 
 def _has_file(source: str, name: str) -> bool:
