@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Image processor: a picture of a chest radiograph, of whatever kind, -> `pixel_values`.
+"""Image processor: pictures of chest radiographs -> `pixel_values`.
 
-The way of an image: tensor of its own type -> floats in 0..1 (the range follows from the type) -> grey -> resized whole
--> normalised. The first three steps are shared; the two back ends, torchvision and Pillow, differ in how they resize.
+Steps: tensor of the picture's own type -> floats in 0..1 (the range follows from the type) -> grey -> resized without
+cropping -> normalised. The first three are shared; the back ends, torchvision and Pillow, differ in how they resize.
 
 `preprocessor_config.json` always holds
 
@@ -64,13 +64,16 @@ AUTO_MAP = {
 # Pillow mode -> mode whose array is read. Alpha is dropped and a palette looked up, as `Image.convert` does it.
 IMAGE_MODES = {mode: mode for mode in ("1", "L", "RGB", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")}
 IMAGE_MODES |= {"LA": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB"}
-# A label map's palette is for the eye only: its labels are the indices.
+# The labels of a label map are the indices of its palette.
 LABEL_MODES = {mode: mode for mode in ("1", "L", "P", "I;16", "I;16L", "I;16B", "I;16N", "I")}
 
 CHANNELS = (1, 3, 4)
 LUMINANCE_RED, LUMINANCE_BLUE = 0.299, 0.114  # ITU-R BT.601, as Pillow's convert("L"); green has the rest
 FLOAT_TOLERANCE = 1e-3  # what resampling and rounding may leave outside 0..1
 LARGEST_LABEL = 2**24  # labels are resized as float32, which holds whole numbers up to here
+# Of an image, as `spcxr_hf.read_radiograph` has them; more would fill the memory when it is resized.
+MAX_PIXELS, MAX_SIDE, MAX_ASPECT = 50_000_000, 32_768, 50
+MAX_BLACK_AND_WHITE = 0.95  # share of pixels at the ends of the range, of a picture that may have lost its greys
 
 
 class SpcxrImageProcessorKwargs(ImagesKwargs, total=False):
@@ -109,6 +112,15 @@ def _single_images(images: Any, ndim: int) -> list[Any]:
     return singles
 
 
+def _check_size(height: int, width: int) -> None:
+    short, long = sorted((height, width))
+    if short * long > MAX_PIXELS or long > MAX_SIDE or long > MAX_ASPECT * short > 0:
+        raise ValueError(
+            f"an image of {height} x {width} pixels is too large or too long: at most {MAX_PIXELS:,} pixels, "
+            f"{MAX_SIDE:,} along a side, and {MAX_ASPECT} times as long as wide"
+        )
+
+
 def _to_tensor(image: Any, modes: dict[str, str]) -> torch.Tensor:
     """The picture's values in their own type, in the layout they came in."""
     if isinstance(image, torch.Tensor):
@@ -116,6 +128,7 @@ def _to_tensor(image: Any, modes: dict[str, str]) -> torch.Tensor:
     if is_pil_image(image):
         if image.mode not in modes:
             raise ValueError(f"PIL mode {image.mode!r} is not accepted; convert to one of {', '.join(modes)}")
+        _check_size(image.height, image.width)  # before Pillow decodes it
         image = image if modes[image.mode] == image.mode else image.convert(modes[image.mode])
     array = to_numpy_array(image)
     kind, bytes_per_value = array.dtype.kind, array.dtype.itemsize
@@ -131,13 +144,18 @@ def _to_tensor(image: Any, modes: dict[str, str]) -> torch.Tensor:
 
 
 def _channels_first(image: torch.Tensor, data_format: str | ChannelDimension | None) -> torch.Tensor:
-    """(H, W), (C, H, W) or (H, W, C) -> (C, H, W) with 1, 3 or 4 channels."""
+    """(H, W), (C, H, W) or (H, W, C) -> (C, H, W) with 1, 3 or 4 channels, of bounded size.
+
+    Arrays (3, H, W) and (4, H, W) can be stacks of grey images, too: four are refused, and three that differ are read
+    as one RGB picture with a warning, since torch's RGB tensors have that shape.
+    """
     shape = tuple(image.shape)
     if image.ndim not in (2, 3):
         raise ValueError(f"an image has the shape (H, W), (C, H, W) or (H, W, C); got {shape}")
     if image.numel() == 0:
         raise ValueError(f"an image of shape {shape} holds no pixels")
     if image.ndim == 2:
+        _check_size(*shape)
         return image.unsqueeze(0)
     first, last = shape[0] in CHANNELS, shape[-1] in CHANNELS
     if data_format is not None:
@@ -153,7 +171,19 @@ def _channels_first(image: torch.Tensor, data_format: str | ChannelDimension | N
         raise ValueError(
             f"an image has 1, 3 or 4 channels; got the shape {shape}{layout} (a batch of grey images is (N, 1, H, W))"
         )
-    return image if first else image.movedim(-1, 0)
+    image = image if first else image.movedim(-1, 0)
+    _check_size(image.shape[1], image.shape[2])
+    if first and data_format is None and len(image) == 4:
+        raise ValueError(
+            f"shape {shape} can be one RGBA picture or four grey ones: give grey images as (4, 1, H, W), and RGBA as "
+            '(H, W, 4) or with input_data_format="channels_first"'
+        )
+    if first and data_format is None and len(image) == 3 and not all(torch.equal(image[0], one) for one in image[1:]):
+        logger.warning_once(
+            "An array (3, H, W) is read as one RGB picture, of which the luminance is used; three grey images are "
+            "(3, 1, H, W)."
+        )
+    return image
 
 
 def _check_unit(image: torch.Tensor, advice: str) -> torch.Tensor:
@@ -172,20 +202,20 @@ def _integers_to_unit(image: torch.Tensor) -> torch.Tensor:
     if image.dtype == torch.uint8:
         return image.to(torch.float32) / 255
     name = str(image.dtype).removeprefix("torch.")
-    values = image.to(torch.int64)
-    low, high = (bound.item() for bound in values.aminmax())
+    values = image.to(torch.float32)  # a copy; exact where it matters, up to 65535
+    low, high = (int(bound.item()) for bound in (values if image.dtype == torch.uint16 else image).aminmax())
     if low < 0 or high > 65535:
         raise ValueError(f"{name} values from {low} to {high}: integer images must lie in 0..65535")
     if image.dtype != torch.uint16 and 0 < high < 256:
         raise ValueError(
             f"{name} values from {low} to {high} can be 8 or 16 bit: give uint8 (0..255) or uint16 (0..65535)"
         )
-    if 0 < high < 4096:
+    if 0 < high < 16384:
         logger.warning_once(
-            "A 16-bit image whose largest value is below 4096 comes out nearly black: 16 bits are divided by 65535. "
-            "If it holds 12 bits, pass rescale_factor=1/4095."
+            "A 16-bit image whose largest value is below 16384 comes out nearly black: 16 bits are divided by 65535. "
+            "If it holds 12 bits, pass rescale_factor=1/4095; if 14, 1/16383."
         )
-    return values.to(torch.float32) / 65535
+    return values.div_(65535)
 
 
 def _stated_range_to_unit(image: torch.Tensor, value_range: Any) -> torch.Tensor:
@@ -243,6 +273,15 @@ def _radiograph(
     values = _channels_first(_to_tensor(image, IMAGE_MODES), layout)
     values = values if device is None else values.to(device)
     grey = _to_grey(_to_unit(values, do_rescale, rescale_factor, value_range))
+    sample = grey[:, :: max(1, grey.shape[1] // 128), :: max(1, grey.shape[2] // 128)]
+    low, high = (bound.item() for bound in sample.aminmax())
+    extremes = ((sample <= 0) | (sample >= 1)).float().mean().item()
+    if low == high or (high >= 1 and extremes > MAX_BLACK_AND_WHITE):
+        logger.warning_once(
+            "An image is constant, or black and white without greys: no radiograph. The pipelines of transformers make "
+            "such pictures of 16-bit and DICOM files whose path they are given: read the file with "
+            "spcxr_hf.read_radiograph, and give them the image that it returns."
+        )
     return grey.expand(num_output_channels, -1, -1).contiguous()
 
 
@@ -253,9 +292,11 @@ def _label_map(labels: Any) -> torch.Tensor:
         raise ValueError(f"a segmentation map has the shape (H, W) and is not empty; got {tuple(values.shape)}")
     if values.is_floating_point() or values.is_complex():
         raise ValueError(f"a segmentation map holds integer labels; got {values.dtype}")
-    values = values.to(torch.int64)
-    if values.abs().max() > LARGEST_LABEL:
-        raise ValueError(f"a segmentation map holds labels up to {LARGEST_LABEL}; got {values.abs().max().item()}")
+    _check_size(*values.shape)
+    if values.dtype not in (torch.bool, torch.uint8):
+        values = values.to(torch.int64)
+        if values.abs().max() > LARGEST_LABEL:
+            raise ValueError(f"a segmentation map holds labels up to {LARGEST_LABEL}; got {values.abs().max().item()}")
     return values.unsqueeze(0).to(torch.float32)
 
 
@@ -415,10 +456,12 @@ class SpcxrImageProcessor(_RadiographProcessing, TorchvisionBackend):
 
     The range follows from the type and never from the values; `rescale_factor` overrides it for integers (12 bits in a
     16-bit array: `1/4095`). Arrays are (H, W), (C, H, W) or (H, W, C) with 1, 3 or 4 channels, or a batch of those. RGB
-    becomes its ITU-R BT.601 luminance; alpha is dropped. Lungs must be dark and bones bright: no picture says which way
-    round it is, a DICOM does, and `spcxr_hf.read_radiograph` follows it.
+    becomes its ITU-R BT.601 luminance; alpha is dropped. (4, H, W) is refused without `input_data_format`, since it can
+    be four grey images, and (3, H, W) is one RGB picture. Lungs must be dark and bones bright: pictures do not state
+    their polarity, DICOM files do, and `spcxr_hf.read_radiograph` applies it.
 
-    The whole image is resized to `size` and its aspect is not kept: nothing of the lungs is cropped away. The model
+    The image is resized to `size` without cropping; its aspect ratio is not kept. At most 50 million pixels, 32,768
+    along a side, and 50 times as long as wide. The model
     checks that the size is a multiple of its patch.
 
     Args:
@@ -431,7 +474,8 @@ class SpcxrImageProcessor(_RadiographProcessing, TorchvisionBackend):
         num_output_channels: 1, or 3 to repeat grey for a model that expects RGB.
 
     The pipelines of transformers open files and convert pictures to 8-bit RGB by themselves, and that cuts 16-bit
-    values off at 255: give them 8-bit pictures, which is what `spcxr_hf.read_radiograph` returns.
+    values off at 255, which leaves a white picture (there is a warning): give them 8-bit pictures, which is what
+    `spcxr_hf.read_radiograph` returns.
     """
 
     def __init__(self, **kwargs: Unpack[SpcxrImageProcessorKwargs]):

@@ -14,6 +14,8 @@ from PIL import Image
 from transformers import pipeline
 from transformers.image_utils import PILImageResampling
 
+from spcxr_hf.images import limits
+from spcxr_hf.images.reader import read_radiograph
 from spcxr_hf.modeling import image_processing_spcxr
 from spcxr_hf.modeling.configuration_spcxr import SpcxrConfig
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
@@ -257,6 +259,11 @@ REFUSED = {
     "5 channels": (np.zeros((5, 32, 32), np.uint8), "1, 3 or 4 channels"),
     "grey images without a channel": (np.zeros((8, 32, 32), np.uint8), r"\(N, 1, H, W\)"),
     "5 dimensions": (torch.zeros(1, 1, 1, 8, 8), "at most 4 dimensions"),
+    "4 grey images": (np.zeros((4, 32, 32), np.uint8), r"four grey ones: give grey images as \(4, 1, H, W\)"),
+    "batch of 4 grey images each": (torch.zeros(2, 4, 32, 32), "four grey ones"),
+    "too long": (np.zeros((1, 49_000_000), np.uint8), "1 x 49000000 pixels is too large or too long"),
+    "too long PIL": (Image.new("L", (49_000_000, 1)), "1 x 49000000 pixels is too large or too long"),
+    "strip": (torch.zeros(1, 600, 10), "600 x 10 pixels is too large or too long"),
     "two readings": (np.zeros((3, 32, 3), np.uint8), "input_data_format"),
     "path": ("chest.png", "read_radiograph"),
     "Path": (Path("chest.png"), "read_radiograph"),
@@ -305,13 +312,65 @@ def test_rounding_beyond_the_range_is_cut_off():
     assert values.flatten().tolist() == [0, 1]
 
 
-def test_dark_16_bit_images_are_warned_of(monkeypatch):
-    warned = []
-    monkeypatch.setattr(image_processing_spcxr.logger, "warning_once", warned.append)
-    unit(Torchvision(), np.full((4, 4), 65535, np.uint16))
-    assert not warned
-    unit(Torchvision(), np.full((4, 4), 4095, np.uint16))
-    assert "rescale_factor=1/4095" in warned[0]
+@pytest.fixture
+def warned(monkeypatch) -> list[str]:
+    """What the image processor warns of."""
+    texts: list[str] = []
+    monkeypatch.setattr(image_processing_spcxr.logger, "warning_once", texts.append)
+    return texts
+
+
+def test_dark_16_bit_images_are_warned_of(warned):
+    for bits, expected in ((16, False), (15, False), (14, True), (12, True)):
+        warned.clear()
+        unit(Torchvision(), GREY.astype(np.uint16) * ((2**bits - 1) // 255))
+        assert ["rescale_factor=1/4095" in text for text in warned] == [True] * expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_picture_that_lost_its_greys_is_warned_of(backend, warned, tmp_path):
+    """The pipelines of transformers cut a 16-bit file off at 255."""
+    path = tmp_path / "chest.png"
+    Image.fromarray(GREY.astype(np.uint16) * 257).save(path)
+    config = SpcxrConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32
+    )
+    processor = backend(size={"height": 32, "width": 32})
+    classify = pipeline("image-classification", model=SpcxrForImageClassification(config), image_processor=processor)
+    classify(str(path))
+    assert len(warned) == 1
+    assert "spcxr_hf.read_radiograph" in warned[0]
+    warned.clear()
+    classify(read_radiograph(path, strict=None))
+    assert warned == []
+    for constant in (np.zeros((40, 40), np.uint8), np.full((40, 40), 0.3), Image.new("RGB", (40, 40), "white")):
+        warned.clear()
+        processor(constant)
+        assert "constant" in warned[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_three_channels_are_one_rgb_picture(backend, warned):
+    """A stack of three grey images is warned of; equal channels, channels last and a stated layout are not."""
+    stack = np.stack([GREY, GREY[::-1], 255 - GREY])
+    luminance = np.tensordot([0.299, 0.587, 0.114], stack / 255, 1)
+    found = unit(backend(), stack, do_resize=False)
+    assert (found[0, 0] - torch.from_numpy(luminance)).abs().max() < 1e-6
+    assert len(warned) == 1
+    assert "(3, 1, H, W)" in warned[0]
+    warned.clear()
+    last = unit(backend(), np.ascontiguousarray(stack.transpose(1, 2, 0)), do_resize=False)
+    stated = unit(backend(), stack, do_resize=False, input_data_format="channels_first")
+    assert torch.equal(last, found)
+    assert torch.equal(stated, found)
+    unit(backend(), np.repeat(GREY[None], 3, axis=0))
+    unit(backend(), np.concatenate([stack, stack[:1]]), input_data_format="channels_first")  # RGBA
+    assert warned == []
+
+
+def test_sizes_are_bounded_as_the_reader_s():
+    for name in ("MAX_PIXELS", "MAX_SIDE", "MAX_ASPECT"):
+        assert getattr(image_processing_spcxr, name) == getattr(limits, name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
