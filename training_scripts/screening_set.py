@@ -3,11 +3,12 @@
     python training_scripts/screening_set.py --nih ../shared/data --rsna ../shared/rsna_jsrt --output runs/screening_set
 
 A head that learns from a source in which the classes differ in more than the disease learns that difference. So a
-source enters only with normal and abnormal films of its own. The set has the columns of the sources and two more:
+source enters only with normal and abnormal films of its own. The set has the columns of the sources and three more:
 
 - `screening`, a struct: `abnormal` (any finding) and `opacity`. Opacity is not known of NIH's abnormal films.
 - `screening_split`: train; val (RSNA in the processing `rsna_thorax`, what models are chosen by); and for the report
   test (`rsna_thorax`), nih_val, nih_test, and shift (`rsna_1024`, the same archive in another processing).
+- `opacity_split`, the same without films of another abnormality: opacity against normal.
 
 `--train rsna_thorax` leaves the other source out of the training, for the figure on a source never seen.
 """
@@ -78,10 +79,11 @@ def labelled(table: RadiographTable, split_column: str, cells: list, labels_of: 
     rows = table.rows.select(columns).filter(pa.array(kept))
     labels = [labels_of(cell) for cell, keep in zip(cells, kept, strict=True) if keep]
     rows = rows.append_column("screening", pa.array(labels, LABELS))
-    return RadiographTable(
-        rows.append_column("screening_split", pa.array([names.get(split, split) for split in splits if split])),
-        table.name,
-    )
+    own = [names.get(split, split) for split in splits if split is not None]
+    rows = rows.append_column("screening_split", pa.array(own))
+    clear = [label["opacity"] is not None and label["abnormal"] == label["opacity"] for label in labels]
+    opacity = [split if keep else None for split, keep in zip(own, clear, strict=True)]
+    return RadiographTable(rows.append_column("opacity_split", pa.array(opacity, pa.string())), table.name)
 
 
 def nih_labels(findings: list[str]) -> dict[str, bool | None]:

@@ -54,6 +54,9 @@ def test_labels_and_splits(sources, tmp_path):
     assert found["h"] == ("val", {"abnormal": True, "opacity": True})
     assert found["i"] == ("shift", {"abnormal": True, "opacity": False})
     assert len(found) == 9
+    table = pq.read_table(tmp_path / "set" / "screening.parquet").to_pydict()
+    split = dict(zip(table["id"], table["opacity_split"], strict=True))
+    assert split["j"] == "shift" and split["i"] is None and split["b"] is None and split["a"] == "train"
 
 
 def test_a_source_left_out_of_the_training(sources, tmp_path):
