@@ -179,13 +179,16 @@ def signalled_while_it_reads(sent: int, argv: list[str]) -> None:
         return decode_set(*args, **kwargs)
 
     pretrain.decode_set = send
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     run_script(functools.partial(pretrain.main, argv))
 
 
 def test_a_run_stopped_before_its_first_step_ends_cleanly(shard, tmp_path):
     for sent, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
         console = tmp_path / f"console-{code}"
-        process = start(functools.partial(signalled_while_it_reads, sent), words(shard, tmp_path, *BRIEF), console)
+        process = start(
+            functools.partial(signalled_while_it_reads, sent), words(shard, tmp_path, *BRIEF, "--steps", "1"), console
+        )
         assert finish([process]) == [code]
         said = console.read_text()
         assert said.startswith("stopped") and len(said.splitlines()) == 1
