@@ -1,20 +1,28 @@
-"""Report a classifier on splits of a set: every figure with its 95 % interval by patient, as JSON.
+"""Report a model on splits of a set: every figure with its 95 % interval by patient, as JSON, and as a page.
 
     python training_scripts/evaluate.py --model runs/finetune_classification/final --data ../shared/data \
         --label_column pneumonia_label --split_column pneumonia_split --splits val test --output results.json
 
-Any model that AutoModelForImageClassification loads, through its own image processor. Several processes
-(on a CPU `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`) share the images, and none is
-counted twice. `--temperature_from val`
-divides the logits by one number that was fitted there (temperature scaling). Choose models on `val`; `test` and `shift`
-are for the report.
+A classifier is any model that AutoModelForImageClassification loads, through its own image processor. Columns and
+classes that are left out are those of the recipe in the model's folder. Several processes (on a CPU
+`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`) share the images, and none is counted
+twice. `--temperature_from val` divides the logits by one number that was fitted there (temperature scaling).
+
+`--html FOLDER` writes a page with ROC and precision-recall curves, reliability diagrams, confusion matrices, label
+efficiency (from the results of `benchmarks/evidence.py`) and the most confident errors. These show radiographs: keep
+the folder where the images may be, or say `--worst 0`.
+
+Of a segmentation model, Dice, IoU and 95 % Hausdorff distance of its lung masks stand beside those of the mean mask of
+the rows `train`. Every mask is compared at its own resolution; distances are shares of the image's height.
+
+Choose models on `val`; `test` and `shift` are for the report.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,33 +38,60 @@ from transformers import PreTrainedModel
 from spcxr_hf import SpcxrError
 from spcxr_hf.data.labels import names_in, parse_classes, targets_of
 from spcxr_hf.data.sets import read_set
-from spcxr_hf.data.table import OnError, RadiographTable, check_broken, open_image
+from spcxr_hf.data.table import (
+    OnError,
+    RadiographTable,
+    check_broken,
+    decode_masks,
+    decode_set,
+    open_image,
+    open_mask,
+)
+from spcxr_hf.evaluation.bootstrap import patient_groups
 from spcxr_hf.evaluation.calibration import fit_temperature, to_probabilities
+from spcxr_hf.evaluation.curves import read_results
 from spcxr_hf.evaluation.metrics import (
     brier_score,
     classification_report,
     expected_calibration_error,
     multilabel_report,
+    segmentation_report,
 )
+from spcxr_hf.evaluation.plots import grey_picture
 from spcxr_hf.evaluation.predict import load_classifier, match_classes
+from spcxr_hf.evaluation.report import Evaluated, ReportOptions, write_evaluation_report
 from spcxr_hf.files import write_json
-from spcxr_hf.models.loading import forward, is_multi_label, label_names, to_pixel_values
+from spcxr_hf.models.loading import (
+    Loaded,
+    forward,
+    is_multi_label,
+    label_names,
+    load_checkpoint,
+    load_config,
+    to_pixel_values,
+)
+from spcxr_hf.models.lungs import segment_lungs
 from spcxr_hf.quality.checks import SetArguments, write_skipped
-from spcxr_hf.training.arguments import parse_arguments, run_script
+from spcxr_hf.training.arguments import check_values, fill_from_recipe, parse_arguments, run_script
 
 
 @dataclass(kw_only=True)
 class Arguments(SetArguments):
-    """Measure a classifier."""
+    """Measure a classifier, or lung masks against those drawn by humans."""
 
-    model: str = field(metadata={"help": "folder or Hub id of an image classifier with its image processor"})
-    data: str = field(metadata={"help": "Parquet shards with a column of labels and a column of splits"})
-    label_column: str = field(
-        default="label",
+    model: str = field(metadata={"help": "folder or Hub id of a model with its image processor"})
+    data: str = field(metadata={"help": "a set with a column of labels, or lung masks, and a column of splits"})
+    label_column: str | None = field(
+        default=None,
         metadata={"help": "column of the labels: one for each row (a list counts as normal, if empty, or abnormal); "
-                  "of a multi-label model a list of those that hold, or a struct with a field for each"},
+                  "of a multi-label model a list of those that hold, or a struct with a field for each. By default "
+                  "that of the model's recipe, or `label`"},
     )  # fmt: skip
-    split_column: str = field(default="split", metadata={"help": "column of the splits"})
+    split_column: str | None = field(
+        default=None,
+        metadata={"help": "column of the splits; by default that of the model's recipe, or `split`; of a segmentation "
+                  "model `lung_split`"},
+    )  # fmt: skip
     splits: list[str] = field(default_factory=lambda: ["val"], metadata={"help": "its values to report"})
     classes: list[str] = field(
         default_factory=list,
@@ -67,6 +102,19 @@ class Arguments(SetArguments):
         default=None, metadata={"help": "split to fit a temperature on: val, as a rule"}
     )
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
+    html: str | None = field(
+        default=None, metadata={"help": "folder for report.html, its pictures and its results.json"}
+    )
+    sums: list[str] = field(
+        default_factory=list,
+        metadata={"help": "more targets of the page: labels joined by ' + ', whose probabilities are added"},
+    )
+    label_efficiency: str | None = field(
+        default=None, metadata={"help": "results of evidence.py, or a JSON file with rows of fraction, seed, init"}
+    )
+    task: str | None = field(default=None, metadata={"help": "its task; by default called as the model's folder"})
+    worst: int = field(default=12, metadata={"help": "how many of the most confident errors to show; 0 for none"})
+    baseline: bool = field(default=True, metadata={"help": "of a segmentation model: report the mean mask too"})
     image_size: int | None = field(
         default=None, metadata={"help": "side of the input in pixels; by default the image processor's"}
     )
@@ -81,54 +129,33 @@ class Predictions:
     """What a model says of a split.
 
     Attributes:
+        table: The split's rows.
+        rows: (n) numbers of those that were predicted.
         logits: (n, classes).
         targets: (n, classes) float32: 1, 0, or NaN where a label is missing.
         patients: (n) whose image each row is, None where unknown; None altogether where the set has no such column.
-        left_out: Rows whose label is missing, or none of the classes.
         skipped: Id -> cause of images that cannot be read.
     """
 
+    table: RadiographTable
+    rows: list[int]
     logits: torch.Tensor
     targets: torch.Tensor
     patients: list | None
-    left_out: int
     skipped: dict[str, str]
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
-    check(arguments)
+    check_values(
+        arguments,
+        ranges={"batch_size": "[1, inf)", "resamples": "[1, inf)", "image_size": "[1, inf)", "worst": "[0, inf)"},
+    )
     processes = start_processes()
-    model, processor = load_classifier(arguments.model, processes.device)
-    classes = match_classes(arguments.model, label_names(model.config), parse_classes(arguments.classes))
-    table = read_set(arguments.data, arguments.exclude)
-    wanted = dict.fromkeys([*arguments.splits, *([arguments.temperature_from] if arguments.temperature_from else [])])
-    sets = {split: select_split(arguments, table, split, classes, is_multi_label(model.config)) for split in wanted}
-
-    found = {split: predict(arguments, processes, model, processor, *rows) for split, rows in sets.items()}
-    temperature = None
-    if arguments.temperature_from:
-        fitted = found[arguments.temperature_from]
-        temperature = fit_temperature(fitted.logits, fitted.targets, is_multi_label(model.config))
-    result = describe(arguments, model, classes, temperature)
-    if processes.is_main_process:
-        for split in arguments.splits:
-            result["splits"][split] = report(
-                arguments, found[split], list(classes), is_multi_label(model.config), temperature
-            )
-        write(arguments, result)
-        write_skipped(arguments.output, {name: why for one in found.values() for name, why in one.skipped.items()})
-    processes.wait_for_everyone()
-    return result
-
-
-def check(arguments: Arguments) -> None:
-    """Refuse a command line that would fail late."""
-    for name in ("batch_size", "resamples"):
-        if getattr(arguments, name) < 1:
-            raise SpcxrError(f"{name} must be at least 1; got {getattr(arguments, name)}")
-    if arguments.image_size is not None and arguments.image_size < 1:
-        raise SpcxrError(f"image_size must be at least 1; got {arguments.image_size}")
+    architectures = load_config(arguments.model).architectures or [""]
+    if architectures[0].endswith("ForSemanticSegmentation"):
+        return evaluate_lungs(arguments, processes)
+    return evaluate_classifier(arguments, processes)
 
 
 def start_processes() -> PartialState:
@@ -147,7 +174,52 @@ def start_processes() -> PartialState:
     return processes
 
 
-# ---- the set ---------------------------------------------------------------------------------------------------
+# ---- classifiers -----------------------------------------------------------------------------------------------
+
+
+def evaluate_classifier(arguments: Arguments, processes: PartialState) -> dict:
+    """Figures of each split; written and, if asked for, drawn by the main process."""
+    efficiency = []
+    if arguments.label_efficiency:
+        task = arguments.task or Path(arguments.model).resolve().name
+        efficiency = read_results(Path(arguments.label_efficiency), task)
+    recipe = {} if arguments.label_column else {"classes": []}  # the recipe's classes are those of its own column
+    fill_from_recipe(
+        arguments, Path(arguments.model) / "recipe.yaml", label_column="label", split_column="split", **recipe
+    )
+    model, processor = load_classifier(arguments.model, processes.device)
+    multi_label = is_multi_label(model.config)
+    classes = match_classes(arguments.model, label_names(model.config), parse_classes(arguments.classes))
+    table = read_set(arguments.data, arguments.exclude)
+    wanted = dict.fromkeys([*arguments.splits, *([arguments.temperature_from] if arguments.temperature_from else [])])
+    sets = {split: select_split(arguments, table, split, classes, multi_label) for split in wanted}
+
+    found = {split: predict(arguments, processes, model, processor, *rows) for split, rows in sets.items()}
+    temperature = None
+    if arguments.temperature_from:
+        fitted = found[arguments.temperature_from]
+        temperature = fit_temperature(fitted.logits, fitted.targets, multi_label)
+    result = {
+        "model": Path(arguments.model).resolve().name,
+        "model_type": model.config.model_type,
+        "problem_type": model.config.problem_type,
+        "label_column": arguments.label_column,
+        "split_column": arguments.split_column,
+        "classes": classes,
+        "temperature": None if temperature is None else {"value": temperature, "from": arguments.temperature_from},
+        "splits": {},
+    }
+    if processes.is_main_process:
+        for split in arguments.splits:
+            result["splits"][split] = report(arguments, found[split], list(classes), multi_label, temperature)
+        write(arguments, result)
+        if arguments.html:
+            shown = {split: found[split] for split in arguments.splits}
+            print(draw_page(arguments, model, shown, multi_label, temperature, efficiency))
+        skipped = {name: cause for one in found.values() for name, cause in one.skipped.items()}
+        write_skipped(Path(arguments.html) / "report.html" if arguments.html else arguments.output, skipped)
+    processes.wait_for_everyone()
+    return result
 
 
 def select_split(
@@ -159,8 +231,8 @@ def select_split(
         SpcxrError: a column is missing, no row has a label, or one has a label that the model does not know, unless
             the command line says which classes are meant.
     """
-    rows = table.where(arguments.split_column, split)
-    cells = rows.column(arguments.label_column)
+    rows = table.where(str(arguments.split_column), split)
+    cells = rows.column(str(arguments.label_column))
     known = {label for labels in classes.values() for label in labels}
     others = {name for cell in cells for name in names_in(cell, multi_label)} - known
     if others and not arguments.classes:
@@ -172,9 +244,6 @@ def select_split(
     if targets.isnan().all():
         raise SpcxrError(f"{rows.name}: no row has a label in {arguments.label_column} that is one of the classes")
     return rows, targets
-
-
-# ---- predictions -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -203,10 +272,11 @@ def predict(
     seen = [row for row in kept if row in by_row]
     patients = rows.column("patient") if "patient" in rows.rows.column_names else None
     return Predictions(
+        rows,
+        seen,
         torch.tensor([by_row[row] for row in seen]),
         targets[seen],
         None if patients is None else [patients[row] for row in seen],
-        len(rows) - len(kept),
         {names[row]: cause for row, cause in broken.items()},
     )
 
@@ -226,25 +296,6 @@ def read_images(
     return images
 
 
-# ---- the report ------------------------------------------------------------------------------------------------
-
-
-def describe(
-    arguments: Arguments, model: PreTrainedModel, classes: dict[str, list[str]], temperature: float | None
-) -> dict:
-    """What the figures are of."""
-    return {
-        "model": Path(arguments.model).resolve().name,
-        "model_type": model.config.model_type,
-        "problem_type": model.config.problem_type,
-        "label_column": arguments.label_column,
-        "split_column": arguments.split_column,
-        "classes": classes,
-        "temperature": None if temperature is None else {"value": temperature, "from": arguments.temperature_from},
-        "splits": {},
-    }
-
-
 def report(
     arguments: Arguments, found: Predictions, names: list[str], multi_label: bool, temperature: float | None
 ) -> dict:
@@ -255,7 +306,7 @@ def report(
         entry = multilabel_report(probabilities, found.targets, names, found.patients, **options)
     else:
         entry = classification_report(probabilities, found.targets.argmax(dim=1), names, found.patients, **options)
-    entry["left_out"] = found.left_out
+    entry["left_out"] = len(found.table) - len(found.rows) - len(found.skipped)
     entry["broken"] = len(found.skipped)
     if temperature is not None:
         entry["without_temperature"] = calibration(
@@ -283,6 +334,128 @@ def write(arguments: Arguments, result: dict) -> None:
         write_json(arguments.output, result)
     for split, entry in result["splits"].items():
         print(json.dumps({split: {name: value for name, value in entry.items() if not isinstance(value, dict)}}))
+
+
+def draw_page(
+    arguments: Arguments,
+    model: PreTrainedModel,
+    found: dict[str, Predictions],
+    multi_label: bool,
+    temperature: float | None,
+    efficiency: list[dict],
+) -> Path:
+    """`report.html` with its pictures and its `results.json`."""
+    evaluated = []
+    for split, one in found.items():
+        probabilities = to_probabilities(one.logits / (temperature or 1.0), multi_label).numpy()
+        ids = one.table.ids
+        evaluated.append(
+            Evaluated(split, probabilities, one.targets.numpy(), [ids[row] for row in one.rows], one.patients)
+        )
+    names, points = label_names(model.config), getattr(model.config, "operating_points", None) or {}
+    name = Path(arguments.model).resolve().name
+    settings = ("label_column", "split_column", "splits", "classes", "temperature_from", "bf16", "resamples", "seed")
+    options = ReportOptions(
+        multi_label=multi_label,
+        sums=[*dict.fromkeys([*arguments.sums, *(target for target in points if target not in names)])],
+        points=points,
+        efficiency=efficiency,
+        settings={
+            "model": name,
+            "set": Path(arguments.data).name,
+            **{setting: getattr(arguments, setting) for setting in settings},
+        },
+        worst=arguments.worst,
+        resamples=arguments.resamples,
+        seed=arguments.seed,
+    )
+
+    def picture(split: str, row: int) -> np.ndarray:
+        one = found[split]
+        number = one.rows[row]
+        return grey_picture(open_image(one.table.rows["image"][number].as_py(), f"{one.table.name}, row {number}"))
+
+    pictures: Callable[[str, int], np.ndarray] | None = picture if arguments.worst else None
+    title = f"{name}: {', '.join(arguments.splits)}"
+    return write_evaluation_report(Path(str(arguments.html)), title, names, evaluated, options, pictures)
+
+
+# ---- lung masks ------------------------------------------------------------------------------------------------
+
+
+def evaluate_lungs(arguments: Arguments, processes: PartialState) -> dict:
+    """Figures of the lung masks of each split."""
+    if processes.num_processes > 1:
+        raise SpcxrError("a segmentation model is evaluated by one process; start the script without a launcher")
+    if arguments.html or arguments.temperature_from or arguments.label_column or arguments.classes:
+        raise SpcxrError("html, temperature_from, label_column and classes are for classifiers")
+    column = arguments.split_column or "lung_split"
+    table = read_set(arguments.data, arguments.exclude)
+    skipped: dict[str, str] = {}
+    mean_mask = None
+    if arguments.baseline:
+        rows = readable(arguments, table.where(column, "train"), skipped)
+        mean_mask = decode_masks(rows, 256).float().mean(dim=0)
+    loaded = load_checkpoint("segmentation", arguments.model, processes.device, any_family=True)
+    side = loaded.model.config.image_size
+    result: dict = {"model": Path(arguments.model).resolve().name, "image_size": side, "splits": {}}
+    for split in arguments.splits:
+        rows = readable(arguments, table.where(column, split), skipped)
+        targets = [open_mask(cell, f"{rows.name}, row {row}") for row, cell in enumerate(rows.column("lung_mask"))]
+        patients = rows.column("patient") if "patient" in rows.rows.column_names else [None] * len(rows)
+        entry: dict = {"images": len(rows), "patients": len(set(patient_groups(patients, len(rows)) or ()))}
+        entry["model"] = lung_report(predict_lungs(arguments, loaded, rows), targets, patients)
+        if mean_mask is not None:
+            entry["mean_training_mask"] = lung_report(
+                (at_size(mean_mask, target) > 0.5 for target in targets), targets, patients
+            )
+        result["splits"][split] = entry
+        print(json.dumps({split: entry}), flush=True)
+    if arguments.output:
+        write_json(arguments.output, result)
+    write_skipped(arguments.output, skipped)
+    return result
+
+
+def readable(arguments: Arguments, rows: RadiographTable, skipped: dict[str, str]) -> RadiographTable:
+    """These rows; with `on_error` skip those whose image and mask can be read, the others go to `skipped`."""
+    if arguments.on_error == "stop":
+        return rows
+    decoded = decode_set(rows, 16, masks=True, on_error="skip")
+    skipped.update(decoded.skipped)
+    return decoded.table
+
+
+def predict_lungs(arguments: Arguments, loaded: Loaded, table: RadiographTable) -> Iterator[torch.Tensor]:
+    """Yield each row's lung mask, (H, W) booleans, at the resolution of its image."""
+    cells = table.column("image")
+    for start in tqdm(range(0, len(table), arguments.batch_size), desc=table.name, unit="batch"):
+        part = cells[start : start + arguments.batch_size]
+        images = [open_image(cell, f"{table.name}, row {start + row}") for row, cell in enumerate(part)]
+        sizes = [(image.height, image.width) for image in images]
+        values = to_pixel_values(loaded.processor, images, arguments.image_size)
+        yield from segment_lungs(loaded, values, sizes, arguments.bf16)
+
+
+def at_size(mean_mask: torch.Tensor, target: Image.Image) -> torch.Tensor:
+    """The mean mask (H, W) resized to the target's size."""
+    size = (target.height, target.width)
+    return torch.nn.functional.interpolate(mean_mask[None, None], size=size, mode="bilinear")[0, 0]
+
+
+def lung_report(masks: Iterable[torch.Tensor], targets: list[Image.Image], patients: list[str | None]) -> dict:
+    """What `metrics.segmentation_report` says of these masks, to four digits; distances in heights of the image."""
+    found = segmentation_report(
+        masks,
+        (np.asarray(target) > 127 for target in targets),
+        patients,
+        spacing=[(1 / target.height, 1 / target.height) for target in targets],
+    )
+    return {
+        name: [round(end, 4) for end in value] if isinstance(value, list) else
+        round(value, 4) if isinstance(value, float) else value
+        for name, value in found.items() if name not in ("images", "patients")
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ the images themselves may be, never into a repository. `images=None` leaves them
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.evaluation.calibration import decision_figures, target_columns, target_values
@@ -37,7 +37,7 @@ from spcxr_hf.evaluation.plots import (
     draw_roc,
     save_figure,
 )
-from spcxr_hf.files import software_versions, write_json
+from spcxr_hf.files import atomic_file, software_versions, write_json
 
 NOTICE = "For research use only, not for clinical use."
 WORST = 12
@@ -100,28 +100,16 @@ class _Page:
     """The report as it grows: its sections in order, and the numbers for results.json."""
 
     folder: Path
-    sections: list[str] = field(default_factory=list)
+    sections: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
 
     def add_figure(self, name: str, title: str, figure: Any, words: str) -> None:
         """Write `name`.png, and show it under a title; `words` say what it shows to whoever cannot see it too."""
         data = base64.b64encode(save_figure(figure, self.folder / f"{name}.png").read_bytes()).decode("ascii")
-        text = html.escape(words)
-        image = f'<img src="data:image/png;base64,{data}" alt="{text}">'
-        self.sections.append(
-            f"<section><h2>{html.escape(title)}</h2><figure>{image}<figcaption>{text}</figcaption></figure></section>"
-        )
+        self.sections.append({"title": title, "png": data, "caption": words})
 
     def add_table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        head = "".join(f'<th scope="col">{html.escape(str(word))}</th>' for word in header)
-        body = "".join(
-            f'<tr><th scope="row">{html.escape(str(row[0]))}</th>'
-            + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row[1:])
-            + "</tr>"
-            for row in rows
-        )
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        self.sections.append(f"<section><h2>{html.escape(title)}</h2>{table}</section>")
+        self.sections.append({"title": title, "header": header, "rows": rows})
 
 
 def write_evaluation_report(
@@ -167,7 +155,13 @@ def write_evaluation_report(
         _add_worst(page, names, splits, options, images)
     page.add_table("What was run", ("setting", "value"), [*options.settings.items(), ("software", software_versions())])
     write_json(page.folder / "results.json", {"title": title, "notice": NOTICE, **page.results})
-    return _write_html(page, title)
+    environment = Environment(
+        loader=PackageLoader("spcxr_hf.evaluation"), autoescape=True, trim_blocks=True, undefined=StrictUndefined
+    )
+    template = environment.get_template("report.html")
+    with atomic_file(page.folder / "report.html") as partial:
+        partial.write_text(template.render(title=title, notice=NOTICE, sections=page.sections), encoding="utf-8")
+    return page.folder / "report.html"
 
 
 def _check(names: Sequence[str], splits: Sequence[Evaluated], multi_label: bool) -> None:
@@ -397,34 +391,3 @@ def _short(text: str, length: int = 30) -> str:
 
 def _file_name(text: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in text)
-
-
-# ---- the page ------------------------------------------------------------------------------------------------------
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 0 auto;
-       padding: 1.5rem; }
-.notice { border: 2px solid #1a1a1a; padding: .5rem .75rem; font-weight: 600; }
-img { max-width: 100%; height: auto; }
-figure { margin: 0; } figcaption { font-size: .875rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
-th, td { border: 1px solid #767676; padding: .3rem .6rem; text-align: left; font-variant-numeric: tabular-nums; }
-thead th { background: #eee; }
-@media print { section { break-inside: avoid; } body { max-width: none; padding: 0; } }
-"""
-
-
-def _write_html(page: _Page, title: str) -> Path:
-    heading = html.escape(title)
-    text = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{heading}</title><style>{STYLE}</style></head>\n<body><main>\n<h1>{heading}</h1>\n"
-        f'<p class="notice">{NOTICE}</p>\n' + "\n".join(page.sections) + "\n</main></body>\n</html>\n"
-    )
-    path = page.folder / "report.html"
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SpcxrError(f"{path}: cannot be written ({error})") from error
-    return path

@@ -19,7 +19,7 @@ from spcxr_hf.evaluation.report import (
 )
 from tests.common import build, tiny_config
 from tests.made_up import break_rows, write_set
-from training_scripts import report
+from training_scripts import evaluate
 
 NAMES = ("normal", "bacterial", "viral <b>")
 
@@ -171,22 +171,23 @@ def test_the_script(tmp_path, capsys):
     efficiency.write_text(json.dumps({"rows": EFFICIENCY}))
     words = ["--model", str(model), "--data", str(data), "--label_column", "pneumonia_label"]
     words += ["--splits", "val", "test", "--classes", "normal", "ill=bacterial+viral"]
-    words += ["--resamples", "20", "--output", str(tmp_path / "report")]
+    words += ["--resamples", "20", "--html", str(tmp_path / "report")]
     (model / "recipe.yaml").write_text("split_column: pneumonia_split\nclasses: [normal]\n")
-    path = report.main([*words, "--label_efficiency", str(efficiency), "--limit", "8"])
+    path = tmp_path / "report" / "report.html"
+    evaluate.main([*words, "--label_efficiency", str(efficiency)])
     assert str(path) in capsys.readouterr().out
     results = json.loads((path.parent / "results.json").read_text())
-    assert results["splits"]["val"]["images"] == 8
+    assert results["splits"]["val"]["images"] == 9
     text = path.read_text()
     assert "ill: youden" in text and str(tmp_path) not in text
     with pytest.raises(SpcxrError, match="batch_size must be"):
-        report.main([*words, "--batch_size", "0"])
+        evaluate.main([*words, "--batch_size", "0"])
 
     break_rows(data, {2, 12})
     with pytest.raises(SpcxrError, match="damaged or cut short"):
-        report.main(words)
+        evaluate.main(words)
     (tmp_path / "left-out.txt").write_text("row-3\nrow-4\n")
-    report.main([*words, "--on_error", "skip", "--exclude", str(tmp_path / "left-out.txt")])
+    evaluate.main([*words, "--on_error", "skip", "--exclude", str(tmp_path / "left-out.txt")])
     results = json.loads((path.parent / "results.json").read_text())
     assert [results["splits"][split]["images"] for split in ("val", "test")] == [6, 8]
     lines = (path.parent / "skipped.csv").read_text().splitlines()

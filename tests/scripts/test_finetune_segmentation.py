@@ -19,7 +19,7 @@ from spcxr_hf.data.table import open_mask
 from spcxr_hf.modeling.configuration_spcxr import SIZES
 from spcxr_hf.training import engine as run_module
 from tests.made_up import SMALL_PRESET, write_set
-from training_scripts import evaluate_segmentation, finetune_segmentation, linear_probe
+from training_scripts import evaluate, finetune_segmentation, linear_probe
 
 SCRIPTS = Path(finetune_segmentation.__file__).parent
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 48}
@@ -217,7 +217,7 @@ def test_two_processes(shard, pretrained, tmp_path):
 
 def test_report(shard, finished, tmp_path):
     flags = ["--model", str(finished / "final"), "--data", shard, "--output", str(tmp_path / "results.json")]
-    result = evaluate_segmentation.main([*flags, "--splits", "val", "test"])
+    result = evaluate.main([*flags, "--splits", "val", "test"])
     assert json.loads((tmp_path / "results.json").read_text()) == result
     assert result["model"] == "final"
     assert list(result["splits"]) == ["val", "test"]
@@ -232,12 +232,12 @@ def test_report(shard, finished, tmp_path):
 
 
 def test_a_model_that_draws_the_human_masks_has_dice_1(shard, finished, monkeypatch):
-    def human_masks(arguments, model, processor, table):
+    def human_masks(arguments, loaded, table):
         for cell in table.column("lung_mask"):
             yield torch.from_numpy(np.array(open_mask(cell, ""))) > 127
 
-    monkeypatch.setattr(evaluate_segmentation, "predict", human_masks)
-    result = evaluate_segmentation.main(["--model", str(finished / "final"), "--data", shard, "--baseline", "false"])
+    monkeypatch.setattr(evaluate, "predict_lungs", human_masks)
+    result = evaluate.main(["--model", str(finished / "final"), "--data", shard, "--baseline", "false"])
     assert result["splits"]["val"]["model"]["dice"] == 1
     assert result["splits"]["val"]["model"]["iou"] == 1
     assert result["splits"]["val"]["model"]["hausdorff95"] == 0
@@ -250,7 +250,7 @@ def test_a_model_without_lungs_is_refused(shard, pretrained, finished, tmp_path)
     model.save_pretrained(tmp_path)
     SpcxrImageProcessor().save_pretrained(tmp_path)
     with pytest.raises(SpcxrError, match="there is no 'lung' among them"):
-        evaluate_segmentation.main(["--model", str(tmp_path), "--data", shard])
+        evaluate.main(["--model", str(tmp_path), "--data", shard])
 
 
 # Linear probe
@@ -330,7 +330,7 @@ def test_broken_files_are_skipped_and_a_leak_is_refused(tmp_path, pretrained):
     listed = (tmp_path / "run" / "skipped.csv").read_text().splitlines()
     assert [line.partition(",")[0] for line in listed] == ["id", "row-1", "row-13"]
     words = ["--model", str(tmp_path / "run" / "final"), "--data", str(path), "--splits", "test", "--on_error", "skip"]
-    report = evaluate_segmentation.main([*words, "--output", str(tmp_path / "report" / "results.json")])
+    report = evaluate.main([*words, "--output", str(tmp_path / "report" / "results.json")])
     assert report["splits"]["test"]["images"] == 6  # seven, of which one is broken
     listed = (tmp_path / "report" / "skipped.csv").read_text().splitlines()
     assert [line.partition(",")[0] for line in listed] == ["id", "row-1", "row-19"]
