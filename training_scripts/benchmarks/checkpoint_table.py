@@ -1,10 +1,10 @@
-"""Render the table of checkpoints of a page, and that of their goals, from the results files of their cards.
+"""Render the tables of the checkpoints in the pages from the results files of their cards.
 
-    python -m training_scripts.benchmarks.checkpoint_table --render README.md
+    python -m training_scripts.benchmarks.checkpoint_table
 
-They stand between `<!-- checkpoints -->` and `<!-- /checkpoints -->`, and `<!-- absolute goals -->` and its end. A
-checkpoint that is not in `model_cards/` is left out. `{file/key/key .3f}` in a cell below stands for that entry of the
-card's `results/file.json`.
+`<!-- checkpoints -->` and `<!-- pretraining -->` stand in README.md, `<!-- absolute goals -->` in benchmarks/README.md.
+A checkpoint that is not in `model_cards/` is left out. `{file/key/key}` in a cell below stands for that entry of the
+card's `results/file.json`, with its interval.
 """
 
 from __future__ import annotations
@@ -20,50 +20,54 @@ from spcxr_hf import SpcxrError
 from spcxr_hf.training.arguments import parse_arguments, run_script
 from training_scripts.benchmarks.lib.timing import replace_block
 
-CARDS = Path(__file__).resolve().parents[2] / "model_cards"
-HEAD = "| id | what it is | figures on test images | beside it | card |\n|---|---|---|---|---|"
-PROBE = "tasks/pneumonia/label_fraction/0.01/test/mean .4f"
-DICE = (
-    "Dice {segmentation/splits/test/%s/dice .3f} (children), "
-    "{segmentation/splits/shift/%s/dice .3f} (adults, other hospitals)"
-)
-FLOOR, THUMBNAIL = "16 px thumbnails", "shortcuts/splits/test/variants/thumbnail_16"
-PNEUMONIA = (
-    "AUROC {%s/splits/test/classes/normal/auroc .3f} normal against pneumonia, "
-    "balanced accuracy {%s/splits/test/balanced_accuracy .3f} of three classes"
-)
-SCREENING = "AUROC {%s/splits/test/labels/abnormal/auroc .3f} abnormal, {%s/splits/test/mean_auroc .3f} mean of labels"
-COVID = (
-    "AUROC {%s/splits/test/classes/covid-19/auroc .3f} COVID-19, "
-    "balanced accuracy {%s/splits/test/balanced_accuracy .3f}; read the card on shortcuts"
-)
-# What a checkpoint is, its figures, and what stands beside them: the network with random weights (base), the mean mask
-# of the training images (lungs), logistic regression on thumbnails (classifiers).
+ROOT = Path(__file__).resolve().parents[2]
+CARDS = ROOT / "model_cards"
+EVIDENCE = Path(__file__).resolve().parent / "results" / "evidence_cpu_112.json"
+PAGES = {
+    "checkpoints": ROOT / "README.md",
+    "pretraining": ROOT / "README.md",
+    "absolute goals": Path(__file__).resolve().parent / "README.md",
+}
+HEAD = "| id | what it is | elsewhere | at home |\n|---|---|---|---|"
+RSNA = "RSNA 1024, abnormal against normal"
+
+
+class Row(NamedTuple):
+    """A checkpoint: what it is, a figure from another source than its training's, and one from the same."""
+
+    what: str
+    elsewhere: str
+    home: str
+
+
 ROWS = {
-    "base": (
-        "ViT-S/16 encoder and reconstruction head",
-        f"linear probe, children's pneumonia with 1 % of the labels: AUROC {{linear_probe/{PROBE}}}",
-        f"random weights: AUROC {{linear_probe_random/{PROBE}}}",
+    "base": Row(
+        "ViT-S/16 encoder, reconstruction head",
+        "linear probe, abnormal films, another processing: AUROC {elsewhere/linear_probe/RSNA 1024/auroc}",
+        "the same, the training's own processing: AUROC {elsewhere/linear_probe/RSNA thorax, test/auroc}",
     ),
-    "lung-segmentation": (
-        "lung masks of frontal radiographs",
-        DICE.replace("%s", "model"),
-        f"mean training mask: {DICE.replace('%s', 'mean_training_mask')}",
+    "lung-segmentation": Row(
+        "lungs, those behind the heart included",
+        "adults with COVID-19, other hospitals: Dice {segmentation/splits/shift/model/dice}",
+        "children: Dice {segmentation/splits/test/model/dice}",
     ),
-    "pneumonia": (
-        "children: normal, bacterial or viral pneumonia",
-        PNEUMONIA.replace("%s", "evaluation"),
-        f"{FLOOR}: AUROC {{{THUMBNAIL}/targets/normal/auroc .3f}}, {{{THUMBNAIL}/balanced_accuracy .3f}}",
+    "pneumonia": Row(
+        "**children, 1 to 5 years**: normal, bacterial, viral pneumonia",
+        "adults, whom it was not made for: AUROC "
+        "{elsewhere/comparisons/adults, RSNA 1024, opacity against normal/auroc}",
+        "AUROC {evaluation/splits/test/classes/normal/auroc}",
     ),
-    "screening": (
-        "adults: abnormal or not, and five findings",
-        SCREENING.replace("%s", "evaluation"),
-        f"{FLOOR}: AUROC {{{THUMBNAIL}/targets/abnormal/auroc .3f}} abnormal",
+    "screening": Row(
+        "**adults**: abnormal or not, five findings",
+        f"RSNA, another archive: AUROC {{elsewhere/comparisons/{RSNA}/auroc}}",
+        "NIH: AUROC {evaluation/splits/test/labels/abnormal/auroc}",
     ),
-    "covid": (
-        "adults: COVID-19, other pneumonia or normal",
-        COVID.replace("%s", "evaluation"),
-        f"{FLOOR}: AUROC {{{THUMBNAIL}/targets/covid-19/auroc .3f}}, {{{THUMBNAIL}/balanced_accuracy .3f}}",
+    "covid": Row(
+        "**adults**: COVID-19, other pneumonia, normal; *the worked example of a shortcut*",
+        "COVID-19 of other hospitals against other films: AUROC "
+        "{elsewhere/comparisons/no COVID-19, other sources/auroc}; "
+        "calls {elsewhere/called_positive/children, normal/share .0%} of healthy children COVID-19",
+        "AUROC {evaluation/splits/test/classes/covid-19/auroc}",
     ),
 }
 
@@ -111,16 +115,24 @@ GOALS = (
 
 @dataclass
 class Arguments:
-    """Render the table of checkpoints of a page, and that of their goals."""
+    """Render the tables of the checkpoints."""
 
-    render: str = field(metadata={"help": "the page"})
     cards: str = field(default=str(CARDS), metadata={"help": "folder with a folder per checkpoint"})
+    render: str | None = field(default=None, metadata={"help": "the page to render; by default those of the project"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(Arguments, argv)
-    replace_block(Path(arguments.render), "checkpoints", checkpoint_table(Path(arguments.cards)))
-    replace_block(Path(arguments.render), "absolute goals", goal_table(Path(arguments.cards)))
+    cards = Path(arguments.cards)
+    blocks = {
+        "checkpoints": checkpoint_table(cards),
+        "pretraining": pretraining_table(cards),
+        "absolute goals": goal_table(cards),
+    }
+    for name, content in blocks.items():
+        page = Path(arguments.render or PAGES[name])
+        if arguments.render is None or f"<!-- {name} -->" in page.read_text(encoding="utf-8"):
+            replace_block(page, name, content)
 
 
 def checkpoint_table(cards: Path) -> str:
@@ -130,11 +142,25 @@ def checkpoint_table(cards: Path) -> str:
         SpcxrError: a results file lacks a figure; the message names both.
     """
     lines = [HEAD]
-    for name, (what, figures, without) in ROWS.items():
+    for name, row in ROWS.items():
         if (cards / name / "model.safetensors").is_file():
-            results = cards / name / "results"
-            cells = [f"`spcxr/{name}`", what, fill(figures, results), fill(without, results)]
-            lines.append(f"| {' | '.join(cells)} | [model_cards/{name}](model_cards/{name}/README.md) |")
+            cells = [row.what, *(fill(text, cards / name / "results") for text in (row.elsewhere, row.home))]
+            lines.append(f"| [`spcxr/{name}`](model_cards/{name}/README.md) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pretraining_table(cards: Path) -> str:
+    """What pretraining adds to the same network and budget: three tasks with 10 % of the labels, and the lungs."""
+    lines = ["| task | figure | pretrained | from scratch |", "|---|---|---|---|"]
+    tasks = read_entry(EVIDENCE.parent, f"{EVIDENCE.stem}/fine_tuning")
+    for task, entry in tasks.items():
+        inits = entry["fractions"]["0.1"]["inits"]
+        found = [inits[init]["reports"][entry["main"]]["auroc"] for init in ("spcxr", "scratch")]
+        cells = [with_interval(figure["mean"], figure["ci95"]) for figure in found]
+        lines.append(f"| {task}, 10 % of the labels | AUROC | {' | '.join(cells)} |")
+    results = cards / "lung-segmentation" / "results"
+    cells = [fill(f"{{segmentation_{name}/splits/shift/model/dice}}", results) for name in ("first_stage", "scratch")]
+    lines.append(f"| lungs, adults of other hospitals | Dice | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -158,12 +184,18 @@ def goal_table(cards: Path) -> str:
 
 
 def fill(text: str, results: Path) -> str:
-    """The text with an entry of a results file in place of each `{file/key/key .3f}`."""
+    """The text with a figure of a results file for each `{file/key}` (and interval) or `{file/key .0%}`."""
 
     def entry(match: re.Match) -> str:
-        return format(read_entry(results, match[1]), match[2])
+        found = read_entry(results, match[1])
+        return format(found, match[2]) if match[2] else with_interval(found, read_entry(results, f"{match[1]}_ci95"))
 
-    return re.sub(r"\{(\S+) (\S+)\}", entry, text)
+    return re.sub(r"\{([^{}]+?)(?: (\.\d[f%]))?\}", entry, text)
+
+
+def with_interval(value: float, interval: Sequence[float]) -> str:
+    """`0.914 [0.893, 0.934]`."""
+    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def read_entry(results: Path, entry: str) -> Any:
@@ -180,7 +212,7 @@ def read_entry(results: Path, entry: str) -> Any:
         raise SpcxrError(f"{file}: cannot be read ({error})") from error
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
-    if not isinstance(value, int | float | list):
+    if value is None:
         raise SpcxrError(f"{file}: no figure {'/'.join(keys)}")
     return value
 

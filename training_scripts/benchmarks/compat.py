@@ -1,7 +1,7 @@
 """Run tests on the oldest and the newest versions that the package claims, each in an environment of its own.
 
     python -m training_scripts.benchmarks.compat --environments oldest newest
-    python -m training_scripts.benchmarks.compat --render README.md
+    python -m training_scripts.benchmarks.compat --render CONTRIBUTING.md
 
 uv makes the environments in `.compat/` (some GB each: torch for Linux carries CUDA; `UV_TORCH_BACKEND=cpu` takes the
 small one) and keeps them for the next time:
@@ -57,7 +57,7 @@ HUB = [
         "training/test_push",
     )
 ]
-# What pytest is told, run by run.
+# Arguments of pytest, run by run.
 SUITES = {"quick": (["tests", "-m", "not slow"], [*HUB, "-m", "slow"]), "hub": (HUB,)}
 TOLD = ("torch", "torchvision", "transformers", "huggingface_hub", "numpy")
 # The suite's own way (see the Makefile): no network, one core for each of the two workers.
@@ -69,7 +69,7 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Setup:
-    """What an environment is made of: its Python, and what uv is told when it chooses versions."""
+    """What an environment is made of: its Python, and options of uv's resolver."""
 
     python: str
     options: tuple[str, ...] = ()
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             python = make_environment(Path(arguments.folder) / name, known[name])
             entries[name] = entry = run_suite(python, arguments.suite, arguments.workers)
             print("\n".join([f"{name}: {json.dumps(entry['versions'])}", f"  {in_words(entry)}", *entry["failures"]]))
-    finally:  # and no sooner: a test of the suites compares the README's table with this file
+    finally:  # and no sooner: a test of the suites compares the page's table with this file
         found = {**read_json(path), **entries}
         results = {each: found[each] for each in known if each in found}
         write_json(path, results)

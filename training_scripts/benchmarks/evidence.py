@@ -3,8 +3,8 @@
     python -m training_scripts.benchmarks.evidence --grid training_scripts/recipes/evidence_cpu_112.yaml --data DATA \\
         --output runs/evidence_cpu_112 --results training_scripts/benchmarks/results/evidence_cpu_112.json \\
         --kept training_scripts/benchmarks/results/evidence_cpu_112 --models spcxr=CHECKPOINT
-    python -m training_scripts.benchmarks.evidence \
-        --results training_scripts/benchmarks/results/evidence_cpu_112.json --render README.md
+    python -m training_scripts.benchmarks.evidence --render training_scripts/benchmarks/README.md \
+        --results training_scripts/benchmarks/results/evidence_cpu_112.json
 
 A cell of the grid is a process (or two, one behind the other) with a folder of its own under `--output`. A cell that
 has its `result.json` is not run again, one that was killed goes on from its checkpoint, so that the command may be
@@ -112,7 +112,7 @@ def check(arguments: Arguments) -> None:
 
 
 def run(arguments: Arguments, plan: dict[str, Any], grid: Grid, cells: list[Cell]) -> None:
-    """Run what is left, and keep the results file up to date."""
+    """Run the cells that are not finished, and keep the results file up to date."""
     chosen = choose(cells, arguments.only)
     if "jobs" in plan:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan["jobs"]))

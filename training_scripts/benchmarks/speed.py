@@ -4,7 +4,7 @@
         --output training_scripts/benchmarks/results/benchmark_cpu.json
     python -m training_scripts.benchmarks.speed --device cuda --compile true --gmml_release CHECKOUT \\
         --output training_scripts/benchmarks/results/benchmark_cuda.json
-    python -m training_scripts.benchmarks.speed --render README.md
+    python -m training_scripts.benchmarks.speed --render training_scripts/benchmarks/README.md
 
 Parts that are not measured again (`--only`) keep their figures in the results file. `--render` measures nothing and
 rewrites the table of a page from the results files. timm comes with the extra `test`; without it, and without a

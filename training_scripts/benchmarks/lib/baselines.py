@@ -58,7 +58,7 @@ class StepSettings:
 
 
 class PretrainingStep:
-    """The step of `pretrain.py`: view, corrupt, forward, backward, optimiser. `lap` is told when each part ends."""
+    """The step of `pretrain.py`: view, corrupt, forward, backward, optimiser. `lap` marks the end of each part."""
 
     def __init__(self, settings: StepSettings) -> None:
         self.settings = settings

@@ -210,15 +210,18 @@ def replace_block(page: Path, name: str, content: str) -> None:
 
 
 def performance_table(cpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
-    """A Markdown table of two results files, one of which may be empty: its column says "not measured".
+    """A Markdown table of two results files; one that is empty has no column, a row that was not measured is left out.
 
     Raises:
         SpcxrError: a part comes from a smoke run, whose figures mean nothing.
     """
-    columns = [_Column(cpu), _Column(gpu)]
-    lines = [f"| | {columns[0].title('CPU')} | {columns[1].title('GPU')} |", "|---|---|---|"]
-    for what, cell in _rows(columns):
-        lines.append(f"| {what} | {' | '.join(cell(column) for column in columns)} |")
+    columns = {kind: _Column(results) for kind, results in (("CPU", cpu), ("GPU", gpu)) if results}
+    titles = [column.title(kind) for kind, column in columns.items()]
+    lines = [f"| | {' | '.join(titles)} |", f"|---{'|---' * len(columns)}|"]
+    for what, cell in _rows(list(columns.values())):
+        cells = [cell(column) for column in columns.values()]
+        if set(cells) != {NOT_MEASURED}:
+            lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -233,8 +236,6 @@ class _Column:
 
     def title(self, kind: str) -> str:
         """The machine."""
-        if not self.results:
-            return f"{kind}: {NOT_MEASURED}"
         device = self.results["device"]
         words = self.results["machine"] if device == "cpu" else f"{device}, {self.results['machine']}"
         return f"{kind}: {words}, torch {self.results['torch']}"

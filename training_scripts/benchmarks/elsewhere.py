@@ -1,0 +1,275 @@
+"""Measure the heads on images of other archives, hospitals and file processings than those they were trained on.
+
+    python -m training_scripts.benchmarks.elsewhere --data ../shared/data --rsna ../shared/rsna_jsrt
+
+Writes `results/elsewhere.json` into each checkpoint's folder: AUROC of a score between two groups of images, the share
+of each group that the published operating point (or the likeliest class) calls positive, Dice of the lungs on JSRT,
+and, of the encoder, a linear probe that is trained on one file processing of the RSNA films and read on another.
+The intervals are 95 % percentile bootstraps over patients, or over images where the patients are unknown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from spcxr_hf import SpcxrError
+from spcxr_hf.data.table import RadiographTable, decode_images, join_tables, read_table
+from spcxr_hf.evaluation.bootstrap import bootstrap, bootstrap_interval, patient_groups
+from spcxr_hf.evaluation.metrics import auroc, dice
+from spcxr_hf.evaluation.predict import load_classifier, open_images, predict_logits
+from spcxr_hf.evaluation.shortcuts import choose_probe
+from spcxr_hf.files import write_json
+from spcxr_hf.models.encoders import load_encoder
+from spcxr_hf.models.loading import label_names, probabilities
+from spcxr_hf.models.lungs import load_segmenter
+from spcxr_hf.training.arguments import parse_arguments
+
+CARDS = Path(__file__).resolve().parents[2] / "model_cards"
+ANATOMY = {"lungs": 1 + 2, "lungs and heart": 1 + 2 + 4}  # bits of JSRT's masks
+SIDE = 256  # pixels of the masks that are compared
+
+
+def _rows(**columns: str | tuple[str, ...]) -> Callable[[dict], bool]:
+    """Whether a row holds, in each column, the value or one of the values."""
+    return lambda row: all(
+        row.get(name) in (wanted if isinstance(wanted, tuple) else (wanted,)) for name, wanted in columns.items()
+    )
+
+
+# Groups of images, none of which a head below was trained on.
+GROUPS = {
+    "RSNA 1024, normal": _rows(rsna_split="shift", rsna_label="normal"),
+    "RSNA 1024, opacity": _rows(rsna_split="shift", rsna_label="opacity"),
+    "RSNA 1024, other abnormal": _rows(rsna_split="shift", rsna_label="other abnormal"),
+    "RSNA thorax, normal": _rows(rsna_split="test", rsna_label="normal"),
+    "RSNA thorax, opacity": _rows(rsna_split="test", rsna_label="opacity"),
+    "other hospitals, COVID-19": _rows(covid_split="shift", covid_label="covid"),
+    "other hospitals, no COVID-19": _rows(covid_split="shift", covid_label=("normal", "pneumonia")),
+    "children, normal": _rows(pneumonia_split="test", pneumonia_label="normal"),
+    "children, pneumonia": _rows(pneumonia_split="test", pneumonia_label=("bacterial", "viral")),
+    "tuberculosis sets": _rows(source=("rahman_tb", "mendeley_tb")),
+}
+MOST = 500  # images of a group, drawn by a fixed seed
+
+
+class Comparison(NamedTuple):
+    """One head's AUROC: groups that should score high against groups that should not."""
+
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+    views: tuple[str, ...] = ()  # reported one by one too
+
+
+class Head(NamedTuple):
+    """What is measured of a classifier."""
+
+    score: Callable[[dict[str, np.ndarray]], np.ndarray]  # label -> probabilities (n,) to one score (n,)
+    comparisons: dict[str, Comparison]
+    target: str  # what an image is called
+    point: str | None  # above this threshold; None: where it is the likeliest class
+    called: tuple[str, ...]  # groups whose share of called images is reported
+
+
+RSNA = ("RSNA 1024, opacity", "RSNA 1024, other abnormal")
+HEADS = {
+    "screening": Head(
+        lambda labels: labels["abnormal"],
+        {
+            "RSNA 1024, abnormal against normal": Comparison(RSNA, ("RSNA 1024, normal",), ("PA", "AP")),
+            "RSNA 1024, opacity against normal": Comparison(RSNA[:1], ("RSNA 1024, normal",)),
+            "RSNA thorax, opacity against normal": Comparison(("RSNA thorax, opacity",), ("RSNA thorax, normal",)),
+        },
+        "abnormal",
+        "youden",
+        ("RSNA 1024, normal", *RSNA, "RSNA thorax, normal", "RSNA thorax, opacity", "children, normal"),
+    ),
+    "pneumonia": Head(
+        lambda labels: 1 - labels["normal"],
+        {"adults, RSNA 1024, opacity against normal": Comparison(RSNA[:1], ("RSNA 1024, normal",), ("PA", "AP"))},
+        "bacterial pneumonia + viral pneumonia",
+        "youden",
+        ("RSNA 1024, normal", "RSNA 1024, opacity", "tuberculosis sets"),
+    ),
+    "covid": Head(
+        lambda labels: labels["covid-19"],
+        {
+            "no COVID-19, other sources": Comparison(
+                ("other hospitals, COVID-19",), ("children, normal", "children, pneumonia", "tuberculosis sets")
+            ),
+            "no COVID-19, the same hospitals": Comparison(
+                ("other hospitals, COVID-19",), ("other hospitals, no COVID-19",)
+            ),
+            "RSNA 1024, normal (the archive of the training's normals)": Comparison(
+                ("other hospitals, COVID-19",), ("RSNA 1024, normal",)
+            ),
+        },
+        "covid-19",
+        None,
+        ("other hospitals, COVID-19", "RSNA 1024, normal", "RSNA 1024, opacity", "children, normal",
+         "children, pneumonia", "tuberculosis sets"),
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Arguments:
+    """Measure the heads on images of other sources than those they were trained on."""
+
+    data: str = field(metadata={"help": "folder of Parquet shards: children, COVID-19, tuberculosis"})
+    rsna: str = field(metadata={"help": "folder of Parquet shards: RSNA in two processings, JSRT"})
+    cards: str = field(default=str(CARDS), metadata={"help": "folder with a folder per checkpoint"})
+    only: list[str] | None = field(default=None, metadata={"help": "names of checkpoints; by default all"})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(Arguments, argv)
+    table = join_tables([read_table(arguments.data), read_table(arguments.rsna)], "other sources")
+    columns = [name for name in table.rows.column_names if not name.endswith(("image", "mask"))]
+    rows = table.rows.select(columns).to_pylist()
+    others = {"base": measure_encoder, "lung-segmentation": measure_lungs}
+    for name in arguments.only or [*HEADS, *others]:
+        folder = Path(arguments.cards) / name
+        if name in HEADS:
+            found = measure(folder, HEADS[name], table, rows, arguments.device)
+        else:
+            found = others[name](folder, table, rows)
+        write_json(folder / "results" / "elsewhere.json", found)
+        print(json.dumps({name: found}), flush=True)
+
+
+def group_rows(name: str, rows: Sequence[dict]) -> np.ndarray:
+    """Row numbers of a group, at most `MOST` of them.
+
+    Raises:
+        SpcxrError: there are none.
+    """
+    numbers = np.flatnonzero([GROUPS[name](row) for row in rows])
+    if not len(numbers):
+        raise SpcxrError(f"no image of the group {name!r} in these sets")
+    return np.sort(np.random.default_rng(0).permutation(numbers)[:MOST])
+
+
+def measure(folder: Path, head: Head, table: RadiographTable, rows: Sequence[dict], device: str = "cpu") -> dict:
+    """AUROC of each comparison, and the share of each group that is called positive."""
+    model, processor = load_classifier(str(folder), device)
+    names = {*head.called, *(one for pair in head.comparisons.values() for one in (*pair.positive, *pair.negative))}
+    scores: dict[str, np.ndarray] = {}
+    called: dict[str, np.ndarray] = {}
+    numbers = {name: group_rows(name, rows) for name in sorted(names)}
+    for name, those in numbers.items():
+        part = RadiographTable(table.rows.take(pa.array(those)), name)
+        logits = predict_logits(model, processor, open_images(part), name=name)
+        labels = dict(
+            zip(label_names(model.config), probabilities(model.config, logits).double().numpy().T, strict=True)
+        )
+        scores[name] = head.score(labels)
+        called[name] = is_called(labels, head, (model.config.operating_points or {}).get(head.target))
+    comparisons = {}
+    for title, pair in head.comparisons.items():
+        comparisons[title] = compare(pair, scores, numbers, rows)
+        for view in pair.views:
+            comparisons[f"{title}, {view}"] = compare(pair, scores, numbers, rows, view)
+    shares = {name: share(called[name], [rows[row] for row in numbers[name]]) for name in head.called}
+    return {"comparisons": comparisons, "called": head.target, "operating_point": head.point, "called_positive": shares}
+
+
+def is_called(labels: dict[str, np.ndarray], head: Head, points: Mapping[str, float] | None) -> np.ndarray:
+    """(n,) whether the answer is the head's target: by its threshold, else as the likeliest class.
+
+    Raises:
+        SpcxrError: the checkpoint has no threshold.
+    """
+    if head.point is None:
+        return labels[head.target] >= np.max(list(labels.values()), axis=0)
+    if head.point not in (points or {}):
+        raise SpcxrError(f"the checkpoint has no operating point {head.point!r} for {head.target!r}")
+    return head.score(labels) >= points[head.point]
+
+
+def compare(
+    pair: Comparison,
+    scores: dict[str, np.ndarray],
+    numbers: dict[str, np.ndarray],
+    rows: Sequence[dict],
+    view: str | None = None,
+) -> dict:
+    """AUROC with its interval, of one view or of all."""
+    values, targets, patients = [], [], []
+    for target, names in ((1, pair.positive), (0, pair.negative)):
+        for name in names:
+            for score, row in zip(scores[name], numbers[name], strict=True):
+                if view is None or rows[row]["view"] == view:
+                    values.append(score)
+                    targets.append(target)
+                    patients.append(rows[row].get("patient"))
+    return auroc_with_interval(np.array(values), np.array(targets), patients)
+
+
+def auroc_with_interval(scores: np.ndarray, targets: np.ndarray, patients: Sequence[str | None]) -> dict:
+    """AUROC of scores (n,) for targets (n,) of 0 and 1, its interval by patient, and the counts."""
+    groups = patient_groups(patients, len(scores))
+    interval = bootstrap(lambda drawn: auroc(scores[drawn], targets[drawn]), len(scores), groups)
+    counts = {"positives": int(targets.sum()), "negatives": int((1 - targets).sum())}
+    return counts | {"auroc": auroc(scores, targets), "auroc_ci95": list(interval)}
+
+
+def share(called: np.ndarray, rows: Sequence[dict]) -> dict:
+    """The share of a group that is called positive, with its interval."""
+    groups = patient_groups([row.get("patient") for row in rows], len(rows))
+    return {"images": len(called), "share": float(called.mean()),
+            "share_ci95": list(bootstrap_interval(called.astype(float), groups))}  # fmt: skip
+
+
+def measure_lungs(folder: Path, table: RadiographTable, rows: Sequence[dict]) -> dict:
+    """Dice on JSRT by both meanings of "lung": without what lies behind the heart (SCR), and with the heart."""
+    those = np.flatnonzero([row.get("anatomy_split") is not None for row in rows])
+    part = RadiographTable(table.rows.take(pa.array(those)), "JSRT")
+    masks = [
+        np.asarray(Image.open(BytesIO(cell["bytes"])).resize((SIDE, SIDE), Image.Resampling.NEAREST))
+        for cell in part.column("anatomy_mask")
+    ]
+    images = decode_images(part, SIDE)
+    segmenter = load_segmenter(str(folder))
+    found = segmenter.find(images)
+    report = {}
+    for name, bits in ANATOMY.items():
+        target = torch.from_numpy(np.stack([mask & bits > 0 for mask in masks]))
+        figures = dice(found, target).numpy()
+        report[name] = {"dice": float(figures.mean()), "dice_ci95": list(bootstrap_interval(figures))}
+    return {"images": len(part), "jsrt": report}
+
+
+def measure_encoder(folder: Path, table: RadiographTable, rows: Sequence[dict]) -> dict:
+    """Logistic regression on frozen features, abnormal against normal: from RSNA thorax, on it and on RSNA 1024."""
+    encoder = load_encoder(str(folder))
+    features, targets = {}, {}
+    for split in ("train", "val", "test", "shift"):
+        those = np.flatnonzero([row.get("rsna_split") == split for row in rows])
+        part = RadiographTable(table.rows.take(pa.array(those)), f"RSNA, {split}")
+        images = decode_images(part, encoder.image_size)
+        features[split] = torch.cat([encoder.embed(some) for some in images.split(64)]).numpy().astype(np.float64)
+        targets[split] = np.array([[float(rows[row]["rsna_label"] != "normal")] for row in those])
+    probe = choose_probe(lambda found: found, features, targets, multi_label=True)
+    report = {
+        name: auroc_with_interval(probe(features[split])[:, 0], targets[split][:, 0], [None] * len(targets[split]))
+        for name, split in (("RSNA thorax, test", "test"), ("RSNA 1024", "shift"))
+    }
+    return {"linear_probe": report}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SpcxrError as error:
+        raise SystemExit(f"error: {error}") from None
