@@ -18,15 +18,15 @@ import torch
 from transformers import PreTrainedModel, ViTConfig, ViTImageProcessor
 
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import RESEARCH_NOTICE
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
 from spcxr_hf.modeling.modeling_spcxr import (
     SpcxrForImageClassification,
     SpcxrForSemanticSegmentation,
     SpcxrModel,
 )
-from spcxr_hf.models.loading import label_names, load_config, load_network, load_processor
+from spcxr_hf.models.loading import is_multi_label, label_names, load_config, load_network, load_processor
 
-NOTICE = "research use only, not for clinical use"
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as the image processor makes RGB grey
 TASKS: dict[str, tuple[str, Any]] = {
     "SpcxrForImageClassification": ("classification", SpcxrForImageClassification),
@@ -143,20 +143,32 @@ def plain_config(source: Source, num_channels: int, **others: Any) -> ViTConfig:
     if source.task == "classification":
         labels = dict(enumerate(label_names(ours)))
         numbers = {label: index for index, label in labels.items()}
-        fields |= {"id2label": labels, "label2id": numbers, "problem_type": ours.problem_type}
-        for name in ("operating_points", "operating_point"):
+        fields |= {"id2label": labels, "label2id": numbers, "problem_type": problem_type(ours)}
+        for name in ("operating_points", "operating_point", "intended_use"):
             if getattr(ours, name, None) is not None:
                 fields[name] = getattr(ours, name)
     # All as one dictionary: a configuration keeps fields that its class does not declare, too.
-    return ViTConfig(**{**fields, "num_channels": num_channels, "intended_use": NOTICE, **others})
+    return ViTConfig(**{**fields, "num_channels": num_channels, "notice": RESEARCH_NOTICE, **others})
+
+
+def problem_type(config: Any) -> str:
+    """How the logits of a classifier are read.
+
+    Returns:
+        "multi_label_classification" (a sigmoid each, that of a single label too), "single_label_classification" (a
+        softmax over all) or "regression" (as they are).
+    """
+    if config.problem_type == "regression":
+        return "regression"
+    return f"{'multi' if is_multi_label(config) else 'single'}_label_classification"
 
 
 __all__ = [
-    "NOTICE",
     "Source",
     "check_channels",
     "load_source",
     "patch_weight",
     "picture_processor",
     "plain_config",
+    "problem_type",
 ]

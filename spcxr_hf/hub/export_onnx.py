@@ -24,18 +24,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import atomic_folder
+from spcxr_hf.files import RESEARCH_NOTICE, atomic_folder, write_json
 from spcxr_hf.hub.export import (
-    NOTICE,
     Source,
     check_channels,
     load_source,
     patch_weight,
     picture_processor,
     plain_config,
+    problem_type,
 )
 from spcxr_hf.hub.export_vit import check_target
-from spcxr_hf.models.loading import is_multi_label, label_names
+from spcxr_hf.models.loading import label_names
 
 MODEL_FILE = "onnx/model.onnx"  # where Transformers.js looks; the 8-bit one is model_quantized.onnx (its dtype "q8")
 INT8_FILE = "onnx/model_quantized.onnx"
@@ -208,7 +208,7 @@ def _write_metadata(onnx: Any, file: Path, source: Source, num_channels: int) ->
     config = source.model.config
     facts: dict[str, Any] = {
         "task": source.task,
-        "notice": NOTICE,
+        "notice": RESEARCH_NOTICE,
         "image_size": list(source.size),
         "image_mean": [source.mean] * num_channels,
         "image_std": [source.std] * num_channels,
@@ -218,10 +218,8 @@ def _write_metadata(onnx: Any, file: Path, source: Source, num_channels: int) ->
     if source.task != "embedding":
         facts["labels"] = label_names(source.model.config)
     if source.task == "classification":
-        # Regression, or how the logits are read: a single label has a sigmoid, as in the pipelines of transformers.
-        regression = config.problem_type == "regression"
-        kind = "multi_label" if not regression and is_multi_label(config) else "single_label"
-        facts["problem_type"] = "regression" if regression else f"{kind}_classification"
+        facts["problem_type"] = problem_type(config)
+        facts["intended_use"] = config.intended_use
         facts["operating_points"] = getattr(config, "operating_points", None) or {}
         facts["operating_point"] = getattr(config, "operating_point", None)
     proto = onnx.load(file)
@@ -231,7 +229,7 @@ def _write_metadata(onnx: Any, file: Path, source: Source, num_channels: int) ->
     kept = [entry for entry in proto.graph.value_info if entry.name not in weights]
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(kept)
-    proto.producer_name, proto.doc_string = "spcxr_hf", NOTICE
+    proto.producer_name, proto.doc_string = "spcxr_hf", RESEARCH_NOTICE
     onnx.checker.check_model(proto)
     onnx.save(proto, file)
 
@@ -254,12 +252,12 @@ def read_metadata(file: str | os.PathLike) -> dict[str, Any]:
 
 def _write_configs(folder: Path, source: Source, num_channels: int) -> None:
     if source.task == "segmentation":  # no model of Transformers.js stands for it: the graph is for ONNX Runtime
-        config: Any = source.model.config
-        config.to_json_file(str(folder / "config.json"))
+        config = json.loads(source.model.config.to_json_string())
+        write_json(folder / "config.json", config | {"notice": RESEARCH_NOTICE})
     else:
         name = "ViTForImageClassification" if source.task == "classification" else "ViTModel"
-        config = plain_config(source, num_channels, architectures=[name], pooling=source.model.config.pooling)
-        config.save_pretrained(folder)
+        pooling = source.model.config.pooling
+        plain_config(source, num_channels, architectures=[name], pooling=pooling).save_pretrained(folder)
     picture_processor(source, num_channels).save_pretrained(folder)
 
 

@@ -6,7 +6,6 @@ query.weight` and so on; releases of late 5.x have other names inside and conver
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, ViTForImageClassification, ViTModel
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import atomic_folder
+from spcxr_hf.files import atomic_folder, read_json
 from spcxr_hf.hub.export import (
     Source,
     check_channels,
@@ -116,21 +115,12 @@ def check_target(target: Path, written: Collection[str]) -> None:
         SpcxrError: a file is there, or a folder that holds something else.
     """
     if target.is_dir():
-        strange = sorted({path.name for path in target.iterdir()} - set(written))
-        if not strange and (not any(target.iterdir()) or _is_export(target / "config.json")):
+        names = {path.name for path in target.iterdir()}
+        if not names or (names <= set(written) and "notice" in read_json(target / "config.json")):
             return
     elif not target.exists():
         return
     raise SpcxrError(f"{target}: is there already and is no such export; it would be replaced, so name another folder")
-
-
-def _is_export(config: Path) -> bool:
-    """Whether a configuration is an export's, which names no code of ours."""
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return "intended_use" in values and "auto_map" not in values
 
 
 @torch.no_grad()

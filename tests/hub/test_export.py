@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, ViTModel, pipeline
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from spcxr_hf import (
     SpcxrError,
@@ -23,9 +24,11 @@ from spcxr_hf import (
     SpcxrModel,
 )
 from spcxr_hf.data.table import open_image, read_table
-from spcxr_hf.hub.export import NOTICE, load_source, patch_weight
+from spcxr_hf.files import RESEARCH_NOTICE
+from spcxr_hf.hub.export import load_source, patch_weight, problem_type
 from spcxr_hf.hub.export_onnx import EXACT_SUMS, TORCH_EXPORTS
 from spcxr_hf.hub.export_vit import export_vit
+from spcxr_hf.models.loading import probabilities
 from tests.common import LAYERS, SIDE, build, pixels, tiny_config
 from tests.made_up import picture
 
@@ -34,6 +37,7 @@ DATA = TREE.parent / "shared" / "data"
 PROCESSOR = SpcxrImageProcessor(size={"height": SIDE, "width": SIDE})
 LABELS = {"id2label": {0: "normal", 1: "bacterial pneumonia", 2: "viral pneumonia"}}
 POINTS = {"viral pneumonia": {"youden": 0.4}}
+USE = {"population": "children of 1 to 5 years", "ages": [1, 5]}
 
 
 def grey_picture(size: int = 50) -> Image.Image:
@@ -85,6 +89,7 @@ class TestViT:
             problem_type="single_label_classification",
             operating_points=POINTS,
             operating_point="youden",
+            intended_use=USE,
             **LABELS,
         )
         model = build(SpcxrForImageClassification, config)
@@ -97,7 +102,8 @@ class TestViT:
         assert (saved["model_type"], saved["architectures"]) == ("vit", ["ViTForImageClassification"])
         assert (vit.config.id2label, saved["operating_points"]) == (LABELS["id2label"], POINTS)
         assert (saved["operating_point"], saved["problem_type"]) == ("youden", "single_label_classification")
-        assert saved["intended_use"] == NOTICE
+        assert saved["notice"] == RESEARCH_NOTICE
+        assert saved["intended_use"] == USE
         assert "auto_map" not in saved
         assert not list(folder.glob("*.py"))
 
@@ -154,6 +160,25 @@ with torch.no_grad():
         found = load_file(folder / "found.safetensors")["tokens"]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
+    def test_scores_are_read_as_the_model_says(self, tmp_path):
+        """In the configuration, which pipelines obey; a single label has a sigmoid."""
+        values = torch.tensor([[2.0, -1.0, 0.5]])
+        for given, labels, expected in (
+            (None, 3, "single_label_classification"),
+            (None, 1, "multi_label_classification"),
+            ("multi_label_classification", 3, "multi_label_classification"),
+            ("regression", 1, "regression"),
+        ):
+            config = tiny_config(pooling="cls", problem_type=given, num_labels=labels)
+            folder = export_vit(build(SpcxrForImageClassification, config), tmp_path / "vit", processor=PROCESSOR)
+            assert json.loads((folder / "config.json").read_text())["problem_type"] == expected == problem_type(config)
+            if expected != "regression":
+                classify = pipeline("image-classification", model=str(folder), device="cpu")
+                given = classify.postprocess(ImageClassifierOutput(logits=values[:, :labels]), top_k=labels)
+                found = sorted((one["score"] for one in given), reverse=True)
+                wanted = probabilities(config, values[:, :labels])[0].sort(descending=True).values
+                assert found == pytest.approx(wanted.tolist(), abs=1e-6)
+
     def test_mean_pooling_is_no_vit_classifier(self, tmp_path):
         with pytest.raises(SpcxrError, match=r"reads CLS alone.*\.mean\(dim=1\), export ONNX") as caught:
             export_vit(build(SpcxrForImageClassification), tmp_path / "vit")
@@ -175,7 +200,7 @@ with torch.no_grad():
             export_vit(build(SpcxrModel), tmp_path / "mine")
         assert (tmp_path / "mine" / "thesis.txt").is_file()
         plain = export_vit(build(SpcxrModel), tmp_path / "vit")
-        with pytest.raises(SpcxrError, match="a vit model; only models of this family"):
+        with pytest.raises(SpcxrError, match="a model of the type vit, not an SPCXR checkpoint"):
             load_source(plain)
         export_vit(build(SpcxrModel), tmp_path / "vit")  # an earlier export is replaced
         (tmp_path / "vit" / "notes.txt").write_text("mine")
@@ -213,7 +238,7 @@ with torch.no_grad():
 
 ONNX = {
     "embedding": (SpcxrModel, {}, 3),
-    "classification": (SpcxrForImageClassification, {"operating_points": POINTS, **LABELS}, 3),
+    "classification": (SpcxrForImageClassification, {"operating_points": POINTS, "intended_use": USE, **LABELS}, 3),
     "segmentation": (SpcxrForSemanticSegmentation, {}, 1),
 }
 SIZES = [(1, 32, 32), (3, 32, 32), (2, 24, 48), (1, 64, 40), (2, 8, 8)]
@@ -378,6 +403,8 @@ class TestOnnx:
         assert (found["image_mean"], found["image_std"]) == ([0.5136] * num_channels, [0.2479] * num_channels)
         assert found.get("labels", []) == ([] if task == "embedding" else list(model.config.id2label.values()))
         assert found.get("operating_points") == (POINTS if task == "classification" else None)
+        assert found.get("intended_use") == (USE if task == "classification" else None)
+        assert found.get("problem_type") == ("single_label_classification" if task == "classification" else None)
 
     def test_layout(self, exported):
         task, num_channels, _, file = exported
