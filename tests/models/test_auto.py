@@ -268,7 +268,7 @@ def test_unsafe_weights_are_refused(unsafe, spoil):
         with pytest.raises(error, match=words):
             auto.from_pretrained(str(folder))
     with pytest.raises(SpcxrError):
-        load_checkpoint(folder, "embedding")
+        load_checkpoint("embedding", folder)
     with pytest.raises(SpcxrError):
         read_checkpoint(folder, "spcxr")  # as `spcxr install` and `spcxr publish` do
 
@@ -317,6 +317,28 @@ def test_unsafe_weights_are_refused_without_the_package(unsafe):
     assert found.keys() == {spoil.__name__ for spoil in REFUSED}
     for spoil, (_, words) in REFUSED.items():
         assert all(said and re.search(words, said) for said in found[spoil.__name__]), (spoil, found[spoil.__name__])
+
+
+@pytest.mark.parametrize("model_type", ["spcxr", "strange"])
+def test_code_of_a_checkpoint_is_not_run(tmp_path, model_type):
+    """Of this family or another: nobody is asked whether to run it, and it is not run."""
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    saved(SpcxrModel, folder)
+    code = "modeling_strange.SpcxrModel"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": model_type, "auto_map": dict.fromkeys(("AutoConfig", "AutoModel"), code)}
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    processor["auto_map"] = {"AutoImageProcessor": code}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    for path in (*folder.glob("*.py"), folder / "modeling_strange.py"):
+        path.write_text(f"open({str(ran)!r}, 'w')\nclass SpcxrModel: ...\n")
+    if model_type == "spcxr":
+        assert type(load_checkpoint("embedding", folder).model) is SpcxrModel
+    else:
+        with pytest.raises(SpcxrError):
+            load_checkpoint("embedding", folder, any_family=True)
+    assert not ran.exists()
 
 
 def test_adapters_come_from_safetensors(tmp_path):
