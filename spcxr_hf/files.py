@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -77,7 +78,8 @@ def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
         SpcxrError: it cannot be written, as on a full disk.
     """
     target = Path(target)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    name = target.name if len(os.fsencode(target.name)) <= 200 else hashlib.sha256(os.fsencode(target.name)).hexdigest()
+    partial = target.with_name(f".{name}.{os.getpid()}.partial")  # names have at most 255 bytes
     with os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -212,6 +214,17 @@ def write_png(picture: Image.Image, path: Path) -> None:
     note.add_text("Comment", RESEARCH_NOTICE)
     with atomic_file(path) as partial:
         picture.save(partial, format="PNG", pnginfo=note)
+
+
+def as_text(name: str | os.PathLike) -> str:
+    r"""A file's name in Unicode: bytes that are no UTF-8 become `\xe9`, since tables and JSON cannot hold them."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def note(text: str) -> None:
+    """One line on standard error, of the first process of a run that has several."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def sha256(path: Path) -> str:

@@ -32,8 +32,16 @@ from spcxr_hf.data.labels import (
     labels_of,
 )
 from spcxr_hf.data.shards import ShardIndex, read_index
-from spcxr_hf.data.table import PICTURE_SUFFIXES, RadiographTable, pictures_below, read_parquet
+from spcxr_hf.data.table import (
+    PICTURE_SUFFIXES,
+    RadiographTable,
+    check_paths,
+    join_tables,
+    pictures_below,
+    read_parquet,
+)
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import as_text, note
 
 Missing = Literal["error", "skip"]
 
@@ -61,6 +69,7 @@ SCHEMA = {
 OWN_COLUMNS = ("path", "id", "patient", "study", "view", "sex", "age", "split", "label", "mask", "report", "source")
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 LARGEST_TABLE = 2**33  # bytes of encoded images that `read_shards` takes into memory
+OVERRIDE = "read_as (--read-as) overrides it"
 OLDEST = 120  # years; NIH has patients of 411
 VIEWS = {
     "PA": ("pa",),
@@ -292,6 +301,7 @@ def read_manifest(
     labels: Sequence[str] | None = None,
     *,
     folder: str | os.PathLike | None = None,
+    image_root: str | os.PathLike | None = None,
     uncertain: Uncertain = "ignore",
     missing: Missing = "error",
     delimiter: str | None = None,
@@ -307,6 +317,7 @@ def read_manifest(
             one, as lists (`Mass|Nodule` in text): a list is complete, so what it does not name is absent; an empty
             cell is not labelled.
         folder: Where relative paths begin; None: in the manifest's folder.
+        image_root: Where all files must lie, in it or below; None: in that folder.
         uncertain: What becomes of -1: `ignore`, `zero` or `one` (see `spcxr_hf.data.labels`).
         missing: `error`: every image and mask must exist; `skip`: rows whose files do not are left out with a warning.
         delimiter: As for `read_rows`.
@@ -335,6 +346,9 @@ def read_manifest(
     built |= {name: rows[name] for name in rows.column_names if name not in used}
     built["id"] = built["id"] or written
     table = radiographs(path.name, [str(base / text) for text in written], built)
+    check_paths(table.rows["image"], base, str(path), image_root)
+    masks = [cell["path"] for cells in table.column("masks") for cell in cells or ()]
+    check_paths(pa.array([{"bytes": None, "path": mask} for mask in masks], IMAGE), base, f"{path}: masks", image_root)
     return _with_files(table, path, missing)
 
 
@@ -427,35 +441,112 @@ def _with_files(table: RadiographTable, path: Path, missing: Missing) -> Radiogr
 
 
 def read_folder(folder: str | os.PathLike, classes: bool | None = None) -> RadiographTable:
-    """Read a folder of pictures: `[train|val|test/][class/]...picture`.
+    """Read a folder of pictures: `[train|val|test/][class/]...picture`, `images/` beside `masks/`, or an ImageFolder.
+
+    * An ImageFolder (as `datasets` has it): `metadata.csv` or `metadata.parquet`, in the folder or in those of the
+      splits, with the column `file_name`. Its other columns are taken as those of a manifest.
+    * `[split/]images/` and `[split/]masks/`: a picture and its mask have the same path and name, up to the suffix. The
+      masks become the column `lung_mask`.
 
     Args:
         folder: Its pictures, and those of its subfolders.
-        classes: True: the first subfolder (below that of the split) is the class; False: it is not; None: it is, if
-            every picture has one and there are at least two of them.
+        classes: True: the first subfolder (below that of the split) is the class; False: it is not, and nothing else is
+            recognised either; None: it is, if every picture has one and there are at least two of them.
 
     Returns:
         The rows in the schema of `data.archives.registry`, in the order of their paths; `id` is the path in the folder.
 
     Raises:
-        SpcxrError: no such folder, no pictures, or a picture without a class where `classes` asks for one.
+        SpcxrError: no such folder, no pictures, a picture without a class where `classes` asks for one, or a mask
+            without its picture.
     """
     root = Path(folder)
     if not root.is_dir():
         raise SpcxrError(f"{root}: no such folder")
-    names = sorted(file.relative_to(root).as_posix() for file in pictures_below(root))
-    if not names:
+    if classes is None and (metadata := _metadata_files(root)):
+        return _read_image_folder(root, metadata)
+    files = sorted((file.relative_to(root).as_posix(), file) for file in pictures_below(root))
+    if not files:
         raise SpcxrError(f"{root}: no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) in this folder")
-    folders = [name.split("/")[:-1] for name in names]
+    folders = [name.split("/")[:-1] for name, _ in files]
     splits = [_SPLIT_OF.get(parts[0].casefold()) if parts else None for parts in folders]
     below = [parts[1:] if split else parts for parts, split in zip(folders, splits, strict=True)]
     found = [parts[0] if parts else None for parts in below]
+    if classes is None and set(found) == {"images", "masks"}:
+        return _with_mask_folders(root, files, splits)
     if classes and None in found:
-        raise SpcxrError(f"{root}: {names[found.index(None)]} lies in no folder of a class")
+        raise SpcxrError(f"{root}: {as_text(files[found.index(None)][0])} lies in no folder of a class")
     if classes is None:
         classes = None not in found and len(set(found)) > 1
-    built = {"id": names, "split": splits, "label": found if classes else None}
-    return radiographs(root.name, [str(root / name) for name in names], built)
+    built = {
+        "id": [as_text(name) for name, _ in files],
+        "split": splits,
+        "label": [as_text(name or "") for name in found] if classes else None,
+    }
+    names = sorted({as_text(name or "") for name in found}) if classes else []
+    shown = ", ".join(names[:8]) + (", ..." if names[8:] else "")
+    what = f"{len(names)} classes ({shown})" if classes else "no classes"
+    note(f"{root}: read as a folder of {len(files)} pictures in {what}; {OVERRIDE}")
+    return radiographs(root.name, [as_text(file) for _, file in files], built)
+
+
+def _with_mask_folders(root: Path, files: Sequence[tuple[str, Path]], splits: Sequence[str | None]) -> RadiographTable:
+    """Pictures of `images/` with the masks of the same name in `masks/`."""
+    parts: dict[str, dict[str, tuple[str, Path, str | None]]] = {"images": {}, "masks": {}}
+    for (name, file), split in zip(files, splits, strict=True):
+        above, kind, rest = name.partition("images/" if "images" in name.split("/")[:2] else "masks/")
+        key = as_text(above + str(Path(rest).with_suffix("")))
+        first, _, later = rest.partition("/")
+        inner = _SPLIT_OF.get(first.casefold()) if later else None
+        if key in parts[kind[:-1]]:
+            raise SpcxrError(f"{root}: two files are called {key} in {kind}")
+        parts[kind[:-1]][key] = (name, file, split or inner)
+    alone = sorted(parts["masks"].keys() - parts["images"].keys())
+    if alone or not parts["images"].keys() & parts["masks"].keys():
+        raise SpcxrError(f"{root}: the mask {alone[0] if alone else ''} has no picture of its name in images/")
+    masks = [parts["masks"].get(key) for key in parts["images"]]
+    cells = [None if mask is None else {"bytes": None, "path": as_text(mask[1])} for mask in masks]
+    pictures = list(parts["images"].values())
+    note(
+        f"{root}: read as {len(pictures)} pictures of images/, {len(parts['masks'])} of them with a mask of masks/; "
+        f"{OVERRIDE}"
+    )
+    built = {
+        "id": [as_text(name) for name, _, _ in pictures],
+        "split": [split for _, _, split in pictures],
+        "lung_mask": pa.array(cells, IMAGE),
+    }
+    return radiographs(root.name, [as_text(file) for _, file, _ in pictures], built)
+
+
+def _metadata_files(root: Path) -> list[Path]:
+    """The `metadata.csv` or `.parquet` with a column `file_name`, of the folder or else of its subfolders."""
+    for places in ([root], sorted(place for place in root.iterdir() if place.is_dir())):
+        found = [place / name for place in places for name in ("metadata.csv", "metadata.parquet")]
+        named = [file for file in found if file.is_file() and "file_name" in read_rows(file).column_names]
+        if named:
+            return named
+    return []
+
+
+def _read_image_folder(root: Path, metadata: Sequence[Path]) -> RadiographTable:
+    """The rows of each metadata file; ids are paths in the folder, and a subfolder may name the split."""
+    tables = []
+    for file in metadata:
+        table = read_manifest(file, {"path": "file_name"})
+        above = "" if file.parent == root else f"{file.parent.name}/"
+        rows = table.rows
+        ids = [f"{above}{name}" for name in texts(rows, "id")]
+        split = _SPLIT_OF.get((above or "/").split("/")[0].casefold())
+        inner = [split or _SPLIT_OF.get(name.split("/")[0].casefold()) for name in ids]
+        splits = [given or found for given, found in zip(texts(rows, "split"), inner, strict=True)]
+        for column, values in (("id", ids), ("split", splits)):
+            rows = rows.set_column(rows.column_names.index(column), column, pa.array(values, pa.string()))
+        tables.append(RadiographTable(rows, root.name))
+    there, named = len(pictures_below(root)), sum(map(len, tables))
+    left = f"; {there - named} pictures that it does not name are left out" if there > named else ""
+    note(f"{root}: read as an ImageFolder of {named} pictures ({metadata[0].name}, file_name){left}; {OVERRIDE}")
+    return join_tables(tables, root.name)
 
 
 def read_shards(source: Any, columns: Sequence[str] | None = None) -> RadiographTable:

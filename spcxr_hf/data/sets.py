@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spcxr_hf.data.archives.registry import read_archive, recognised
+from spcxr_hf.data.archives.registry import ARCHIVES, read_archive, recognised
 from spcxr_hf.data.archives.xrv import is_torchxrayvision, read_torchxrayvision
 from spcxr_hf.data.labels import LABELS_COLUMN, label_matrix, label_struct, labels_of
 from spcxr_hf.data.manifests import (
     DELIMITERS,
     IMAGE,
+    OVERRIDE,
     SCHEMA,
     in_schema,
     read_folder,
@@ -30,26 +31,50 @@ from spcxr_hf.data.manifests import (
     read_shards,
     split_of,
 )
-from spcxr_hf.data.table import RadiographTable, read_table
+from spcxr_hf.data.table import RadiographTable, check_paths, read_table
 from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.files import note
 
 
-def read_set(source: Any, exclude: str | os.PathLike | None = None, **options: Any) -> RadiographTable:
+def read_set(
+    source: Any,
+    exclude: str | os.PathLike | None = None,
+    read_as: str | None = None,
+    image_root: str | os.PathLike | None = None,
+    **options: Any,
+) -> RadiographTable:
     """Read whatever is given, in the schema of `spcxr_hf.data.archives.registry` where it does not bring another.
+
+    What a folder is taken for is told in one line on standard error.
 
     Args:
         source: A manifest (.csv, .tsv, .parquet with a column `path`); a Parquet shard or a folder of them; a .tar or
-            a folder of them; a public archive; a folder that `datasets` saved; a folder of pictures; a
-            `datasets.Dataset` or `DatasetDict`; a data set of torchxrayvision; the id of a set of the Hub
-            (`owner/name`).
+            a folder of them; a public archive; a folder that `datasets` saved; a folder of pictures (of classes, of
+            `images/` and `masks/`, or an ImageFolder); a `datasets.Dataset` or `DatasetDict`; a data set of
+            torchxrayvision; the id of a set of the Hub (`owner/name`).
         exclude: A text file with the ids of rows to leave out, one a line; None or "": none.
+        read_as: What a folder is, where it is not recognised: "folder", "classes" (their folders name them), "pictures"
+            (without classes), or the name of an archive in `ARCHIVES`.
+        image_root: Where the files may lie that a table names; None: in the table's folder, and below.
         **options: For the reader that it comes to: `read_manifest`, `read_archive`, `read_folder`, `read_shards` or
             `read_dataset`.
 
     Raises:
         SpcxrError: nothing is there, the reader refuses it, or the list of ids is of another set.
     """
-    table = _reader_of(source)(source, **options)
+    if read_as is not None:
+        known = {"folder": None, "classes": True, "pictures": False}
+        if read_as not in (*known, *ARCHIVES):
+            raise SpcxrError(f"read_as must be {', '.join((*known, *ARCHIVES))}; got {read_as!r}")
+        if read_as in ARCHIVES:
+            table = read_archive(source, read_as, **options)
+        else:
+            table = read_folder(source, known[read_as], **options)
+    else:
+        reader = _reader_of(source)
+        if image_root is not None and reader in (read_manifest, read_table, read_dataset):
+            options["image_root"] = image_root
+        table = reader(source, **options)
     return table.without(read_ids(exclude)) if exclude else table
 
 
@@ -101,7 +126,11 @@ def _reader_of_folder(path: Path) -> Callable[..., RadiographTable]:
         return read_shards
     if any(path.glob("*.parquet")):
         return read_table
-    return read_archive if recognised(path) else read_folder
+    if (found := recognised(path)) is None:
+        return read_folder
+    archive = ARCHIVES[found[0]]
+    note(f"{path}: read as the archive {archive.title} ({archive.licence}); {OVERRIDE}, with folder for instance")
+    return read_archive
 
 
 # ---- lists of ids --------------------
@@ -141,13 +170,19 @@ def write_ids(path: str | os.PathLike, ids: Sequence[str], comment: str) -> None
 # ---- datasets ----------------------------------------------------------------------------------------------------
 
 
-def read_dataset(source: Any, split: str | None = None, image_column: str = "image") -> RadiographTable:
+def read_dataset(
+    source: Any,
+    split: str | None = None,
+    image_column: str = "image",
+    image_root: str | os.PathLike | None = None,
+) -> RadiographTable:
     """Read a `datasets.Dataset` or `DatasetDict`, a folder that `save_to_disk` wrote, or a set of the Hub by its id.
 
     Args:
         source: The object, the folder, or the id (`owner/name`).
         split: Only this split; None: all, named in the column `split` where there are several.
         image_column: The feature of type `Image`; it is not decoded.
+        image_root: Where files may lie that a saved set names in place of holding their bytes; None: in its folder.
 
     Returns:
         Features called as a column of the schema are taken for it, others stay; a `ClassLabel` becomes its name.
@@ -170,6 +205,9 @@ def read_dataset(source: Any, split: str | None = None, image_column: str = "ima
             raise SpcxrError(f"{name}: no split {split!r}; there are {', '.join(map(str, parts))}")
         parts = {split: parts[split]}
     tables = [_dataset_part(part, key, image_column, name) for key, part in parts.items()]
+    if not is_loaded and Path(name).exists():
+        for table in tables:
+            check_paths(table.rows["image"], Path(name), name, image_root)
     return unite(tables, name)
 
 

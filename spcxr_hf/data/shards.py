@@ -25,13 +25,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from spcxr_hf.data.table import check_paths
 from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.files import as_text
 
 IMAGE_EXTENSIONS = {"png", "jpg", "jpeg", "tif", "tiff", "webp", "bmp", "dcm", "dicom"}  # what `read_radiograph` reads
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 SAMPLES_PER_UNIT, BYTES_PER_UNIT = 256, 2**26  # a tar's unit is closed at whichever comes first
 LARGEST_ROW_GROUP = 2**30  # bytes; a stream holds several of them
+MAX_GROUP_ROWS = 2**22  # a few kilobytes can hold more of equal values, which a filter would read at once
 PARQUET_BATCH = 64  # rows that are decoded at once; more of them could overflow Arrow's 32-bit offsets
 REGULAR_FILES = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
 
@@ -62,6 +65,7 @@ class ShardIndex:
         units: (n,) records of the type `UNIT`.
         columns: The columns that Parquet shards have besides `image`; None for tars, which do not say.
         kept: With a filter, (rows,) uint32: each kept row's number within its unit. None: every row is kept.
+        image_root: Where files may lie that Parquet rows name, as `spcxr_hf.data.table.check_paths` has it.
     """
 
     name: str
@@ -69,6 +73,7 @@ class ShardIndex:
     units: np.ndarray
     columns: frozenset[str] | None
     kept: np.ndarray | None = None
+    image_root: Path | None = None
 
     def __len__(self) -> int:
         """The rows of all units."""
@@ -93,7 +98,11 @@ class ShardIndex:
         wanted = np.arange(start, stop) if self.kept is None else self.kept[at + start : at + stop].astype(np.int64)
         read = _read_tar_rows if path.suffix == ".tar" else _read_parquet_rows
         with _naming(path):
-            return read(path, int(record["place"]), int(record["first_row"]), wanted, columns)
+            rows = read(path, int(record["place"]), int(record["first_row"]), wanted, columns)
+        if any(row.image is not None and row.image.get("bytes") is None for row in rows):
+            named = pa.array([row.image for row in rows], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+            check_paths(named, path.parent, str(path), self.image_root)
+        return rows
 
 
 class Row(NamedTuple):
@@ -114,7 +123,9 @@ class _Scan(NamedTuple):
     columns: set[str]
 
 
-def read_index(source: Source, where: tuple[str, Any] | None = None) -> ShardIndex:
+def read_index(
+    source: Source, where: tuple[str, Any] | None = None, image_root: str | os.PathLike | None = None
+) -> ShardIndex:
     """Find the units of Parquet shards (`*.parquet`) or WebDataset shards (`*.tar`), and count their rows.
 
     Parquet shards have a column `image` (a struct of `bytes` and `path`, as `datasets` writes it). In a tar,
@@ -125,6 +136,7 @@ def read_index(source: Source, where: tuple[str, Any] | None = None) -> ShardInd
     Args:
         source: A folder (its subfolders are not searched), a shard, or several of either.
         where: Only rows that hold this value in this column, as (column, value); an entry of the .json in a tar.
+        image_root: Where files may lie that Parquet rows name; None: in the shard's folder.
 
     Raises:
         SpcxrError: nothing is there; a shard is damaged, compressed or cut short, or holds no images; no row has the
@@ -148,7 +160,8 @@ def read_index(source: Source, where: tuple[str, Any] | None = None) -> ShardInd
     if not len(records):
         raise SpcxrError(f"{name}: no rows" if where is None else f"{name}: no row has {where[0]} = {where[1]!r}")
     told = frozenset(columns) if files[0].suffix == ".parquet" else None
-    return ShardIndex(name, tuple(files), records, told, None if where is None else np.concatenate(kept))
+    rows = None if where is None else np.concatenate(kept)
+    return ShardIndex(name, tuple(files), records, told, rows, None if image_root is None else Path(image_root))
 
 
 def _find_shards(source: Source) -> tuple[str, list[Path]]:
@@ -211,6 +224,8 @@ def _scan_parquet(path: Path, where: tuple[str, Any] | None) -> _Scan:
             size = (
                 group.total_byte_size
             )  # of all columns: asked for one of them, pyarrow ends the process if it is damaged
+            if group.num_rows > MAX_GROUP_ROWS:
+                raise SpcxrError(f"{path}: row group {number} has {group.num_rows:,} rows; at most {MAX_GROUP_ROWS:,}")
             if size > LARGEST_ROW_GROUP:
                 raise SpcxrError(
                     f"{path}: row group {number} holds {size / 2**30:.1f} GiB, which is too much to read at once; "
@@ -303,13 +318,13 @@ def _runs(samples: Iterable[_Sample]) -> Iterator[list[_Sample]]:
 
 def _samples(file: BinaryIO, path: Path, offset: int) -> Iterator[_Sample]:
     """The samples that have a picture, from the header at `offset` to the end."""
-    named = ((*_split_name(member.name), member) for member in _members(file, path, offset))
+    named = ((*_split_name(as_text(member.name)), member) for member in _members(file, path, offset))
     visible = (entry for entry in named if entry[0] and not entry[0].endswith("/"))  # some systems add `._key.jpg`
     for key, group in itertools.groupby(visible, key=lambda entry: entry[0]):
         members: dict[str, tarfile.TarInfo] = {}
         for _, extension, member in group:
             if extension in members:
-                raise SpcxrError(f"{path}: two members in a row are called {member.name}")
+                raise SpcxrError(f"{path}: two members in a row are called {as_text(member.name)}")
             members[extension] = member
         pictures = members.keys() & IMAGE_EXTENSIONS
         if len(pictures) > 1:
@@ -386,7 +401,7 @@ def _read_tar_rows(path: Path, offset: int, first_row: int, wanted: np.ndarray, 
             if number not in numbers:
                 continue
             (picture,) = (sample.members[extension] for extension in sample.members.keys() & IMAGE_EXTENSIONS)
-            name = f"{path}: row {first_row + number}: {picture.name}"
+            name = f"{path}: row {first_row + number}: {as_text(picture.name)}"
             values, problem = {}, None
             try:
                 values = _tar_columns(file, sample, name) if columns else {}

@@ -218,6 +218,7 @@ class StreamingRadiographs:
         columns: Columns to pass along.
         window: Units that are shuffled together, and held in memory per stream.
         on_error: "stop" raises on a broken image, "skip" leaves it out.
+        image_root: As for `read_index`.
 
     Attributes:
         index: What lies where.
@@ -237,6 +238,7 @@ class StreamingRadiographs:
         columns: Sequence[str] = (),
         window: int = 8,
         on_error: OnError = "stop",
+        image_root: str | os.PathLike | None = None,
     ):
         _check_least(1, stored_size=stored_size, window=window)
         _check_least(0, workers=workers)
@@ -245,7 +247,7 @@ class StreamingRadiographs:
         if isinstance(source, ShardIndex) and where is not None:
             raise SpcxrError("where: the index is read already; give the filter to read_index")
         condition = (where, True) if isinstance(where, str) else where
-        self.index = source if isinstance(source, ShardIndex) else read_index(source, condition)
+        self.index = source if isinstance(source, ShardIndex) else read_index(source, condition, image_root)
         _check_columns(self.index, columns)
         self.stored_size, self.workers, self.window = stored_size, workers, window
         self.columns, self.on_error = tuple(columns), on_error

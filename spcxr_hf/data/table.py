@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,11 +25,18 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from spcxr_hf.errors import SpcxrError, one_line
-from spcxr_hf.files import atomic_file, worker_count
+from spcxr_hf.errors import SpcxrError, one_line, printable
+from spcxr_hf.files import as_text, atomic_file, check_regular_file, note, read_json, worker_count, write_json
+from spcxr_hf.images.limits import MAX_FILE_BYTES
 from spcxr_hf.images.reader import DICOM_PREFIX, read_radiograph, read_with_quality_warnings
 
+MAX_TABLE_BYTES = 2**33  # of encoded images in memory
 OnError = Literal["stop", "skip"]  # what a broken file does
+# What else may hold images, none of which is read here.
+OTHER_IMAGES = {
+    ".gif", ".jp2", ".j2k", ".jpf", ".jxl", ".heic", ".heif", ".avif", ".pgm", ".ppm", ".pnm", ".tga", ".jfif", ".ico",
+    ".svg", ".img", ".raw", ".nii", ".gz", ".mha", ".mhd", ".nrrd", ".npy", ".npz", ".mat", ".zip", ".rar", ".7z",
+}  # fmt: skip
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".webp"}
 
 
@@ -96,27 +104,31 @@ class RadiographTable:
         return self.rows[name].to_pylist()
 
 
-def read_table(source: str | os.PathLike) -> RadiographTable:
+def read_table(source: str | os.PathLike, image_root: str | os.PathLike | None = None) -> RadiographTable:
     """Read a set: one Parquet file, a folder of Parquet shards, or a folder of pictures (DICOM too, subfolders too).
+
+    Args:
+        source: The file or folder.
+        image_root: Where files may lie that Parquet rows name in place of holding their bytes, as `check_paths` has it.
 
     Raises:
         SpcxrError: nothing is there, or a shard is damaged, or holds no images; the message names the file.
     """
     path = Path(source)
     if path.is_file():
-        return RadiographTable(_read_shard(path), path.name)
+        return RadiographTable(_read_shard(path, image_root), path.name)
     if not path.is_dir():
         raise SpcxrError(f"{path}: no such file or folder")
     shards = sorted(path.glob("*.parquet"))
     if shards:
-        return join_tables([RadiographTable(_read_shard(shard), shard.name) for shard in shards], path.name)
+        return join_tables([RadiographTable(_read_shard(shard, image_root), shard.name) for shard in shards], path.name)
     pictures = pictures_below(path)
     if not pictures:
         raise SpcxrError(
             f"{path}: no Parquet shards and no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) in this folder"
         )
-    images = [{"bytes": None, "path": str(picture)} for picture in pictures]
-    names = [str(picture.relative_to(path)) for picture in pictures]
+    images = [{"bytes": None, "path": as_text(picture)} for picture in pictures]
+    names = [as_text(picture.relative_to(path)) for picture in pictures]
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     return RadiographTable(pa.table({"image": pa.array(images, struct), "id": names}), path.name)
 
@@ -125,9 +137,42 @@ def pictures_below(folder: Path) -> list[Path]:
     """The pictures and DICOM files of a folder and its subfolders, sorted.
 
     A file counts by its suffix, or without one where it begins like a DICOM. Hidden files do not, nor what lies in
-    hidden folders: they are an archive tool's own (`._picture.png`).
+    hidden folders: they are an archive tool's own (`._picture.png`). What else is left out is told in a line for each
+    kind: folders that cannot be read, linked folders, files of other kinds that may be images.
+
+    Raises:
+        SpcxrError: the folder cannot be read.
     """
-    return [file for file in sorted(folder.rglob("*")) if not is_hidden(file, folder) and _is_picture(file)]
+    pictures, left_out = scan_pictures(folder)
+    for what, files in left_out.items():
+        note(f"{printable(str(folder))}: {len(files)} {what} left out, the first: {printable(str(files[0]))}")
+    return pictures
+
+
+def scan_pictures(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """What `pictures_below` finds, and what is left out: its kind, as "linked folder(s)", -> files or folders."""
+    pictures: list[Path] = []
+    left_out: dict[str, list[Path]] = {}
+
+    def refuse(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise SpcxrError(f"{folder}: {error.strerror}") from error
+        left_out.setdefault("folder(s) that cannot be read", []).append(Path(error.filename))
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        linked = [Path(place) / name for name in folders if (Path(place) / name).is_symlink()]
+        if linked:
+            left_out.setdefault("linked folder(s)", []).extend(linked)
+        for name in names:
+            file = Path(place) / name
+            if name.startswith("."):
+                continue
+            if _is_picture(file):
+                pictures.append(file)
+            elif file.suffix.lower() in OTHER_IMAGES:
+                left_out.setdefault(f"{file.suffix.lower()} file(s)", []).append(file)
+    return sorted(pictures), left_out
 
 
 def is_hidden(file: Path, folder: Path) -> bool:
@@ -160,26 +205,77 @@ def join_tables(tables: Sequence[RadiographTable], name: str | None = None) -> R
         raise SpcxrError(f"{name}: the files do not fit together ({one_line(error)})") from error
 
 
-def _read_shard(path: Path) -> pa.Table:
+def _read_shard(path: Path, image_root: str | os.PathLike | None) -> pa.Table:
     table = read_parquet(path)
     if "image" not in table.column_names or not _holds_pictures(table.schema.field("image").type):
         raise SpcxrError(f"{path}: no column `image` with the bytes of a picture")
+    check_paths(table["image"], path.parent, str(path), image_root)
     return table
 
 
 def read_parquet(path: Path) -> pa.Table:
     """A Parquet file of any columns, checked.
 
+    It is read a few rows at a time: a file of 0.2 MB can hold zeros that take 9 GB.
+
     Raises:
-        SpcxrError: it is no Parquet file, or is damaged.
+        SpcxrError: it is no Parquet file, is damaged, or takes more memory than a table of images of its size does.
     """
+    most = min(MAX_TABLE_BYTES, max(2**30, 20 * check_regular_file(path, MAX_TABLE_BYTES)))
+    batches, size = [], 0
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            _names(schema)
+            at_once = 16 if any(_has_binary(field.type) for field in schema) else 4096
+            for number in range(file.metadata.num_row_groups):
+                if file.metadata.row_group(number).total_byte_size > most:
+                    raise SpcxrError(f"{path}: row group {number} is too large: more than {most / 2**30:.0f} GiB")
+            for batch in file.iter_batches(at_once):
+                size += batch.nbytes
+                if size > most:
+                    raise SpcxrError(f"{path}: takes more than {most / 2**30:.0f} GiB, which is too much for a table")
+                batches.append(batch)
+        table = pa.Table.from_batches(batches, schema)
         table.validate(full=True)  # text that is no UTF-8, offsets that point outside
-        _names(table.schema)
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except SpcxrError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise SpcxrError(f"{path}: not a readable Parquet file ({one_line(error)})") from error
     return table.replace_schema_metadata(None)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _has_binary(kind: pa.DataType) -> bool:
+    return _is_binary(kind) or (pa.types.is_struct(kind) and any(_has_binary(field.type) for field in kind))
+
+
+def check_paths(
+    images: pa.ChunkedArray | pa.Array, folder: Path, name: str, image_root: str | os.PathLike | None = None
+) -> None:
+    """Refuse a table whose rows name files elsewhere: a table of unknown origin could name any picture of this machine.
+
+    Args:
+        images: Structs of `bytes` and `path`.
+        folder: Of the table.
+        name: Of the table, in messages.
+        image_root: Where the files may lie, with all that is below it; None: in the table's folder.
+
+    Raises:
+        SpcxrError: a row has a path outside, and no bytes.
+    """
+    root = os.path.abspath(image_root if image_root is not None else folder)  # noqa: PTH100 (links are not followed)
+    inside = root.rstrip(os.sep) + os.sep
+    contents, paths = (pc.struct_field(images, part) for part in ("bytes", "path"))
+    for row, (has_bytes, path) in enumerate(zip(contents.is_valid().to_pylist(), paths.to_pylist(), strict=True)):
+        if path is not None and not has_bytes and not os.path.abspath(path).startswith(inside):  # noqa: PTH100
+            raise SpcxrError(
+                f"{name}: row {row}: {printable(path)} lies outside {root}; image_root (--image-root) names the folder "
+                "whose files a table may name"
+            )
 
 
 def _names(fields: Iterable[pa.Field]) -> list[str]:
@@ -196,7 +292,7 @@ def _holds_pictures(kind: pa.DataType) -> bool:
     if not pa.types.is_struct(kind) or not {"bytes", "path"} <= set(_names(kind)):
         return False
     content, path = kind.field("bytes").type, kind.field("path").type
-    is_content = pa.types.is_binary(content) or pa.types.is_large_binary(content) or pa.types.is_null(content)
+    is_content = _is_binary(content) or pa.types.is_null(content)
     return is_content and (pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path))
 
 
@@ -216,10 +312,21 @@ def open_with_warnings(cell: dict, name: str) -> tuple[Image.Image, list[str]]:
 
 def _source_of(cell: dict, name: str) -> str | io.BytesIO:
     if cell["bytes"] is None:
+        check_name(cell["path"])
         return cell["path"]
     stream = io.BytesIO(cell["bytes"])
     stream.name = name  # what messages call it
     return stream
+
+
+def check_name(path: str) -> None:
+    r"""Refuse the name of a file as `as_text` writes it, with `\xe9` for a byte that is no UTF-8.
+
+    Raises:
+        SpcxrError: it is one, and there is no file of just this name.
+    """
+    if "\\x" in path and not Path(path).exists():
+        raise SpcxrError(f"{printable(path)}: a name that is no UTF-8 cannot be kept in a table; rename the file")
 
 
 def open_mask(cell: dict | None, name: str) -> Image.Image:
@@ -228,10 +335,13 @@ def open_mask(cell: dict | None, name: str) -> Image.Image:
     Raises:
         SpcxrError: there is none, or it cannot be read; the message holds `name`.
     """
-    if cell is None or cell["bytes"] is None:
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise SpcxrError(f"{name}: no lung mask in this row")
+    if cell["bytes"] is None:
+        check_name(cell["path"])
+        check_regular_file(cell["path"], MAX_FILE_BYTES)
     try:
-        with Image.open(io.BytesIO(cell["bytes"])) as mask:
+        with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as mask:
             inside = mask_pixels(mask)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SpcxrError(f"{name}: the lung mask cannot be read ({error})") from error
@@ -239,16 +349,38 @@ def open_mask(cell: dict | None, name: str) -> Image.Image:
 
 
 def mask_pixels(picture: Image.Image) -> np.ndarray:
-    """A picture of a mask -> (height, width) booleans: brighter than half of the range, or 1 where all are 0 or 1.
+    """A picture of a mask -> (height, width) booleans.
+
+    Two values are outside (0, black) and inside (255, 1, or any other value or colour). More values are those of a
+    compressed or resized mask, near black and near white, and cut at half of the range.
 
     Raises:
-        ValueError: neither; so pale a picture holds numbers of classes, which would all count as outside.
+        ValueError: it has several classes, or two values of which neither is black.
     """
-    grey = np.asarray(picture.convert("L"))
-    brightest = int(grey.max(initial=0))
-    if 1 < brightest <= 127:
-        raise ValueError(f"its greatest value is {brightest}; inside is 255 (or 1), outside 0")
-    return grey > (127 if brightest > 1 else 0)
+    if len(picture.getbands()) == 1 and picture.mode != "P":
+        values = np.asarray(picture)
+        values = values // 257 if values.max(initial=0) > 255 else values  # 16 bits
+    else:  # the opaque colour of each pixel as one number
+        red, green, blue, alpha = np.moveaxis(np.asarray(picture.convert("RGBA")).astype(np.uint32), -1, 0)
+        if alpha.min() < 255:
+            raise ValueError("it is transparent in places; inside is 255 (or 1), outside 0")
+        is_grey = np.array_equal(red, green) and np.array_equal(red, blue)
+        values = red.astype(np.uint8) if is_grey else red << 16 | green << 8 | blue
+    found = np.unique(values)
+    if len(found) == 2 and found[0] == 0:
+        return values != 0
+    if len(found) == 1:
+        return values > 0
+    if len(found) == 2 and len(picture.getbands()) > 1 and values.dtype != np.uint8:
+        raise ValueError("it has two colours of which none is black, and it is not known which is inside")
+    grey = values if len(picture.getbands()) == 1 and picture.mode != "P" else np.asarray(picture.convert("L"))
+    between = grey[(grey > 31) & (grey < 224)]
+    is_flat = len(np.unique(between)) < 9 and len(between) > 0.02 * grey.size  # no soft edge has so few values
+    if set(found.tolist()) == {0, 1, 255} or grey.min() > 31 or grey.max() < 224 or is_flat:
+        raise ValueError(
+            f"its {len(found)} values up to {grey.max():g} are no two classes; inside is 255 (or 1), outside 0"
+        )
+    return grey > 127
 
 
 class Decoded(NamedTuple):
@@ -325,7 +457,8 @@ def decode_images(table: RadiographTable, size: int, cache: str | os.PathLike | 
     """Decode every image to grey, the whole picture at size x size: (n, 1, size, size) uint8.
 
     Args:
-        cache: A folder to keep the result in, for the next start: one `.npy` file per set and size, mapped, not read.
+        cache: A folder to keep the result in, for the next start: one `.npy` file per set and size, mapped, and a
+            `.json` with its checksum; a damaged one is made anew.
 
     Raises:
         SpcxrError: an image cannot be read; the message names its row.
@@ -366,8 +499,10 @@ def _decode(
         raise SpcxrError(f"{table.name}: no column {column!r}; there are {', '.join(table.rows.column_names)}")
     names = table.ids
     file = None if cache is None else Path(cache) / f"{cache_key(table)}-{column}-{size}.npy"
-    kept = None if file is None else _read_cache(file)
-    pixels, rows = (np.zeros((len(table), 1, size, size), np.uint8), range(len(table))) if kept is None else kept
+    shape = (len(table), 1, size, size)
+    kept = None if file is None else read_cache(file, shape)
+    # rows that were broken are tried again, since a file may have been mended
+    pixels, rows = (np.zeros(shape, np.uint8), range(len(table))) if kept is None else (kept[0], kept[1]["broken"])
     broken: dict[int, str] = {}
 
     def fill(row: int) -> None:
@@ -381,24 +516,39 @@ def _decode(
         for _ in tqdm(pool.map(fill, rows), total=len(rows), desc=f"decoding {table.name}", unit="image"):
             pass
     if file is not None and kept is None:
-        _write_cache(file, pixels, sorted(broken))
+        write_cache(file, pixels, broken=sorted(broken))
     return torch.from_numpy(pixels), broken
 
 
-def _read_cache(file: Path) -> tuple[np.ndarray, Sequence[int]] | None:
-    """Pixels, mapped, and the rows that were broken: they are tried again, since a file may have been mended."""
-    if not file.is_file():
+def read_cache(file: Path, shape: Sequence[int]) -> tuple[np.ndarray, dict[str, Any]] | None:
+    """Pixels (uint8) that `write_cache` kept, mapped, and what was kept with them; None where there are none.
+
+    A damaged file counts as none: it is told in one line, and is to be written anew.
+    """
+    try:
+        kept = read_json(file.with_suffix(".json"))
+        if not file.is_file():
+            return None
+        pixels = np.load(file, mmap_mode="c", allow_pickle=False)
+        if (pixels.shape, pixels.dtype) != (tuple(shape), np.uint8):
+            raise ValueError(f"it holds {pixels.shape} {pixels.dtype}")
+        if zlib.crc32(pixels) != kept.get("crc32"):
+            raise ValueError("its checksum is another")
+    except (OSError, ValueError, EOFError) as error:
+        note(f"{file}: the cache is damaged ({one_line(error)}) and is made anew")
         return None
-    beside = file.with_suffix(".broken.json")
-    return np.load(file, mmap_mode="c"), json.loads(beside.read_bytes()) if beside.is_file() else []
+    return pixels, kept
 
 
-def _write_cache(file: Path, pixels: np.ndarray, broken: list[int]) -> None:
-    if broken:  # first, so that pixels never stand there without it
-        with atomic_file(file.with_suffix(".broken.json")) as partial:
-            partial.write_text(json.dumps(broken), encoding="utf-8")
+def write_cache(file: Path, pixels: np.ndarray, **kept: Any) -> None:
+    """Keep pixels (uint8) and, as JSON, their checksum and what else belongs to them.
+
+    Raises:
+        SpcxrError: they cannot be written.
+    """
     with atomic_file(file) as partial, partial.open("wb") as stream:
         np.save(stream, pixels)
+    write_json(file.with_suffix(".json"), {"crc32": zlib.crc32(np.ascontiguousarray(pixels)), **kept})
 
 
 def cache_key(table: RadiographTable) -> str:

@@ -9,6 +9,7 @@ measure_lungs                          areas of the two lungs
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +21,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from spcxr_hf.data.table import Decoded, cache_key
+from spcxr_hf.data.table import Decoded, cache_key, read_cache, write_cache
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import atomic_file
 from spcxr_hf.models.loading import Loaded, forward, load_checkpoint, to_pixel_values
 
 
@@ -104,12 +104,11 @@ def find_lungs(
     file = None
     if cache is not None:
         file = Path(cache) / f"{cache_key(decoded.table)}-lungs-{segmenter.digest()}-{shape[-1]}.npy"
-        if file.is_file():
-            return torch.from_numpy(np.unpackbits(np.load(file), count=int(np.prod(shape))).reshape(shape).astype(bool))
+        if (kept := read_cache(file, [-(-math.prod(shape) // 8)])) is not None:
+            return torch.from_numpy(np.unpackbits(kept[0], count=math.prod(shape)).reshape(shape).astype(bool))
     lungs = segmenter.find(decoded.images, bf16=bf16)
     if file is not None:
-        with atomic_file(file) as partial, partial.open("wb") as stream:
-            np.save(stream, np.packbits(lungs.numpy()))
+        write_cache(file, np.packbits(lungs.numpy()))
     return lungs
 
 

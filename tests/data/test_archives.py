@@ -441,3 +441,37 @@ def test_twenty_thousand_images_of_nih_take_less_than_two_seconds(tmp_path):
         assert len(read_archive(tmp_path)) == 20_000
         took.append(time.process_time() - start)
     assert min(took) < 2
+
+
+def write_pictures(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encoded(picture(0, 24)[0])["bytes"])
+
+
+def test_folders_that_look_like_an_archive_are_read_as_they_are(tmp_path, capsys):
+    classes = ("COVID19", "NORMAL", "PNEUMONIA", "TURBERCULOSIS")
+    write_pictures(
+        tmp_path / "four", *(f"{split}/{name}/{name}-1.png" for split in ("train", "val") for name in classes)
+    )
+    table = read_set(tmp_path / "four")
+    assert (len(table), set(table.column("label")), set(table.column("split"))) == (8, set(classes), {"train", "val"})
+    assert table.column("licence") == [None] * 8
+    assert "read as a folder of 8 pictures in 4 classes (COVID19, NORMAL, PNEUMONIA, " in capsys.readouterr().err
+    write_pictures(tmp_path / "adults", "train/NORMAL/a.png", "train/PNEUMONIA/b.png")
+    assert set(read_set(tmp_path / "adults").column("licence")) == {None}
+    write_pictures(tmp_path / "own", "train/1.png", "train/2.png")
+    write(tmp_path / "own" / "train.csv", "image,label\n1.png,normal\n")
+    assert read_set(tmp_path / "own").ids == ["train/1.png", "train/2.png"]
+    write_pictures(tmp_path / "mine", "images/1.png")
+    write(tmp_path / "mine" / "metadata.csv", "name,label\n1.png,normal\n")
+    assert read_set(tmp_path / "mine").ids == ["images/1.png"]
+    make_nih(tmp_path / "several" / "nih")
+    write_pictures(tmp_path / "several", "other/1.png")
+    assert len(read_set(tmp_path / "several")) == 4
+    capsys.readouterr()
+    assert len(read_set(make_kermany(tmp_path / "chest_xray"))) == 7
+    assert "read as the archive Kermany (CC BY 4.0); read_as (--read-as) overrides it" in capsys.readouterr().err
+    assert set(read_set(tmp_path / "chest_xray", read_as="folder").column("label")) == {"NORMAL", "PNEUMONIA"}
+    with pytest.raises(SpcxrError, match="read_as must be folder, classes, pictures, nih, "):
+        read_set(tmp_path / "four", read_as="files")

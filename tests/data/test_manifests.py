@@ -25,8 +25,8 @@ from spcxr_hf.data.manifests import (
     split_of,
     view_of,
 )
-from spcxr_hf.data.sets import read_dataset, unite
-from spcxr_hf.data.table import decode_images
+from spcxr_hf.data.sets import read_dataset, read_set, unite
+from spcxr_hf.data.table import decode_images, decode_masks
 
 NAN = float("nan")
 
@@ -156,7 +156,9 @@ def test_another_folder_and_absolute_paths(tmp_path):
     write_picture(tmp_path / "images" / "x.png")
     assert len(read_manifest(manifest, folder=tmp_path / "images")) == 1
     manifest.write_text(f"path\n{tmp_path / 'images' / 'x.png'}\n")
-    assert len(read_manifest(manifest)) == 1
+    assert len(read_manifest(manifest, image_root=tmp_path)) == 1
+    with pytest.raises(SpcxrError, match=r"set\.csv: row 0: .*x\.png lies outside .*lists; image_root"):
+        read_manifest(manifest)
 
 
 @pytest.mark.parametrize(
@@ -389,3 +391,40 @@ def test_unions_that_do_not_go_together(tmp_path):
     shard.rows = shard.rows.drop_columns(["id"]).append_column("id", pa.array([1]))
     with pytest.raises(SpcxrError, match="do not go together"):
         unite([shard, read_table(write_picture(tmp_path / "x" / "a.png").parent)])
+
+
+def test_an_image_folder_of_datasets_keeps_its_columns(tmp_path, capsys):
+    for split, label in (("train", "normal"), ("test", "viral")):
+        for number in range(2):
+            write_picture(tmp_path / split / f"{number}.png", number)
+        (tmp_path / split / "metadata.csv").write_text(f"file_name,label\n0.png,{label}\n")
+    table = read_set(tmp_path)
+    assert dict(zip(table.ids, table.column("label"), strict=True)) == {"train/0.png": "normal", "test/0.png": "viral"}
+    assert sorted(table.column("split")) == ["test", "train"]
+    assert (
+        "ImageFolder of 2 pictures (metadata.csv, file_name); 2 pictures that it does not name"
+        in capsys.readouterr().err
+    )
+    (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/1.png,viral\n")
+    assert read_set(tmp_path).rows.select(["id", "split", "label"]).to_pylist() == [
+        {"id": "train/1.png", "split": "train", "label": "viral"}
+    ]
+    assert len(read_set(tmp_path, read_as="pictures")) == 4
+
+
+@pytest.mark.parametrize("layout", ["{kind}/{name}", "{split}/{kind}/{name}", "{kind}/{split}/{name}"])
+def test_images_beside_masks_of_the_same_name(tmp_path, layout, capsys):
+    for seed, split in enumerate(("train", "train", "val")):
+        for kind, pixels in zip(("images", "masks"), picture(seed, 24), strict=True):
+            name = f"{seed}.{'jpg' if kind == 'images' else 'png'}"
+            file = tmp_path / layout.format(kind=kind, split=split, name=name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(file)
+    table = read_set(tmp_path)
+    assert "read as 3 pictures of images/, 3 of them with a mask of masks/" in capsys.readouterr().err
+    assert table.column("split") == (["train", "train", "val"] if "split" in layout else [None] * 3)
+    masks = decode_masks(table, 24).numpy()
+    assert np.array_equal(masks, np.stack([picture(seed, 24)[1] > 0 for seed in range(3)]))
+    file.rename(file.with_name("other.png"))
+    with pytest.raises(SpcxrError, match="the mask .*other has no picture of its name"):
+        read_set(tmp_path)

@@ -1,9 +1,12 @@
 """Sets of radiographs: reading, decoding, the cache, the order of the batches."""
 
+import errno
 import functools
 import io
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +23,13 @@ from spcxr_hf.data.table import (
     decode_masks,
     decode_set,
     fingerprint_rows,
+    mask_pixels,
     open_image,
     open_mask,
     read_table,
 )
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import atomic_file
 from spcxr_hf.inference.pipeline import find_sources
 from tests.made_up import STRUCT, encoded, picture, write_set
 
@@ -207,7 +212,8 @@ def test_masks_of_any_depth_become_black_and_white():
 def test_a_mask_of_class_numbers_is_refused():
     """They would all be darker than half of the range, and the mask empty."""
     with pytest.raises(
-        SpcxrError, match=r"row-7: the lung mask cannot be read \(its greatest value is 2; inside is 255"
+        SpcxrError,
+        match=r"row-7: the lung mask cannot be read \(its 3 values up to 2 are no two classes; inside is 255",
     ):
         open_mask(encoded(np.array([[0, 1], [2, 0]], np.uint8)), "row-7")
 
@@ -215,7 +221,7 @@ def test_a_mask_of_class_numbers_is_refused():
 def test_the_cache_is_read_instead(shard, tmp_path, monkeypatch):
     table = read_table(shard)
     first = decode_images(table, 16, cache=tmp_path)
-    assert [file.suffix for file in tmp_path.iterdir()] == [".npy"]
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".npy"]
 
     def refuse(cell, name):
         raise AssertionError("decoded again")
@@ -386,3 +392,122 @@ def test_a_fingerprint_of_what_is_learned_from(tmp_path):
     assert found[0] == found[1]
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "b" / "9.png")
     assert fingerprint_rows(read_table(tmp_path / "b")) != found[0]
+
+
+@pytest.mark.parametrize("damage", ["half", "zeros", "other type", "other size", "no checksum"])
+def test_a_damaged_cache_is_made_anew(shard, tmp_path, capsys, damage):
+    table = read_table(shard)
+    first = decode_images(table, 16, tmp_path).clone()
+    (file,) = tmp_path.glob("*.npy")
+    whole = file.read_bytes()
+    if damage == "half":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif damage == "zeros":
+        file.write_bytes(whole[:128] + bytes(len(whole) - 128))
+    elif damage == "other type":
+        np.save(file, np.load(file).astype(np.float32))
+    elif damage == "other size":
+        np.save(file, np.load(file)[:, :, :8])
+    else:
+        file.with_suffix(".json").unlink()
+    capsys.readouterr()
+    assert torch.equal(decode_images(table, 16, tmp_path), first)
+    assert capsys.readouterr().err.count(f"{file}: the cache is damaged (") == 1
+    assert file.read_bytes() == whole
+    assert torch.equal(decode_images(table, 16, tmp_path), first)
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_masks_of_two_values_are_two_classes():
+    inside = picture(0)[1] > 0
+    colours = [
+        np.where(inside[..., None], colour, 0).astype(np.uint8) for colour in ((255, 0, 0), (0, 0, 255), (9, 9, 9))
+    ]
+    deep = [inside.astype(np.uint16) * value for value in (1, 65535, 4095)]
+    for pixels in (inside, inside * np.uint8(1), inside * np.uint8(255), inside * np.uint8(128), *colours, *deep):
+        assert np.array_equal(mask_pixels(Image.fromarray(pixels)), inside)
+    palette = Image.fromarray(inside.astype(np.uint8), "P")
+    palette.putpalette([0, 0, 0, 0, 128, 0])
+    assert np.array_equal(mask_pixels(palette), inside)
+    soft = Image.fromarray(inside * np.uint8(255)).resize((100, 100), Image.Resampling.BILINEAR)
+    buffer = io.BytesIO()
+    soft.save(buffer, "JPEG")
+    assert np.array_equal(mask_pixels(Image.open(buffer)), np.asarray(Image.open(buffer)) > 127)
+
+
+def test_masks_that_are_no_two_classes_are_refused():
+    inside = (picture(0)[1] > 0).astype(np.uint8)
+    three = inside.copy()
+    three[:4] = 2
+    ignored = inside.copy()
+    ignored[:4] = 255
+    shades = three * np.uint8(127)
+    transparent = np.dstack([np.zeros((48, 48, 3), np.uint8), inside * 255])
+    two = np.where(inside[..., None], (255, 0, 0), (0, 0, 255)).astype(np.uint8)
+    for pixels in (three, ignored, shades, transparent, two, inside * np.uint8(100) + 50):
+        with pytest.raises(ValueError, match="inside"):
+            mask_pixels(Image.fromarray(pixels))
+
+
+def test_a_table_of_zeros_is_refused_before_it_takes_the_memory(tmp_path):
+    rows = 3 * 2**26
+    batch = pa.record_batch({"zeros": pa.array(np.zeros(2**22, np.int64))})
+    with pq.ParquetWriter(tmp_path / "zeros.parquet", batch.schema) as writer:
+        for _ in range(rows // 2**22):
+            writer.write_batch(batch)
+    assert (tmp_path / "zeros.parquet").stat().st_size < 2**20
+    with pytest.raises(SpcxrError, match=r"zeros\.parquet: takes more than 1 GiB"):
+        read_table(tmp_path / "zeros.parquet")
+
+
+def test_rows_that_name_files_elsewhere_are_refused(tmp_path):
+    (tmp_path / "set").mkdir()
+    Image.fromarray(picture(0)[0]).save(tmp_path / "private.png")
+    for path in ("/dev/zero", str(tmp_path / "private.png"), str(tmp_path / "set" / ".." / "private.png")):
+        cell = pa.array([{"bytes": None, "path": path}], STRUCT)
+        pq.write_table(pa.table({"image": cell}), tmp_path / "set" / "a.parquet")
+        with pytest.raises(SpcxrError, match=r"a\.parquet: row 0: .* lies outside .*set; image_root"):
+            read_table(tmp_path / "set")
+    assert decode_images(read_table(tmp_path / "set", image_root=tmp_path), 16).shape == (1, 1, 16, 16)
+    os.mkfifo(tmp_path / "set" / "pipe.png")
+    cell = pa.array([{"bytes": None, "path": str(tmp_path / "set" / "pipe.png")}], STRUCT)
+    pq.write_table(pa.table({"image": cell, "lung_mask": cell}), tmp_path / "set" / "a.parquet")
+    for decode in (decode_images, decode_masks):
+        with pytest.raises(SpcxrError, match=r"pipe\.png: not a regular file"):
+            decode(read_table(tmp_path / "set" / "a.parquet"), 16)
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path, capsys, monkeypatch):
+    for name in ("set/a.png", "set/closed/b.png", "elsewhere/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(0)[0]).save(tmp_path / name)
+    for name in ("d.gif", "e.GIF", "f.nii", "notes.txt"):
+        (tmp_path / "set" / name).write_bytes(b"GIF89a")
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    scandir = os.scandir
+
+    def refuse(place):
+        if Path(place).name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+        return scandir(place)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    assert read_table(tmp_path / "set").ids == ["a.png"]
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(line.partition(" left out")[0].partition(": ")[2] for line in lines) == [
+        "1 .nii file(s)", "1 folder(s) that cannot be read", "1 linked folder(s)", "2 .gif file(s)",
+    ]  # fmt: skip
+
+
+def test_names_that_are_no_utf_8_or_very_long(tmp_path):
+    (tmp_path / "set").mkdir()
+    content = encoded(picture(0)[0])["bytes"]
+    for name in (b"good.png", b"caf\xe9.png", b"x" * 251 + b".png"):
+        (tmp_path / "set" / os.fsdecode(name)).write_bytes(content)
+    found = decode_set(read_table(tmp_path / "set"), 16, on_error="skip")
+    assert [name[:4] for name in found.table.ids] == ["good", "xxxx"]
+    (cause,) = found.skipped.values()
+    assert cause.endswith(r"caf\xe9.png: a name that is no UTF-8 cannot be kept in a table; rename the file")
+    with atomic_file(tmp_path / ("y" * 255)) as partial:
+        partial.write_text("whole")
+    assert (tmp_path / ("y" * 255)).read_text() == "whole"

@@ -31,7 +31,10 @@ is missing rather than absent, is said at its reader.
 
 from __future__ import annotations
 
+import csv
+import gzip
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +69,7 @@ from spcxr_hf.data.manifests import (
     find_files,
     radiographs,
 )
-from spcxr_hf.data.table import RadiographTable
+from spcxr_hf.data.table import PICTURE_SUFFIXES, RadiographTable, scan_pictures
 from spcxr_hf.errors import SpcxrError
 
 LabelReader = Literal["own", "torchxrayvision"]
@@ -83,12 +86,16 @@ class Archive:
         licence: What it may be used for, in short.
         markers: What must lie in its folder: patterns, `a|b` for either.
         read: Its folder -> its rows.
+        header: Columns of the table that the first marker finds, by which the archive is recognised.
+        classes: The only folders of classes there may be -> a pattern that the names of their files begin with.
     """
 
     title: str
     licence: str
     markers: tuple[str, ...]
     read: Callable[[Path], Rows]
+    header: tuple[str, ...] = ()
+    classes: Mapping[str, str] | None = None
 
 
 def read_archive(
@@ -145,16 +152,58 @@ def _find_archive(root: Path, name: str | None) -> tuple[str, Path]:
 
 
 def recognised(root: Path, name: str | None = None) -> tuple[str, Path] | None:
-    """The archive in this folder, or in the one of its subfolders that holds one, and where."""
+    """The archive in this folder, or in the one of its subfolders that holds one, and where.
+
+    An archive that is not named is recognised by all of its layout: the header of its table, and its folders of classes
+    and no others. In a subfolder it counts if no pictures lie beside it.
+    """
     keys = list(ARCHIVES) if name is None else [name]
-    places = [root, *sorted(child for child in root.iterdir() if child.is_dir())]
-    found = [(key, place) for place in places for key in keys if _has_markers(place, ARCHIVES[key].markers)]
+    children = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith((".", "__")))
+    found = [
+        (key, place)
+        for place in (root, *children)
+        for key in keys
+        if _has_markers(place, ARCHIVES[key].markers) and (name is not None or _is_archive(place, ARCHIVES[key]))
+    ]
     # a folder of several archives is none of them; one that is packed twice (Kermany's) is the outer one
-    return found[0] if len({key for key, _ in found}) == 1 else None
+    if len({key for key, _ in found}) != 1:
+        return None
+    key, place = found[0]
+    beside = place != root and name is None and any(scan_pictures(child)[0] for child in children if child != place)
+    return None if beside else (key, place)
 
 
 def _has_markers(place: Path, markers: Iterable[str]) -> bool:
     return all(any(any(place.glob(pattern)) for pattern in marker.split("|")) for marker in markers)
+
+
+def _is_archive(place: Path, archive: Archive) -> bool:
+    if archive.header:
+        tables = [file for pattern in archive.markers[0].split("|") for file in place.glob(pattern)]
+        return any({*archive.header} <= _header(file) for file in tables)
+    if archive.classes is None:
+        return True
+    parents = [place / split for split in ("train", "val", "test") if (place / split).is_dir()] or [place]
+    folders = [child for parent in parents for child in parent.iterdir() if child.is_dir()]
+    folders = [folder for folder in folders if not folder.name.startswith((".", "__"))]
+    if not {folder.name for folder in folders} <= archive.classes.keys():
+        return False
+    known = []
+    for folder in folders:
+        inner = folder / "images" if (folder / "images").is_dir() else folder
+        names = [file.name for file in inner.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES]
+        known += [bool(re.match(archive.classes[folder.name], name)) for name in names if not name.startswith(".")]
+    return 2 * sum(known) >= len(known)
+
+
+def _header(file: Path) -> set[str]:
+    """The columns of a text table, or the words of its first line; none where it cannot be read."""
+    try:
+        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
+            line = stream.readline(2**16).decode("utf-8-sig")
+    except (OSError, EOFError, ValueError):
+        return set()
+    return {cell.strip() for cell in next(csv.reader([line]), [])} | {f"word {len(line.split())}"}
 
 
 def _table_of(name: str, rows: Rows, uncertain: Uncertain, missing: Missing) -> RadiographTable:
@@ -171,6 +220,8 @@ def _table_of(name: str, rows: Rows, uncertain: Uncertain, missing: Missing) -> 
             columns[column] = [None if value is None else f"{name}/{value}" for value in values]
     if "source" in rows.columns:
         columns["source"] = [f"{name}/{origin}" if origin else name for origin in rows.columns["source"]]
+    if any(".." in Path(path).parts for path in rows.paths if ".." in path):
+        raise SpcxrError(f"{rows.file}: an image's name leads out of the archive with '..'")
     try:
         columns[LABELS_COLUMN] = label_struct(rows.labels, uncertain)
     except SpcxrError as error:
@@ -183,25 +234,50 @@ PHYSIONET = "PhysioNet Credentialed Health Data License 1.5.0"
 RESEARCH = "research only; see the terms of the challenge"
 NLM = "NLM: free use with attribution"
 EACH = "that of each source"
+PICTURE_OF_KERMANY = r"person\d+_|(?:NORMAL\d*-)?IM-\d+-|(?:BACTERIA|VIRUS|NORMAL)-\d+-"
 ARCHIVES: Mapping[str, Archive] = {
-    "nih": Archive("NIH ChestX-ray14", "NIH: free use with attribution", ("Data_Entry_2017*.csv",), read_nih),
+    "nih": Archive(
+        "NIH ChestX-ray14", "NIH: free use with attribution", ("Data_Entry_2017*.csv",), read_nih,
+        ("Image Index", "Finding Labels", "Patient ID"),
+    ),
     "chexpert": Archive(
-        "CheXpert", "Stanford research use agreement", ("train.csv|valid.csv", "train|valid"), read_chexpert
+        "CheXpert", "Stanford research use agreement", ("train.csv|valid.csv", "train|valid"), read_chexpert,
+        ("Path", "Frontal/Lateral", "AP/PA", "Lung Opacity"),
     ),
-    "mimic": Archive("MIMIC-CXR-JPG", PHYSIONET, ("mimic-cxr-2.*-metadata.csv*", "files"), read_mimic),
-    "padchest": Archive("PadChest", "PadChest research use agreement", ("PADCHEST*.csv*",), read_padchest),
+    "mimic": Archive(
+        "MIMIC-CXR-JPG", PHYSIONET, ("mimic-cxr-2.*-metadata.csv*", "files"), read_mimic,
+        ("dicom_id", "subject_id", "study_id", "ViewPosition"),
+    ),
+    "padchest": Archive(
+        "PadChest", "PadChest research use agreement", ("PADCHEST*.csv*",), read_padchest,
+        ("ImageID", "PatientID", "StudyID", "Projection", "Labels"),
+    ),
     "vindr": Archive(
-        "VinDr-CXR", PHYSIONET, ("annotations/image_labels_*.csv|image_labels_*.csv", "train|test"), read_vindr
+        "VinDr-CXR", PHYSIONET, ("annotations/image_labels_*.csv|image_labels_*.csv", "train|test"), read_vindr,
+        ("image_id", "Cardiomegaly", "No finding"),
     ),
-    "rsna": Archive("RSNA pneumonia", RESEARCH, ("stage_2_train_labels.csv", "stage_2_train_images"), read_rsna),
-    "siim": Archive("SIIM-ACR pneumothorax", RESEARCH, ("train-rle.csv", "dicom-images-train"), read_siim),
-    "covidx": Archive("COVIDx CXR-2, -3, -4", EACH, ("train.txt", "test.txt", "train"), read_covidx),
+    "rsna": Archive(
+        "RSNA pneumonia", RESEARCH, ("stage_2_train_labels.csv", "stage_2_train_images"), read_rsna,
+        ("patientId", "x", "y", "width", "height", "Target"),
+    ),
+    "siim": Archive(
+        "SIIM-ACR pneumothorax", RESEARCH, ("train-rle.csv", "dicom-images-train"), read_siim,
+        ("ImageId", "EncodedPixels"),
+    ),
+    "covidx": Archive("COVIDx CXR-2, -3, -4", EACH, ("train.txt", "test.txt", "train"), read_covidx, ("word 4",)),
     "covid_radiography": Archive(
-        "COVID-19 Radiography Database", EACH, ("COVID", "Normal", "Viral Pneumonia"), read_covid_radiography
+        "COVID-19 Radiography Database", EACH, ("COVID", "Normal", "Viral Pneumonia"), read_covid_radiography,
+        classes={"COVID": "COVID", "Lung_Opacity": "Lung_Opacity", "Normal": "N", "Viral Pneumonia": "Viral"},
     ),
-    "kermany": Archive("Kermany", "CC BY 4.0", ("train/NORMAL", "train/PNEUMONIA"), read_kermany),
+    "kermany": Archive(
+        "Kermany", "CC BY 4.0", ("train/NORMAL", "train/PNEUMONIA"), read_kermany,
+        classes={"NORMAL": PICTURE_OF_KERMANY, "PNEUMONIA": PICTURE_OF_KERMANY},
+    ),
     "montgomery": Archive("Montgomery County", NLM, ("CXR_png/MCUCXR_*",), read_montgomery),
     "shenzhen": Archive("Shenzhen", NLM, ("CXR_png/CHNCXR_*",), read_shenzhen),
-    "jsrt": Archive("JSRT, with SCR masks", "JSRT: research only", ("JPC*.*|*/JPC*.*",), read_jsrt),
-    "cohen": Archive("COVID-19 image data collection", OF_EACH_IMAGE, ("metadata.csv", "images"), read_cohen),
-}
+    "jsrt": Archive("JSRT, with SCR masks", "JSRT: research only", ("JPC[LN]N*.*|*/JPC[LN]N*.*",), read_jsrt),
+    "cohen": Archive(
+        "COVID-19 image data collection", OF_EACH_IMAGE, ("metadata.csv", "images"), read_cohen,
+        ("patientid", "finding", "view", "modality", "filename"),
+    ),
+}  # fmt: skip
