@@ -31,6 +31,7 @@ from spcxr_hf import SpcxrError
 from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, decode_set
 from spcxr_hf.evaluation.bootstrap import bootstrap_draws, patient_groups
+from spcxr_hf.evaluation.metrics import weighted_auroc
 from spcxr_hf.models.encoders import Encoder, check_pooling, load_encoder
 from spcxr_hf.quality.checks import SplitArguments, check_split, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, run_script
@@ -456,20 +457,6 @@ def measure(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | None 
     else:
         values = np.nanmean(recalls(scores, targets, counts), axis=1)
     return values if weights is not None else float(values[0])
-
-
-def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve (R,): how often a positive image scores above a negative one, ties counting half.
-
-    As the Mann-Whitney statistic (Hanley and McNeil, Radiology 143, 1982), for all resamples' weights (R, n) at once.
-    """
-    ordered = np.argsort(scores, kind="stable")
-    first_of_ties = np.flatnonzero(np.diff(scores[ordered], prepend=-np.inf))
-    positives = np.add.reduceat((weights * positive)[:, ordered], first_of_ties, axis=1)
-    negatives = np.add.reduceat((weights * ~positive)[:, ordered], first_of_ties, axis=1)
-    below = np.cumsum(negatives, axis=1) - negatives / 2
-    with np.errstate(invalid="ignore"):
-        return (positives * below).sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
 
 
 def recalls(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.evaluation.bootstrap import bootstrap_draws, patient_groups
 from spcxr_hf.evaluation.calibration import reliability_bins
-from spcxr_hf.evaluation.metrics import expected_calibration_error
+from spcxr_hf.evaluation.metrics import ScoreLevels, areas, expected_calibration_error
 
 GRID = np.linspace(0, 1, 101)  # where bands are drawn
 WILSON = 1.959964  # the normal deviate of a two-sided 95 %
@@ -66,13 +66,10 @@ def roc_curve(
     Raises:
         SpcxrError: the lengths differ, or there are no positives or no negatives.
     """
-    counts = _Levels(scores, targets, patients)
-    false, true = counts.cumulative(np.arange(counts.rows))
-    draws = bootstrap_draws(
-        lambda rows: _roc_row(*counts.cumulative(rows)), counts.rows, counts.groups, resamples, seed
-    )
-    x, y = false / false[-1], true / true[-1]
-    return _curve(x, y, draws, _trapezium(y, x), base=0.5)
+    counts, known, groups = _counted(scores, targets, patients)
+    false, true = counts.cumulative(np.arange(len(known)))
+    draws = bootstrap_draws(lambda rows: _roc_row(*counts.cumulative(rows)), len(known), groups, resamples, seed)
+    return _curve(false / false[-1], true / true[-1], draws, areas(false, true)[0], base=0.5)
 
 
 def precision_recall_curve(
@@ -86,42 +83,28 @@ def precision_recall_curve(
 
     Args and errors are those of `roc_curve`. Precision at a recall is that of the highest threshold that reaches it.
     """
-    counts = _Levels(scores, targets, patients)
-    false, true = counts.cumulative(np.arange(counts.rows))
-    draws = bootstrap_draws(
-        lambda rows: _precision_row(*counts.cumulative(rows)), counts.rows, counts.groups, resamples, seed
-    )
-    precision = true[1:] / (true + false)[1:]
-    area = float((np.diff(true) * precision).sum() / true[-1])
-    return _curve(true[1:] / true[-1], precision, draws, area, base=float(true[-1] / (true[-1] + false[-1])))
+    counts, known, groups = _counted(scores, targets, patients)
+    false, true = counts.cumulative(np.arange(len(known)))
+    draws = bootstrap_draws(lambda rows: _precision_row(*counts.cumulative(rows)), len(known), groups, resamples, seed)
+    precision, base = true[1:] / (true + false)[1:], float(true[-1] / (true[-1] + false[-1]))
+    return _curve(true[1:] / true[-1], precision, draws, areas(false, true)[1], base)
 
 
-class _Levels:
-    """Rows by their level of score, so that a resample is a count."""
-
-    def __init__(self, scores: Any, targets: Any, patients: Sequence[Hashable] | None):
-        values, truth = np.asarray(scores, dtype=np.float64), np.asarray(targets, dtype=np.float64)
-        if values.ndim != 1 or values.shape != truth.shape:
-            raise SpcxrError(f"scores and targets must be (n,) both; got {values.shape} and {truth.shape}")
-        groups = patient_groups(patients, len(values))
-        known = np.nonzero(~np.isnan(truth))[0]
-        if np.isnan(values[known]).any() or not set(np.unique(truth[known])) <= {0.0, 1.0}:
-            raise SpcxrError("scores must be numbers, and targets 1, 0 or NaN")
-        truth = truth[known]
-        if not (truth == 1).any() or not (truth == 0).any():
-            raise SpcxrError(
-                f"a curve needs positives and negatives; of {len(truth)} rows {int(truth.sum())} are positive"
-            )
-        levels, level = np.unique(-values[known], return_inverse=True)  # level 0 has the highest score
-        self.levels, self.rows = len(levels), len(known)
-        self.cells = level + self.levels * (truth == 1)
-        self.groups = None if groups is None else [groups[row] for row in known]
-
-    def cumulative(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Negatives and positives at or above each level, a 0 before them: (levels + 1,) both."""
-        counts = np.bincount(self.cells[rows], minlength=2 * self.levels)
-        false, true = counts[: self.levels].cumsum(), counts[self.levels :].cumsum()
-        return np.concatenate([[0], false]), np.concatenate([[0], true])
+def _counted(
+    scores: Any, targets: Any, patients: Sequence[Hashable] | None
+) -> tuple[ScoreLevels, np.ndarray, list[Hashable] | None]:
+    """The rows by their scores, those that have a label, and what the bootstrap draws of these together."""
+    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(targets, dtype=np.float64)
+    if values.ndim != 1 or values.shape != truth.shape:
+        raise SpcxrError(f"scores and targets must be (n,) both; got {values.shape} and {truth.shape}")
+    groups = patient_groups(patients, len(values))
+    known = np.nonzero(~np.isnan(truth))[0]
+    if np.isnan(values[known]).any() or not set(np.unique(truth[known])) <= {0.0, 1.0}:
+        raise SpcxrError("scores must be numbers, and targets 1, 0 or NaN")
+    values, truth = values[known], truth[known]
+    if not (truth == 1).any() or not (truth == 0).any():
+        raise SpcxrError(f"a curve needs positives and negatives; of {len(truth)} rows {int(truth.sum())} are positive")
+    return ScoreLevels(values, truth), known, None if groups is None else [groups[row] for row in known]
 
 
 def _roc_row(false: np.ndarray, true: np.ndarray) -> np.ndarray:
@@ -131,7 +114,7 @@ def _roc_row(false: np.ndarray, true: np.ndarray) -> np.ndarray:
     x, y = false / false[-1], true / true[-1]
     # Where the curve rises straight up, its upper end counts; the area is exact.
     last = np.append(np.diff(x) > 0, True)
-    return np.append(np.interp(GRID, x[last], y[last]), _trapezium(y, x))
+    return np.append(np.interp(GRID, x[last], y[last]), areas(false, true)[0])
 
 
 def _precision_row(false: np.ndarray, true: np.ndarray) -> np.ndarray:
@@ -140,17 +123,13 @@ def _precision_row(false: np.ndarray, true: np.ndarray) -> np.ndarray:
         return np.full(len(GRID) + 1, np.nan)
     precision = true[1:] / np.maximum((true + false)[1:], 1)
     reached = np.searchsorted(true[1:], np.maximum(GRID * true[-1] - 1e-9, 1e-9))
-    return np.append(precision[reached], (np.diff(true) * precision).sum() / true[-1])
+    return np.append(precision[reached], areas(false, true)[1])
 
 
 def _curve(x: np.ndarray, y: np.ndarray, draws: np.ndarray, area: float, base: float) -> Curve:
     defined = draws[~np.isnan(draws[:, -1])]
     low, high = np.quantile(defined, [0.025, 0.975], axis=0) if len(defined) else np.full((2, len(GRID) + 1), np.nan)
     return Curve(x, y, GRID, low[:-1], high[:-1], area, (float(low[-1]), float(high[-1])), base)
-
-
-def _trapezium(y: np.ndarray, x: np.ndarray) -> float:
-    return float((np.diff(x) * (y[1:] + y[:-1])).sum() / 2)
 
 
 # ---- calibration and confusion -----------------------------------------------------------------------------------

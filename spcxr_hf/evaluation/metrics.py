@@ -265,20 +265,66 @@ def _false_rate(specificity: float) -> float:
     return 1 - specificity + 1e-9
 
 
+def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """`auroc` of weighted rows, of many weightings at once: the Mann-Whitney statistic, a tie counting half.
+
+    Args:
+        scores: (n,), the higher the more positive.
+        positive: (n,) booleans.
+        weights: (resamples, n), at least 0.
+
+    Returns:
+        (resamples,), NaN where a side has no weight.
+    """
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-math.inf))  # where a new score begins
+    won, lost = (np.add.reduceat((weights * side)[:, order], starts, axis=1) for side in (positive, ~positive))
+    below = lost.cumsum(axis=1) - lost / 2
+    pairs = won.sum(axis=1) * lost.sum(axis=1)
+    return np.where(pairs > 0, (won * below).sum(axis=1) / np.where(pairs > 0, pairs, 1), np.nan)
+
+
+class ScoreLevels:
+    """Rows by their level of score, so that a resample is counted rather than sorted; level 0 has the highest score.
+
+    Args:
+        scores: (n,).
+        targets: (n,) 1, 0, or NaN where unknown, which leaves the row out.
+    """
+
+    def __init__(self, scores: np.ndarray, targets: np.ndarray):
+        levels, level = np.unique(-scores, return_inverse=True)
+        self.levels = len(levels)
+        # Cells: negatives by level, then positives by level, then everything that has no label.
+        self.cells = np.where(np.isnan(targets), 2 * self.levels, level + self.levels * (targets == 1))
+
+    def cumulative(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Negatives and positives at or above each level, a 0 before them: (levels + 1,) both."""
+        counts = np.bincount(self.cells[rows], minlength=2 * self.levels + 1)
+        false, true = counts[: self.levels].cumsum(), counts[self.levels : 2 * self.levels].cumsum()
+        return np.concatenate([[0], false]), np.concatenate([[0], true])
+
+
+def areas(false: np.ndarray, true: np.ndarray) -> tuple[float, float]:
+    """AUROC and average precision by the counts of `ScoreLevels.cumulative`; NaN both where a side is missing."""
+    if not false[-1] or not true[-1]:
+        return math.nan, math.nan
+    found = np.diff(true)
+    won = found @ (false[-1] - (false[1:] + false[:-1]) / 2)  # pairs in which the positive scores higher
+    precision = true[1:] / np.maximum(true[1:] + false[1:], 1)
+    return float(won / (true[-1] * false[-1])), float(found @ precision / true[-1])
+
+
 class _Ranking:
     """AUROC, average precision and sensitivity at a specificity of one label, in the order of RANKING.
 
-    Of the whole set they are scikit-learn's. A resample is counted: rows share a level where they share a score, and
-    the positives and negatives drawn from each level are all that the three depend on.
+    Of the whole set they are scikit-learn's; a resample is counted.
     """
 
     def __init__(self, scores: np.ndarray, targets: np.ndarray, specificity: float):
         _check_specificity(specificity)
         self.scores, self.targets, self.specificity = scores, targets, specificity
-        levels, level = np.unique(-scores, return_inverse=True)  # level 0 has the highest score
-        self.levels = len(levels)
-        # Cells: negatives by level, then positives by level, then everything that has no label.
-        self.cells = np.where(np.isnan(targets), 2 * self.levels, level + self.levels * (targets == 1))
+        self.counts = ScoreLevels(scores, targets)
 
     def figures(self) -> list[float]:
         return [
@@ -288,16 +334,11 @@ class _Ranking:
         ]
 
     def resampled(self, rows: np.ndarray) -> list[float]:
-        counts = np.bincount(self.cells[rows], minlength=2 * self.levels + 1)
-        negatives, positives = counts[: self.levels], counts[self.levels : 2 * self.levels]
-        false, true = negatives.cumsum(), positives.cumsum()
+        false, true = self.counts.cumulative(rows)
         if not false[-1] or not true[-1]:
             return [math.nan] * len(RANKING)
-        won = positives @ (false[-1] - false + negatives / 2)  # pairs in which the positive scores higher
-        precision = true / np.maximum(true + false, 1)
-        allowed = np.searchsorted(false, _false_rate(self.specificity) * false[-1], side="right")
-        found = true[allowed - 1] if allowed else 0
-        return [won / (true[-1] * false[-1]), positives @ precision / true[-1], found / true[-1]]
+        allowed = np.searchsorted(false, _false_rate(self.specificity) * false[-1], side="right") - 1
+        return [*areas(false, true), true[allowed] / true[-1]]
 
 
 class _Calibration:

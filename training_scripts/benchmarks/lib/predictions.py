@@ -9,7 +9,6 @@ Owen, Annals of Applied Statistics 1, 2007); the interval holds the middle 95 % 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from spcxr_hf.data.table import RadiographTable
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.evaluation.bootstrap import patient_groups
+from spcxr_hf.evaluation.metrics import weighted_auroc
 from spcxr_hf.files import atomic_file
 from spcxr_hf.models.loading import forward, load_checkpoint, set_attention
 from spcxr_hf.transforms.augment import resize
@@ -260,26 +260,6 @@ def _within(found: Predictions, classes: Sequence[int], weights: np.ndarray) -> 
         if len(np.unique(found.labels[rows])) == 2:
             each.append(weighted_auroc(score[rows], found.labels[rows] == second, weights[:, rows]))
     return np.mean(each, axis=0) if each else np.full(len(weights), np.nan)
-
-
-def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The chance that a positive scores higher than a negative, a tie counting half, for each weighting.
-
-    Args:
-        scores: (n,).
-        positive: (n,) booleans.
-        weights: (resamples, n), at least 0.
-
-    Returns:
-        (resamples,), NaN where a side has no weight.
-    """
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-math.inf))  # where a new score begins
-    sides = [np.add.reduceat((weights * side)[:, order], starts, axis=1) for side in (positive, ~positive)]
-    won, lost = sides
-    below = lost.cumsum(axis=1) - lost
-    pairs = won.sum(axis=1) * lost.sum(axis=1)
-    return np.where(pairs > 0, (won * (below + lost / 2)).sum(axis=1) / np.where(pairs > 0, pairs, 1), np.nan)
 
 
 # ---- resamples ---------------------------------------------------------------------------------------------------
