@@ -271,7 +271,7 @@ def test_the_script_refuses_in_one_line(own, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["linear_probe.py", "--model", str(tmp_path), "--data", own, *OWN])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(linear_probe.__file__, run_name="__main__")
-    assert stop.value.code == f"error: {tmp_path}: no config.json in this folder"
+    assert stop.value.code == f"error: {tmp_path}: no checkpoint, there is no config.json in this folder"
 
 
 def test_a_leaking_split_is_refused(own, model, tmp_path):

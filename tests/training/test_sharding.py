@@ -241,7 +241,7 @@ def test_accelerates_own_way_is_refused_by_name(shard, tmp_path):
         pretrain.main, words(shard, tmp_path, *BRIEF, "--steps", "1"), tmp_path / "console", ACCELERATE_USE_FSDP="true"
     )
     assert finish([process]) == [1]
-    assert "told to divide the model itself (FSDP)" in console(tmp_path)
+    assert "configured to divide the model itself (FSDP)" in console(tmp_path)
     assert "--shard true" in console(tmp_path)
 
 
@@ -255,5 +255,5 @@ def test_other_ways_are_refused_by_name(monkeypatch):
 
 
 def test_compiled_models_are_not_sharded():
-    with pytest.raises(SpcxrError, match="shard and compile exclude each other"):
+    with pytest.raises(SpcxrError, match="fsdp and compile exclude each other"):
         check_run(RunArguments("data", "output", fsdp=True, compile=True))
