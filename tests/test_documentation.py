@@ -25,7 +25,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForImageClassification, SpcxrImageProcessor, cli
 from spcxr_hf.hub.install import install_checkpoints
-from spcxr_hf.training.arguments import parse_arguments, read_recipe
+from spcxr_hf.training.arguments import check_run, parse_arguments, read_recipe
 from tests.common import TINY
 from tests.made_up import picture
 from tests.phantom import draw_chest
@@ -126,8 +126,9 @@ def check_script(words: list[str]) -> None:
         name = f"training_scripts.{script.stem}"
     module = importlib.import_module(name)
     arguments = parse_arguments(module.Arguments, words[1:])
-    if name.rpartition(".")[2].startswith(("pretrain", "finetune")) and hasattr(module, "check"):
-        module.check(arguments)
+    if name.rpartition(".")[2].startswith(("pretrain", "finetune")):
+        check_run(arguments)
+        getattr(module, "check", bool)(arguments)
 
 
 def check_spcxr(words: list[str]) -> None:
@@ -194,6 +195,7 @@ class TestPage:
         ("spcxr divine scans/", "no such command"),
         ("python training_scripts/evaluate.py --model m --data d --spits val", "spits|2"),
         ("accelerate launch training_scripts/finetune.py", "finetune"),
+        ("python training_scripts/finetune_segmentation.py --data d --output o", "give --init-from"),
         ("accelerate launch training_scripts/pretrain.py training_scripts/recipes/none.yaml --data d", "none.yaml"),
         ("spcxr embed a.png --model spcxr/large", "no such checkpoint"),
         ("make tea", "tea"),
@@ -447,15 +449,15 @@ TRAININGS = [
 
 @pytest.mark.slow
 def test_training_runs(world, failed_blocks):
-    """The first by Accelerate's launcher, the others in one process, on the sets that the guides' blocks have made."""
+    """The first as a command, the others in one process, on the sets that the guides' blocks have made."""
     mains = []
     for number, (page, asked, script) in enumerate(TRAININGS):
-        begun = f"accelerate launch training_scripts/{script}.py"
+        begun = f"python training_scripts/{script}.py"
         (words,) = [words for words in found_commands(page, begun) if asked in shlex.join(words)]
         words = [str(ROOT / word) if word.startswith("training_scripts/") else word for word in words]
         words += [*BRIEF.split(), "--output", str(world / "runs" / str(number))]
         if number == 0:
-            start([str(Path(sys.executable).with_name("accelerate")), *words[1:]], world)
+            start([sys.executable, *words[1:]], world)
         else:
             mains.append((f"training_scripts.{script}", words[2:]))
     assert run_in_one(RUN_MAINS, mains, world) == {}

@@ -242,7 +242,7 @@ def test_accelerates_own_way_is_refused_by_name(shard, tmp_path):
     )
     assert finish([process]) == [1]
     assert "configured to divide the model itself (FSDP)" in console(tmp_path)
-    assert "--shard true" in console(tmp_path)
+    assert "--fsdp true" in console(tmp_path)
 
 
 def test_other_ways_are_refused_by_name(monkeypatch):
