@@ -19,7 +19,8 @@ from PIL import Image
 from spcxr_hf.data.manifests import IMAGE, age_of, sex_of
 from spcxr_hf.data.table import RadiographTable, mask_pixels
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import atomic_file
+from spcxr_hf.files import atomic_file, check_regular_file
+from spcxr_hf.images.limits import MAX_FILE_BYTES
 
 LUNGS = ("lungs", "left lung", "right lung")  # names of masks that make up the lungs
 SIIM_SIZE = 1024  # pixels; every image of the challenge
@@ -89,6 +90,7 @@ def read_mask(masks: Sequence[Mapping[str, Any]], names: Sequence[str] | None = 
 def _read_mask_file(path: str) -> np.ndarray:
     """(height, width) booleans, as `mask_pixels` takes them."""
     try:
+        check_regular_file(path, MAX_FILE_BYTES)
         with Image.open(path) as picture:
             return mask_pixels(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -32,6 +32,7 @@ import os
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,6 +46,8 @@ from spcxr_hf.data.batches import MicroBatch, StepPlan, step_seed
 from spcxr_hf.data.shards import Row, ShardIndex, Source, read_index
 from spcxr_hf.data.table import OnError, open_image
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import note
+from spcxr_hf.images.plausibility import SIDE, count_doubtful, set_warning
 
 DEALING, UNIT_ORDER, ROW_ORDER = -1, -2, -3  # keep the three permutations apart, and from the seeds of the steps
 LOOK_EVERY = 5.0  # seconds after which a worker looks whether its run is still there
@@ -290,6 +293,7 @@ class StreamingRadiographs:
         steps = range(first_step, sys.maxsize if last_step is None else last_step)
         streams = self.streams(plan)
         seen, lost, enough = 0, 0, min(LEAST_SEEN, sum(map(len, streams)))
+        doubtful: Counter[str] | None = Counter() if self.stored_size >= SIDE and first_step == 0 else None
         loader = DataLoader(
             _MicroBatches(self.index, streams, steps, plan.micro_batch_size, self),
             batch_size=None,
@@ -309,6 +313,12 @@ class StreamingRadiographs:
                     raise SpcxrError(
                         f"{self.index.name}: {lost} of {seen} files are broken, more than half; one of them: {example}"
                     )
+                if doubtful is not None:
+                    doubtful += count_doubtful(made.images.squeeze(1).numpy())
+                    if seen >= enough:
+                        if text := set_warning(doubtful, seen - lost):
+                            note(f"{self.index.name}: {text}")
+                        doubtful = None
                 yield made
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from tqdm.auto import tqdm
 
 from spcxr_hf.errors import SpcxrError, one_line, printable
 from spcxr_hf.files import as_text, atomic_file, check_regular_file, note, read_json, worker_count, write_json
-from spcxr_hf.images.limits import MAX_FILE_BYTES
+from spcxr_hf.images.limits import MAX_FILE_BYTES, check_size
+from spcxr_hf.images.plausibility import SIDE, count_doubtful, set_warning
 from spcxr_hf.images.reader import DICOM_PREFIX, read_radiograph, read_with_quality_warnings
 
 MAX_TABLE_BYTES = 2**33  # of encoded images in memory
@@ -357,6 +359,7 @@ def mask_pixels(picture: Image.Image) -> np.ndarray:
     Raises:
         ValueError: it has several classes, or two values of which neither is black.
     """
+    check_size(*picture.size)
     if len(picture.getbands()) == 1 and picture.mode != "P":
         values = np.asarray(picture)
         values = values // 257 if values.max(initial=0) > 255 else values  # 16 bits
@@ -407,6 +410,8 @@ def decode_set(
 ) -> Decoded:
     """Decode a set's images, and lung masks, as `decode_images` and `decode_masks` do; a broken file ends it or not.
 
+    One line on standard error has the numbers of images that are nearly black, constant or probably negatives.
+
     Args:
         cache: As for `decode_images`; broken files are tried again at the next start.
         masks: Decode the column `lung_mask` too; a row without a mask counts as broken.
@@ -416,11 +421,16 @@ def decode_set(
         SpcxrError: a file cannot be read (with "stop"), or more than half of them cannot; the message names one.
     """
     images, broken = _decode(table, "image", _decode_image, size, cache)
+    unreadable = len(broken)
     lungs = None
     if masks:
         lungs, without = _decode(table, "lung_mask", _decode_mask, size, None)
         lungs, broken = lungs.squeeze(1) > 127, without | broken
     check_broken(table.name, [broken[row] for row in sorted(broken)], len(table), on_error)
+    doubtful = count_doubtful(images.squeeze(1).numpy()) if size >= SIDE else Counter()
+    doubtful["constant"] -= unreadable  # they are black
+    if text := set_warning(doubtful, len(table) - unreadable):
+        note(f"{table.name}: {text}")
     if not broken:
         return Decoded(table, torch.arange(len(table)), images, lungs, {})
     kept = np.array([row not in broken for row in range(len(table))])

@@ -17,7 +17,8 @@ turned radiograph or something else is found.
 """
 
 import math
-from typing import NamedTuple
+from collections import Counter
+from typing import NamedTuple, cast
 
 import numpy as np
 from PIL import Image
@@ -26,7 +27,11 @@ SIDE = 16  # the rule takes SIDE x SIDE pixels
 MIN_SAMPLED_SIDE = 64  # pixels along the shorter side that are looked at, where there are so many
 
 MIN_DEVIATION = 8.0  # grey levels (of 256) of the SIDE x SIDE pixels; darker or flatter images cannot be judged
+# A brightest grey level (of 256) up to here is that of 14 bits or less in a 16-bit file, not scaled to 0..65535.
+MAX_NEARLY_BLACK = 64
 MAX_EQUAL_SHARE = 0.9  # of the pixels that have one and the same grey level (of 256)
+SCALE_THEM = "16-bit files that hold 10 to 14 bits must be scaled to 0..65535"
+MIN_NEGATIVES = 0.05  # share of a set; single radiographs are called negatives by mistake
 # Hasler & Süsstrunk, "Measuring colorfulness in natural images", 2003: 15 is slightly, 33 moderately colourful.
 MAX_COLOURFULNESS = 25.0
 
@@ -107,14 +112,15 @@ def quality_warnings(image: Image.Image, colour: float = 0.0, header: HeaderKind
     grey = subsample(image)
     pixels, deviation = _standardise(_shrink(grey))
     counts = grey.histogram()
-    most, count = max(counts), grey.width * grey.height
+    most, count, (low, high) = max(counts), grey.width * grey.height, cast(tuple[int, int], grey.getextrema())
     odd = []
     if most == count:
         odd.append("a constant image: all its pixels are alike")
     elif most > MAX_EQUAL_SHARE * count:
         odd.append(f"nearly empty: {most / count:.0%} of its pixels are alike")
+    elif high <= MAX_NEARLY_BLACK:
+        odd.append(f"nearly black: its brightest grey level is {high} of 255; {SCALE_THEM}")
     elif deviation < MIN_DEVIATION:
-        low, high = grey.getextrema()
         odd.append(f"nearly empty: its grey levels lie within {low} to {high} of 255 and hardly differ between regions")
     if colour > MAX_COLOURFULNESS:
         odd.append("a colour picture, not a radiograph")
@@ -126,6 +132,41 @@ def quality_warnings(image: Image.Image, colour: float = 0.0, header: HeaderKind
             else "does not look like an upright frontal chest radiograph"
         )
     return found + odd
+
+
+def count_doubtful(images: np.ndarray) -> Counter[str]:
+    """How many images (n, S, S) uint8 of a set, S at least 16, are nearly black, constant, or probably negatives."""
+    found: Counter[str] = Counter()
+    edges = np.arange(SIDE) * images.shape[-1] // SIDE
+    area = np.outer(*[np.diff(np.append(edges, images.shape[-1]))] * 2).ravel()
+    for start in range(0, len(images), 256):
+        part = images[start : start + 256]
+        low, high = part.min(axis=(1, 2)), part.max(axis=(1, 2))
+        dark, constant = (high <= MAX_NEARLY_BLACK) & (high > low), high == low
+        small = np.add.reduceat(np.add.reduceat(part, edges, axis=1, dtype=np.int64), edges, axis=2)
+        pixels = small.reshape(len(part), -1) / area
+        pixels -= pixels.mean(axis=1, keepdims=True)
+        deviation = pixels.std(axis=1)
+        scores = pixels @ WEIGHTS / np.maximum(deviation, 1e-3)
+        negative = (scores + INTERCEPT < MIN_CHEST_SCORE) & (INTERCEPT - scores >= MIN_CHEST_SCORE)
+        negative &= ~dark & (deviation >= MIN_DEVIATION)
+        found.update(dark=int(dark.sum()), constant=int(constant.sum()), negative=int(negative.sum()))
+    return found
+
+
+def set_warning(found: Counter[str], count: int) -> str | None:
+    """The result of `count_doubtful` for so many images, in one line; None for a plausible set."""
+    texts = []
+    if found["dark"]:
+        texts.append(f"{found['dark']} of {count} images are nearly black ({SCALE_THEM})")
+    if found["constant"]:
+        texts.append(f"{found['constant']} of {count} images are constant")
+    if found["negative"] > MIN_NEGATIVES * count:
+        texts.append(
+            f"{found['negative']} of {count} images are probably photographic negatives (lungs must be dark and bones "
+            "bright)"
+        )
+    return "; ".join(texts) or None
 
 
 def header_warnings(header: HeaderKind) -> list[str]:

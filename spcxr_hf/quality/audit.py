@@ -27,6 +27,7 @@ from spcxr_hf.data.sets import write_ids
 from spcxr_hf.data.table import OnError, RadiographTable, open_with_warnings
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import RESEARCH_NOTICE, atomic_file, worker_count, write_json
+from spcxr_hf.images.reader import DICOM_PREFIX, file_kind
 from spcxr_hf.quality.duplicates import (
     THUMBNAIL,
     Pair,
@@ -198,11 +199,13 @@ def _fit_square(grey: Image.Image) -> Image.Image:
 
 def _mode_of(cell: Mapping[str, Any]) -> str:
     """Format and Pillow's mode of a file that could be read, from its first bytes."""
-    try:
-        with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as picture:
+    with io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else open(cell["path"], "rb") as file:
+        kind = file_kind(file.read(DICOM_PREFIX.stop), cell["path"] or "")
+        if kind == "DICOM":  # whose preamble can be the header of a TIFF
+            return kind
+        file.seek(0)
+        with Image.open(file) as picture:
             return f"{picture.format} {picture.mode}"
-    except (OSError, ValueError, SyntaxError):
-        return "DICOM"  # the one kind that is read otherwise
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------

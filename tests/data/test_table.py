@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from spcxr_hf.data.batches import batches, step_seed
+from spcxr_hf.data.batches import StepPlan, batches, step_seed
 from spcxr_hf.data.manifests import read_folder
+from spcxr_hf.data.streaming import StreamingRadiographs
 from spcxr_hf.data.table import (
     RadiographTable,
     decode_images,
@@ -31,6 +32,8 @@ from spcxr_hf.data.table import (
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import atomic_file
 from spcxr_hf.inference.pipeline import find_sources
+from spcxr_hf.quality.audit import audit
+from tests.images.test_plausibility import chest
 from tests.made_up import STRUCT, encoded, picture, write_set
 
 
@@ -178,6 +181,35 @@ def test_deep_images_keep_their_grey_values(tmp_path):
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "b.png")
     shallow, deep = decode_images(read_table(tmp_path), 48)
     assert torch.equal(shallow, deep)
+
+
+def test_twelve_bits_in_16_bit_files_are_one_line_of_a_set(tmp_path, capsys):
+    """However it is read: decoded, from the cache, streamed, or audited; the reader itself warns of each file."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for number in range(6):
+        deep = chest(60, 60 + number).astype(np.uint16) * (16 if number < 4 else 257)
+        Image.fromarray(deep).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    line = "4 of 6 images are nearly black (16-bit files that hold 10 to 14 bits must be scaled to 0..65535)"
+    table = read_table(folder)
+    for _ in range(2):
+        decode_set(table, 32, tmp_path / "cache", on_error="skip")
+        assert [said for said in capsys.readouterr().err.splitlines() if "nearly" in said] == [f"set: {line}"]
+    pq.write_table(write_bytes(table.without(["broken.png"])).rows, tmp_path / "set.parquet")
+    stream = StreamingRadiographs(tmp_path / "set.parquet", 32)
+    list(stream.micro_batches(StepPlan(batch_size=2, micro_batch_size=2, seed=0), 0, 6))
+    assert [said.partition(": ")[2] for said in capsys.readouterr().err.splitlines() if "nearly" in said] == [line]
+    numbers = audit(table, tmp_path / "audit")
+    assert numbers["warnings"]["nearly black"] == {"images": 4, "first": "0.png"}
+    decode_set(table.without([f"{number}.png" for number in range(4)]), 32, on_error="skip")
+    assert "nearly black" not in capsys.readouterr().err
+
+
+def write_bytes(table: RadiographTable) -> RadiographTable:
+    """The files of a folder as a table that holds them."""
+    cells = [{"bytes": Path(cell["path"]).read_bytes(), "path": cell["path"]} for cell in table.column("image")]
+    return RadiographTable(pa.table({"image": pa.array(cells, STRUCT), "id": table.ids}), table.name)
 
 
 def test_masks(shard):

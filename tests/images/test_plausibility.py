@@ -46,7 +46,11 @@ CASES = {
     "constant": (Image.new("L", (64, 64), 90), "a constant image"),
     "constant 16 bits": (Image.fromarray(np.full((64, 64), 40000, np.uint16)), "a constant image"),
     "nearly empty": (Image.fromarray(np.pad(chest(60, 60), 140)), "nearly empty: 9[0-9]% of its pixels"),
-    "12 bits in 16": (Image.fromarray(chest().astype(np.uint16) * 10), "nearly empty: its grey levels lie within"),
+    "12 bits in 16": (
+        Image.fromarray(chest().astype(np.uint16) * 10),
+        "nearly black: its brightest grey level is .*scaled",
+    ),
+    "flat": (Image.fromarray((chest() // 64 + 90).astype(np.uint8)), "nearly empty: its grey levels lie within"),
     "negative": (Image.fromarray(255 - chest()), "probably a photographic negative"),
     "on its side": (Image.fromarray(np.rot90(chest()).copy()), "does not look like|negative"),
     "gradient": (Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))), "does not look like"),
@@ -79,6 +83,20 @@ def test_a_chest_is_read_without_a_word(tmp_path):
             warnings.simplefilter("error")
             read_radiograph(path)
             read_radiograph(path, strict=True)
+
+
+@pytest.mark.parametrize("size", [16, 20, 96])
+def test_doubtful_images_of_a_set_are_counted(size):
+    good = [np.asarray(Image.fromarray(chest(140, width)).resize((size, size))) for width in (130, 150, 170)]
+    images = np.stack(
+        good * 5 + [good[0] // 16, good[1] // 4] + [np.full_like(good[0], 9)] + [255 - one for one in good]
+    )
+    found = plausibility.count_doubtful(images)
+    assert found == {"dark": 2, "constant": 1, "negative": 3}
+    text = plausibility.set_warning(found, len(images))
+    assert text.startswith("2 of 21 images are nearly black (16-bit files that hold 10 to 14 bits must be scaled")
+    assert "1 of 21 images are constant; 3 of 21 images are probably photographic negatives" in text
+    assert plausibility.set_warning(plausibility.count_doubtful(images[:15]), 15) is None
 
 
 def test_colourfulness_is_that_of_the_paper():

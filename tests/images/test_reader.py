@@ -2,6 +2,8 @@
 
 import os
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO, StringIO
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import check_regular_file
-from spcxr_hf.images import reader
+from spcxr_hf.images import limits, reader
 from spcxr_hf.images.reader import read_radiograph
 from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessor
 
@@ -284,6 +286,44 @@ def test_only_regular_files_of_bounded_size_are_opened(tmp_path):
     (tmp_path / "behind.png").write_bytes(PNG)
     assert check_regular_file(tmp_path / "good.png", len(PNG)) == len(PNG)
     assert np.array_equal(np.asarray(read_radiograph(tmp_path / "good.png")), GREY)
+
+
+def test_names_that_are_no_utf_8(tmp_path):
+    for content in (PNG, b"no picture"):
+        path = os.fsdecode(os.fsencode(tmp_path) + b"/odd-\xff\n.png")
+        with open(path, "wb") as file:
+            file.write(content)
+        if content == PNG:
+            assert np.array_equal(np.asarray(read_radiograph(path)), GREY)
+            continue
+        with pytest.raises(SpcxrError, match="not a PNG") as refusal:
+            read_radiograph(path)
+        assert r"odd-\udcff\n.png" in str(refusal.value).encode("utf-8").decode()  # can be printed
+
+
+def test_a_side_and_the_ratio_of_sides_are_bounded():
+    for size, cause in (((49_000_000, 1), "too large"), ((40_000, 1_000), "too large"), ((1_000, 10), "too long")):
+        with pytest.raises(SpcxrError, match=f"the image is {cause}: {size[0]} x {size[1]} pixels"):
+            read_radiograph(encoded(Image.new("L", size), "PNG"))
+
+
+def test_the_pixels_that_threads_decode_at_a_time_are_bounded(monkeypatch):
+    """Each image of 2,200 pixels waits until those of other threads are done with."""
+    held: list[int] = []
+    monkeypatch.setattr(limits, "MAX_PIXELS_IN_FLIGHT", 2 * GREY.size)
+    look = reader._to_grey
+
+    def watched(image: Image.Image) -> Image.Image:
+        held.append(limits._pixels_in_flight)
+        time.sleep(0.01)
+        return look(image)
+
+    monkeypatch.setattr(reader, "_to_grey", watched)
+    with ThreadPoolExecutor(8) as pool:
+        images = list(pool.map(read_radiograph, [PNG] * 24))
+    assert len(images) == 24
+    assert max(held) == 2 * GREY.size
+    assert limits._pixels_in_flight == 0
 
 
 def test_no_permission(tmp_path, monkeypatch):

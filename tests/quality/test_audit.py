@@ -16,6 +16,7 @@ from spcxr_hf.errors import SpcxrError
 from spcxr_hf.inference.pipeline import table_of
 from spcxr_hf.quality import audit as module
 from spcxr_hf.quality.audit import audit
+from tests.images.test_dicom import dataset
 from tests.images.test_plausibility import chest
 from tests.made_up import STRUCT, encoded, write_set
 from tests.quality.test_duplicates import crop, radiograph
@@ -124,6 +125,24 @@ def test_duplicates_and_leaks(numbers, page):
     assert numbers["leaks"]["patients"] == [{"patient": "b", "ids": {"train": ["one"], "test": ["deep"]}}]
     assert ["patients on different sides of the split", "1"] in page.rows
     assert any(": a leak" in text for text in page.text)
+
+
+def test_odd_files_are_rows_like_others(tmp_path):
+    """A DICOM whose preamble is the header of a huge TIFF, and a name of 250 bytes."""
+    pytest.importorskip("pydicom")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    buffer = io.BytesIO()
+    deep = chest(80, 80).astype(np.uint16) * 16
+    dataset(deep, 12).save_as(buffer, enforce_file_format=True)
+    head = b"II*\0\x08\0\0\0\x02\0"  # width and height, 32 bits each
+    for tag in (256, 257):
+        head += tag.to_bytes(2, "little") + b"\x04\0\x01\0\0\0" + (500_000).to_bytes(4, "little")
+    (folder / "preamble.dcm").write_bytes(head.ljust(128, b"\0") + buffer.getvalue()[128:])
+    (folder / ("n" * 246 + ".png")).write_bytes(encoded(chest(90, 80))["bytes"])
+    numbers = audit(read_table(folder), tmp_path / "audit")
+    assert numbers["modes"] == {"DICOM": 1, "PNG L": 1}
+    assert numbers["broken"] == []
 
 
 def test_grey_values_are_those_of_numpy(numbers):
