@@ -367,13 +367,20 @@ def audit(
         Path | None,
         typer.Option("--copies-list", metavar="FILE", help="Ids to leave out, for no image to be on two sides."),
     ] = None,
+    read_as: Annotated[
+        str | None,
+        typer.Option("--read-as", metavar="KIND", help="A folder is: folder, classes, pictures, or an archive's name."),
+    ] = None,
+    image_root: Annotated[
+        Path | None, typer.Option("--image-root", metavar="FOLDER", help="Where files may lie that a table names.")
+    ] = None,
     workers: WorkersOption = None,
 ) -> None:
     """Look through a set: sizes, depths, broken files, copies, leaks between splits; one page and its numbers."""
     from spcxr_hf.inference.pipeline import table_of
     from spcxr_hf.quality.audit import audit as look_through
 
-    table = table_of(images)
+    table = table_of(images, read_as, image_root)
     found = look_through(
         table,
         output,

@@ -185,7 +185,7 @@ def select(
 
     All labels are read before the first image is.
     """
-    table = read_set(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude, arguments.read_as, arguments.image_root)
     columns = str(arguments.label_column), str(arguments.split_column)
     names = dict.fromkeys([arguments.fit_on, *arguments.splits])
     rows = {name: select_rows(table, *columns, name, classes, multi_label) for name in names}

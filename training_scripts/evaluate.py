@@ -72,6 +72,7 @@ from spcxr_hf.models.loading import (
 )
 from spcxr_hf.models.lungs import segment_lungs
 from spcxr_hf.quality.checks import SetArguments, write_skipped
+from spcxr_hf.quality.splits import with_splits
 from spcxr_hf.training.arguments import check_values, fill_from_recipe, parse_arguments, run_script
 
 
@@ -190,7 +191,7 @@ def evaluate_classifier(arguments: Arguments, processes: PartialState) -> dict:
     model, processor = load_classifier(arguments.model, processes.device)
     multi_label = is_multi_label(model.config)
     classes = match_classes(arguments.model, label_names(model.config), parse_classes(arguments.classes))
-    table = read_set(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude, arguments.read_as, arguments.image_root)
     wanted = dict.fromkeys([*arguments.splits, *([arguments.temperature_from] if arguments.temperature_from else [])])
     sets = {split: select_split(arguments, table, split, classes, multi_label) for split in wanted}
 
@@ -390,7 +391,8 @@ def evaluate_lungs(arguments: Arguments, processes: PartialState) -> dict:
     if arguments.html or arguments.temperature_from or arguments.label_column or arguments.classes:
         raise SpcxrError("html, temperature_from, label_column and classes are for classifiers")
     column = arguments.split_column or "lung_split"
-    table = read_set(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude, arguments.read_as, arguments.image_root)
+    table = table if arguments.split_column else with_splits(table, column)
     skipped: dict[str, str] = {}
     mean_mask = None
     if arguments.baseline:

@@ -200,7 +200,7 @@ def load_sets(arguments: Arguments, run: Run) -> tuple[list[str], RadiographSet,
 
     Columns of the sets are "targets" (n, classes) and, with a segmentation model, "lungs" (n, S, S).
     """
-    table = read_set(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude, arguments.read_as, arguments.image_root)
     splits = [table.where(arguments.split_column, split) for split in ("train", "val")]
     classes = find_classes(arguments, splits[0], splits[1])
     check_split(

@@ -3,6 +3,9 @@
     python training_scripts/finetune_segmentation.py training_scripts/recipes/finetune_segmentation.yaml \
         --init-from model_cards/CHECKPOINT --data ../shared/data
 
+`--data` may be a folder with `images/` and `masks/`, a picture and its mask under one name. Where the set has no column
+`lung_split`, its column `split` counts; where it has no split at all, one is drawn by patient (`with_splits`).
+
 The same command resumes from the newest checkpoint. `--from-scratch true` trains the same network without pretraining.
 The model is chosen on the rows `val`; the rows `test` and `shift` are neither learned from nor measured. A `lung_split`
 that leaks between any of them is refused (`--allow-leaks`, `--exclude`).
@@ -27,6 +30,7 @@ from spcxr_hf.files import atomic_folder, os_errors
 from spcxr_hf.models.convert import change_image_size
 from spcxr_hf.models.loading import load_config, load_network
 from spcxr_hf.quality.checks import SplitArguments, check_split, write_skipped
+from spcxr_hf.quality.splits import with_splits
 from spcxr_hf.training.arguments import (
     FineTuningArguments,
     learning_rate_schedule,
@@ -62,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def load_sets(arguments: Arguments, run: Run) -> tuple[RadiographSet, RadiographSet, dict[str, str]]:
     """The rows `train` and `val`, decoded, and the fingerprint of both."""
-    table = read_set(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude, arguments.read_as, arguments.image_root)
+    table = with_splits(table, "lung_split")
     splits = [table.where("lung_split", split) for split in ("train", "val")]
     check_split(table, "lung_split", arguments.allow_leaks, processes=run.accelerator, cache=arguments.cache_folder)
     sets, skipped, prints = [], {}, {}

@@ -168,7 +168,7 @@ class Split:
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
     check(arguments)
-    table = read_set(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude, arguments.read_as, arguments.image_root)
     tasks = choose_tasks(arguments, table)
     encoder = load(arguments, arguments.seeds[0])
     size = arguments.image_size or encoder.image_size

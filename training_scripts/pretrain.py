@@ -116,13 +116,18 @@ def load_images(arguments: Arguments, run: Run) -> tuple[RadiographSet | Streami
         where = (arguments.split_column, arguments.splits[0]) if arguments.splits else by_column
         try:
             stream = StreamingRadiographs(
-                arguments.data, arguments.stored_size, where, arguments.workers, on_error=arguments.on_error
+                arguments.data,
+                arguments.stored_size,
+                where,
+                arguments.workers,
+                on_error=arguments.on_error,
+                image_root=arguments.image_root,
             )
         except SpcxrError as error:
             hint = f"; {WITHOUT_PRETRAIN}" if "no column 'pretrain'" in str(error) else ""
             raise SpcxrError(f"{error}{hint}") from error
         return stream, {"the stream": stream.index.fingerprint_rows()}
-    table = read_set(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude, arguments.read_as, arguments.image_root)
     if arguments.splits or arguments.pretrain_only:
         table = for_pretraining(table, arguments.splits, arguments.split_column)
     targets: dict[str, torch.Tensor] = {}

@@ -186,7 +186,7 @@ def define_task(arguments: Arguments, model: PreTrainedModel) -> Task:
 
 def select(arguments: Arguments, task: Task) -> tuple[dict[str, LabelledRows], dict[str, str]]:
     """The rows of `train` and `val`, for the probes, and of the splits to report; what is left out: id -> cause."""
-    table = read_set(arguments.data, arguments.exclude)
+    table = read_set(arguments.data, arguments.exclude, arguments.read_as, arguments.image_root)
     columns = str(arguments.label_column), str(arguments.split_column)
     wanted = dict.fromkeys(["train", "val", *arguments.splits])
     splits = {name: select_rows(table, *columns, name, task.classes, task.multi_label) for name in wanted}

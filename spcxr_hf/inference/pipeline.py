@@ -94,18 +94,20 @@ def find_sources(words: Sequence[str | os.PathLike]) -> list[Source]:
     return list(found.values())
 
 
-def table_of(words: Sequence[str | os.PathLike]) -> RadiographTable:
+def table_of(
+    words: Sequence[str | os.PathLike], read_as: str | None = None, image_root: str | os.PathLike | None = None
+) -> RadiographTable:
     """A set: whatever one word names for `read_set`, Parquet files, or what `find_sources` takes; ids are paths then.
 
     Raises:
         SpcxrError: there are no images.
     """
     if len(words) == 1 and is_set(words[0]):
-        return read_set(words[0])
+        return read_set(words[0], read_as=read_as, image_root=image_root)
     sources = find_sources(words)
     shards = [source.path for source in sources if source.path.suffix == ".parquet"]
     if shards and len(shards) == len(sources):
-        return join_tables([read_table(shard) for shard in shards])
+        return join_tables([read_table(shard, image_root) for shard in shards])
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     cells = [{"bytes": None, "path": str(source.path)} for source in sources]
     rows = {"image": pa.array(cells, struct), "id": [str(source.path) for source in sources]}

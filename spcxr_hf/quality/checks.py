@@ -45,6 +45,15 @@ class SetArguments:
         metadata={"help": "a broken file: stop ends the run, skip leaves it out and lists it in skipped.csv beside the "
                   "results; a set that is more than half broken stops in any case"},
     )  # fmt: skip
+    read_as: str | None = field(
+        default=None,
+        metadata={"help": "what the data's folder is, where it is not recognised: folder, classes, pictures, or the "
+                  "name of a public archive"},
+    )  # fmt: skip
+    image_root: str | None = field(
+        default=None,
+        metadata={"help": "folder below which the files may lie that a table names; by default the table's own folder"},
+    )
 
 
 @dataclass

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from spcxr_hf.data.table import RadiographTable
 from spcxr_hf.errors import SpcxrError
+from spcxr_hf.files import note
 from spcxr_hf.quality.duplicates import known_patients
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
@@ -57,6 +59,24 @@ def split_by_patient(
     sides = _stratify(weights, images, np.array([float(share) for share in shares.values()]), seed)
     names = list(shares)
     return [names[side] for side in sides[patients]]
+
+
+def with_splits(table: RadiographTable, column: str, seed: int = 0) -> RadiographTable:
+    """The set with a column of splits: its own, else its column `split`, else one that `split_by_patient` draws.
+
+    The same set always gets the same splits; that they are drawn is told in one line.
+
+    Raises:
+        SpcxrError: as `split_by_patient`.
+    """
+    if column in table.rows.column_names:
+        return table
+    splits = table.column("split") if "split" in table.rows.column_names else []
+    if not any(splits):
+        splits = split_by_patient(table, seed=seed)
+        shares = ", ".join(f"{splits.count(name)} {name}" for name in SHARES)
+        note(f"{table.name}: has no splits; drawn by patient: {shares}")
+    return RadiographTable(table.rows.append_column(column, pa.array(splits, pa.string())), table.name)
 
 
 def number_patients(table: RadiographTable, column: str = "patient") -> np.ndarray:

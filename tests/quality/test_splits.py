@@ -6,7 +6,7 @@ import pytest
 
 from spcxr_hf.data.table import RadiographTable
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.quality.splits import SHARES, number_patients, split_by_patient
+from spcxr_hf.quality.splits import SHARES, number_patients, split_by_patient, with_splits
 
 
 def table(**columns) -> RadiographTable:
@@ -120,3 +120,14 @@ def test_every_split_gets_somebody():
 def test_refusals(columns, settings, message):
     with pytest.raises(SpcxrError, match=message):
         split_by_patient(table(**columns), **settings)
+
+
+def test_a_set_without_splits_gets_the_same_ones_every_time(capsys):
+    rows = pa.table({"image": [None] * 20, "id": [str(row) for row in range(20)], "split": pa.nulls(20, pa.string())})
+    table = RadiographTable(rows, "set")
+    drawn = with_splits(table, "lung_split").column("lung_split")
+    assert [drawn.count(name) for name in ("train", "val", "test")] == [16, 2, 2]
+    assert capsys.readouterr().err == "set: has no splits; drawn by patient: 16 train, 2 val, 2 test\n"
+    assert with_splits(table, "lung_split").column("lung_split") == drawn
+    own = RadiographTable(rows.set_column(2, "split", pa.array(["val"] * 20)), "set")
+    assert with_splits(own, "lung_split").column("lung_split") == ["val"] * 20

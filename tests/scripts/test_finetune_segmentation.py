@@ -18,7 +18,7 @@ from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrImagePro
 from spcxr_hf.data.table import open_mask
 from spcxr_hf.modeling.configuration_spcxr import SIZES
 from spcxr_hf.training import engine as run_module
-from tests.made_up import SMALL_PRESET, write_set
+from tests.made_up import SMALL_PRESET, picture, write_set
 from training_scripts import evaluate, finetune_segmentation, linear_probe
 
 SCRIPTS = Path(finetune_segmentation.__file__).parent
@@ -334,3 +334,17 @@ def test_broken_files_are_skipped_and_a_leak_is_refused(tmp_path, pretrained):
     assert report["splits"]["test"]["images"] == 6  # seven, of which one is broken
     listed = (tmp_path / "report" / "skipped.csv").read_text().splitlines()
     assert [line.partition(",")[0] for line in listed] == ["id", "row-1", "row-19"]
+
+
+def test_a_folder_of_images_and_masks_in_one_command(tmp_path, capsys):
+    for seed in range(12):
+        for kind, pixels in zip(("images", "masks"), picture(seed), strict=True):
+            (tmp_path / "set" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "set" / kind / f"{seed}.png")
+    flags = ["--data", str(tmp_path / "set"), "--output", str(tmp_path / "run"), "--from_scratch", "true", *BRIEF]
+    finetune_segmentation.main([*flags, "--batch_size", "2"])
+    assert "set: has no splits; drawn by patient: 10 train, 1 val, 1 test" in capsys.readouterr().err
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    report = ["--model", str(tmp_path / "run" / "final"), "--data", str(tmp_path / "set"), "--splits", "val", "test"]
+    splits = evaluate.main([*report, "--resamples", "5"])["splits"]
+    assert [splits[name]["images"] for name in ("val", "test")] == [1, 1]
