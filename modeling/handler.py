@@ -21,6 +21,8 @@ no path is opened. Lungs must be dark and bones bright. 16-bit PNG keeps its dep
 Answer: a dictionary per picture (a list of them for a list), each with `"task"` and
 
     "notice": "research use only, not for clinical use"
+    "intended_use": {"population": str, "ages": [years, years], "views": [str, ...]}, the images that the checkpoint was
+    made for, or null. A PNG or JPEG does not say whose it is: compare before you send it.
 
 embedding        "embedding": [D floats], "pooling": "mean" or "cls"
 classification   "labels": [{"label": str, "score": float}, ...], the most probable first. Scores are probabilities, as
@@ -119,7 +121,8 @@ class EndpointHandler:
         else:
             pooling = getattr(self.model.config, "pooling", None)
             found = {"embedding": outputs.pooler_output[0].float().tolist(), "pooling": pooling}
-        return {"task": self.task, **found, "notice": NOTICE}
+        intended_use = getattr(self.model.config, "intended_use", None)
+        return {"task": self.task, **found, "intended_use": intended_use, "notice": NOTICE}
 
     def _classify(self, logits: torch.Tensor, parameters: dict[str, Any]) -> dict[str, Any]:
         config = self.model.config

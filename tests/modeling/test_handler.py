@@ -35,7 +35,10 @@ PROCESSOR = SpcxrImageProcessor(size={"height": SIDE, "width": SIDE})
 CHECKPOINTS = {
     "embedding": (SpcxrForPreTraining, {}),
     "softmax": (SpcxrForImageClassification, {"operating_points": POINTS, "operating_point": "youden", **LABELS}),
-    "sigmoid": (SpcxrForImageClassification, {"problem_type": "multi_label_classification", **LABELS}),
+    "sigmoid": (
+        SpcxrForImageClassification,
+        {"problem_type": "multi_label_classification", "intended_use": {"ages": [18, None], "views": ["PA"]}, **LABELS},
+    ),
     "one label": (SpcxrForImageClassification, {"num_labels": 1}),
     "segmentation": (SpcxrForSemanticSegmentation, {"id2label": {0: "background", 1: "lung"}}),
 }
@@ -176,6 +179,7 @@ def test_every_form_of_the_same_picture(answers, checkpoint, request_name):
     found = answers[checkpoint][request_name]
     assert found == answers[checkpoint]["bytes"]
     assert found["notice"] == NOTICE
+    assert found["intended_use"] == CHECKPOINTS[checkpoint][1].get("intended_use")
     assert "error" not in found
 
 
