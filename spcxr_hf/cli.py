@@ -8,6 +8,7 @@ What a command needs is imported inside it, so that help and a mistyped option a
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -31,7 +32,8 @@ Exit status:
   0    all is done
   1    nothing could be done: the message says why
   2    the command line is mistaken
-  3    some files failed, each reported on standard error; the others are done
+  3    some files failed, or a folder holds what is not read (links, .gif);
+       each is reported on standard error, and the others are done
   130  interrupted; what is written is whole, and --resume goes on"""
 
 # No mark-up and no framed tracebacks: the text reads the same in a terminal, a pipe and a log.
@@ -64,6 +66,15 @@ def _from(*words: str) -> Any:
 Images = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or quoted patterns.")]
 ModelOption = Annotated[
     str, typer.Option("--model", metavar="ID|FOLDER", help="A Hub id or a folder.", autocompletion=_from(*IDS))
+]
+HeadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="ID|FOLDER",
+        help="A classifier's Hub id or folder. Required; without it, they are listed.",
+        autocompletion=_from(*IDS),
+    ),
 ]
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, help="Threads that read; by default one per processor, at most 8.")
@@ -147,14 +158,29 @@ def _run(
     """
     from spcxr_hf.inference.pipeline import Job, find_sources, load_model, picture_names
 
-    sources = find_sources(images)
+    left_out: list[Path] = []
+    sources = find_sources(images, left_out)
     place = None if pictures is None else picture_names(sources, pictures, suffix)
     stated = "jsonl" if options.json else options.format
-    job = Job(
-        sources, options.output, stated, options.resume, options.overwrite, options.batch_size, options.workers, place
-    )
+    output, resume, overwrite = options.output, options.resume, options.overwrite
+    job = Job(sources, output, stated, resume, overwrite, options.batch_size, options.workers, place, left_out)
     loaded = load_model(task, model, options.device)
     raise typer.Exit(job.run(loaded, make_answer(loaded, place)).exit_code)
+
+
+def _chosen_head(model: str | None) -> str:
+    """The model given; without one, the classifiers are listed with whom each was made for, and the status is 2."""
+    if model is not None:
+        return model
+    from spcxr_hf.inference.pipeline import list_heads
+
+    known = "\n".join(
+        f"  {head.repo_id:<20} {head.population or 'population not stated'}: {', '.join(head.labels)}"
+        for head in list_heads()
+    )
+    known = f"They are\n{known}" if known else "`spcxr install` puts the bundled ones into the cache."
+    print(f"error: say which classifier by --model. {printable_lines(known)}", file=sys.stderr)
+    raise typer.Exit(2)
 
 
 @app.callback(invoke_without_command=True)
@@ -171,13 +197,13 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @_job_command(
     "Probabilities of each label, beside named thresholds.",
-    "spcxr predict scans/ --output predictions.csv",
-    "spcxr predict chest.dcm | jq .targets",
+    "spcxr predict scans/ --model spcxr/pneumonia --output predictions.csv",
+    "spcxr predict chest.dcm --model spcxr/screening | jq .targets",
 )
 def predict(
     options: JobOptions,
     images: Images,
-    model: ModelOption = PNEUMONIA,
+    model: HeadOption = None,
     operating_point: Annotated[
         str | None, typer.Option(metavar="NAME", help="One of the checkpoint's, as 'youden'.")
     ] = None,
@@ -185,7 +211,8 @@ def predict(
     """Probabilities of each label, and whether they lie above or below the thresholds of a named operating point."""
     from spcxr_hf.inference.tasks import Predictor
 
-    _run(options, images, "classification", model, lambda loaded, _: Predictor(loaded, operating_point))
+    head = _chosen_head(model)
+    _run(options, images, "classification", head, lambda loaded, _: Predictor(loaded, operating_point))
 
 
 @_job_command("The embedding of each image.", "spcxr embed 'scans/**/*.dcm' --output embeddings.parquet")
@@ -221,12 +248,12 @@ def segment(
 
 @_job_command(
     "Draw the parts of an image that an answer rests on.",
-    "spcxr explain chest.png --target 'viral pneumonia' --pictures explained/",
+    "spcxr explain chest.png --model spcxr/pneumonia --target 'viral pneumonia' --pictures explained/",
 )
 def explain(
     options: JobOptions,
     images: Images,
-    model: ModelOption = PNEUMONIA,
+    model: HeadOption = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -254,8 +281,9 @@ def explain(
         outliner = None if lungs == "none" else load_model("segmentation", lungs, options.device)
         return Explainer(loaded, place, None if target == "embedding" else target or "probable", method, outliner)
 
-    task = "embedding" if target == "embedding" else "classification"
-    _run(options, images, task, model, answer, pictures)
+    if target == "embedding":
+        _run(options, images, "embedding", model or BASE, answer, pictures)
+    _run(options, images, "classification", _chosen_head(model), answer, pictures)
 
 
 @_job_command(
@@ -380,7 +408,8 @@ def audit(
     from spcxr_hf.inference.pipeline import table_of
     from spcxr_hf.quality.audit import audit as look_through
 
-    table = table_of(images, read_as, image_root)
+    left_out: list[Path] = []
+    table = table_of(images, read_as, image_root, left_out)
     found = look_through(
         table,
         output,
@@ -394,7 +423,7 @@ def audit(
     )
     typer.echo(str(output / "audit.html"))
     _note("1 image" if len(table) == 1 else f"{len(table)} images")
-    raise typer.Exit(3 if found["broken"] else 0)
+    raise typer.Exit(3 if found["broken"] or left_out else 0)
 
 
 @app.command(
@@ -471,13 +500,18 @@ def _note(what: str) -> None:
     print(f"{what}. {RESEARCH_NOTICE.capitalize()}.", file=sys.stderr)
 
 
+def printable_lines(text: object) -> str:
+    """Each line as of `printable`."""
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
 def main() -> None:
-    """Run the command line; what cannot be used is told in one line, and the exit status is 1 then."""
+    """Run the command line; what cannot be used is one line on standard error, and the exit status is 1."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {printable_lines(message)}", file=sys.stderr)
     try:
         app()
     except SpcxrError as error:
-        told = "\n".join(map(printable, str(error).split("\n")))
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {printable_lines(error)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -128,26 +128,31 @@ def _exchange(target: Path, new: Path, previous: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock an output folder, which is made: two runs in one would overwrite each other's files.
+def locked(folder: Path, name: str = "") -> Iterator[None]:
+    """Lock an output folder, which is made, or one file in it: two runs would overwrite each other's results.
 
     The system releases the lock when the process ends, however it ends.
+
+    Args:
+        folder: The folder.
+        name: The file, where it is not the whole folder that is locked.
 
     Raises:
         SpcxrError: another process holds the lock (the message says which), or the folder cannot be written to.
     """
     from filelock import FileLock, Timeout
 
-    holder = folder / ".lock-holder"
+    target, prefix = folder / name, f".{name}" if name else ""
+    holder = folder / f"{prefix}.lock-holder"
     with os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
+        lock = FileLock(folder / f"{prefix}.lock", timeout=0)
         try:
             lock.acquire()
         except Timeout:
             with suppress(OSError):
-                raise SpcxrError(f"{folder}: in use by {holder.read_text(encoding='utf-8')}") from None
-            raise SpcxrError(f"{folder}: in use by another process") from None
+                raise SpcxrError(f"{target}: in use by {holder.read_text(encoding='utf-8')}") from None
+            raise SpcxrError(f"{target}: in use by another process") from None
     try:
         with os_errors(folder):
             holder.write_text(f"process {os.getpid()} on {platform.node()}, since {time.ctime()}", encoding="utf-8")
@@ -155,6 +160,8 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             holder.unlink(missing_ok=True)
+            if name:  # beside other files of the user's
+                (folder / f"{prefix}.lock").unlink(missing_ok=True)
         lock.release()
 
 

@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 import spcxr_hf
 from spcxr_hf import SpcxrForImageClassification, SpcxrForPreTraining, SpcxrForSemanticSegmentation, cli
-from spcxr_hf.inference import tasks, writers
+from spcxr_hf.files import locked
+from spcxr_hf.inference import pipeline, tasks, writers
 from tests.hub.test_install import make_checkpoint
+from tests.images.test_dicom import dataset, raw
 from tests.inference.test_pipeline import save_model, save_pictures
 from tests.made_up import picture
 
@@ -140,6 +142,80 @@ def test_flags_may_be_written_with_underscores(tmp_path, segmenter, monkeypatch,
     assert record["mask"] == str(tmp_path / "my_masks" / "0.png")
 
 
+def test_without_a_model_the_heads_are_listed(tmp_path, monkeypatch, capsys):
+    for name, use in (("child", {"population": "children of 1 to 5 years"}), ("any", {})):
+        save_model(SpcxrForImageClassification, tmp_path / "cards" / name, **({"intended_use": use} if use else {}))
+    monkeypatch.setattr(pipeline, "BUNDLED", tmp_path / "cards")
+    capsys.readouterr()  # what saving prints
+    for command in ("predict", "explain"):
+        assert run_main(monkeypatch, command, tmp_path) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.splitlines()[1:] == [
+            "  spcxr/any            population not stated: normal, bacterial, viral",
+            "  spcxr/child          children of 1 to 5 years: normal, bacterial, viral",
+        ]
+
+
+def test_another_age_or_view_than_the_model_s_is_a_warning(tmp_path, monkeypatch, capsys):
+    """In the record of that file, without the header's own values."""
+    pytest.importorskip("pydicom")
+    use = {"population": "children of 1 to 5 years", "ages": [1, 5], "views": ["PA"]}
+    model = save_model(SpcxrForImageClassification, tmp_path / "model", intended_use=use)
+    headers = {
+        "adult": {"PatientAge": "064Y"},
+        "infant": {"PatientAge": "003M"},
+        "born": {"PatientBirthDate": "19500101", "StudyDate": "20200101"},
+        "five": {"PatientAge": "005Y", "ViewPosition": "PA"},
+        "ap": {"PatientAge": "002Y", "ViewPosition": "AP"},
+        "silent": {},
+    }
+    for name, header in headers.items():
+        made = dataset(picture(1, 48)[0].copy(), 8, WindowCenter=128, WindowWidth=256, **header)
+        (tmp_path / f"{name}.dcm").write_bytes(raw(made))
+    assert run_main(monkeypatch, "predict", *(tmp_path / f"{name}.dcm" for name in headers), "--model", model) == 0
+    printed = capsys.readouterr()
+    found = {Path(record["path"]).stem: record for record in lines(printed.out)}
+    said = {name: [text for text in record["warnings"] if "made for" in text] for name, record in found.items()}
+    age = ["this model was made for children of 1 to 5 years, and the header gives another age"]
+    view = ["this model was made for children of 1 to 5 years, PA views, and the header gives another view"]
+    assert said == {"adult": age, "infant": age, "born": age, "five": [], "ap": view, "silent": []}
+    assert {record["population"] for record in found.values()} == {"children of 1 to 5 years"}
+    assert "064" not in printed.out
+
+
+def test_what_a_folder_holds_and_is_not_read_is_counted(tmp_path, classifier, monkeypatch, capsys):
+    save_pictures(tmp_path / "scans", 2)
+    save_pictures(tmp_path / "elsewhere", 1)
+    for name in ("a.gif", "b.GIF", "notes.txt", "DICOMDIR", ".hidden.gif"):
+        (tmp_path / "scans" / name).write_bytes(b"\0" * 128 + b"DICM")
+    (tmp_path / "scans" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "scans" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    kinds = ["1 link(s) to nowhere or special file(s)", "1 linked folder(s)", "2 .gif file(s)"]
+    words = {"predict": ["--model", classifier], "audit": ["--output", tmp_path / "audit"]}
+    for command, options in words.items():
+        assert run_main(monkeypatch, command, tmp_path / "scans", *options) == 3
+        printed = capsys.readouterr()
+        said = [line for line in printed.err.splitlines() if " left out, the first: " in line]
+        assert sorted(line.partition(": ")[2].partition(" left out")[0] for line in said) == kinds
+        if command == "predict":
+            assert len(lines(printed.out)) == 2 and "; 4 left out" in printed.err
+
+
+def test_a_second_run_into_the_same_file_is_told_who_holds_it(tmp_path, classifier, monkeypatch, capsys):
+    save_pictures(tmp_path / "scans", 2)
+    output = tmp_path / "out.csv"
+    words = ["predict", tmp_path / "scans", "--model", classifier, "--output", output, "--resume"]
+    with locked(tmp_path, output.name):
+        assert run_main(monkeypatch, *words) == 1
+    assert f"error: {output}: in use by process {os.getpid()} on " in capsys.readouterr().err
+    assert not output.exists()
+    for _ in range(2):  # the second run finds nothing to do and adds no header
+        assert run_main(monkeypatch, *words) == 0
+    assert output.read_text().count("path,") == 1
+    assert [path.name for path in tmp_path.iterdir() if "lock" in path.name] == []
+
+
 def test_predict_to_a_pipe_is_json_lines_and_nothing_else(tmp_path, classifier, monkeypatch, capsys):
     save_pictures(tmp_path / "scans", 3)
     assert run_main(monkeypatch, "predict", tmp_path / "scans", "--model", classifier, "--batch-size", 2) == 0
@@ -242,6 +318,31 @@ def test_segment_dicom(tmp_path, segmenter, monkeypatch, capsys):
     )
     assert made.pixel_array.mean() == pytest.approx(record["lung_area"]["total"])
     assert "research use only" in made.ContentDescription
+
+
+def test_a_dicom_segmentation_holds_of_the_patient_what_the_standard_requires(tmp_path, segmenter, monkeypatch):
+    """PS3.3 C.7.1.1 and C.7.2.1, types 1 and 2."""
+    pytest.importorskip("highdicom")
+    import pydicom
+
+    kept = {"PatientID": "id7", "PatientName": "A^B", "PatientBirthDate": "20010203", "PatientSex": "F",
+            "StudyID": "s9", "StudyDate": "20200101", "AccessionNumber": "acc5"}  # fmt: skip
+    dropped = {"Occupation": "OCCUPATION", "AdditionalPatientHistory": "HISTORY", "PatientComments": "COMMENTS",
+               "ReferringPhysicianName": "REFERRING", "PhysiciansOfRecord": "RECORD", "EthnicGroup": "ETHNIC",
+               "NameOfPhysiciansReadingStudy": "READING", "OtherPatientIDs": "OTHER", "PatientAge": "019Y",
+               "StudyDescription": "DESCRIPTION", "AdmittingDiagnosesDescription": "DIAGNOSES"}  # fmt: skip
+    made = dataset(picture(1, 48)[0].copy(), 8, WindowCenter=128, WindowWidth=256, **kept, **dropped)
+    for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+        setattr(made, name, pydicom.uid.generate_uid())
+    (tmp_path / "a.dcm").write_bytes(raw(made))
+    words = ["segment", tmp_path / "a.dcm", "--model", segmenter, "--masks", tmp_path / "masks", "--mask-format", "seg"]
+    assert run_main(monkeypatch, *words) == 0
+    mask = pydicom.dcmread(tmp_path / "masks" / "a.dcm")
+    assert {name: str(mask.get(name)) for name in kept} == kept
+    assert str(mask.ReferringPhysicianName) == ""
+    assert [name for name in dropped if mask.get(name)] == []
+    content = (tmp_path / "masks" / "a.dcm").read_bytes()
+    assert [value for value in dropped.values() if value.encode() in content] == []
 
 
 def test_reconstruct_and_explain_draw(tmp_path, pretrained, classifier, segmenter, monkeypatch, capsys):

@@ -168,7 +168,8 @@ def build_page(session: Session) -> Any:
         SpcxrError: Gradio is missing.
     """
     gradio = _import_gradio()
-    choices = [(choice.title, name) for name, choice in session.choices.items()]
+    choices = [(f"{choice.title} ({choice.population})" if choice.population else choice.title, name)
+               for name, choice in session.choices.items()]  # fmt: skip
     with gradio.Blocks(
         title="SPCXR demo", analytics_enabled=False, delete_cache=(STALE_SECONDS, STALE_SECONDS)
     ) as page:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -24,6 +25,7 @@ from spcxr_hf.hub.folder import checkpoint_folders, given_or_bundled
 from spcxr_hf.images.reader import read_radiograph, read_with_quality_warnings, to_8_bit
 from spcxr_hf.inference.demo import example_radiograph
 from spcxr_hf.inference.explain import METHODS, draw_explanation, explain, share_inside
+from spcxr_hf.inference.intended_use import UNSTATED, AgeAndView, read_age_and_view, use_warnings
 from spcxr_hf.inference.neighbors import Neighbor, NeighborIndex
 from spcxr_hf.inference.pipeline import Batch, Prepared, Source, load_model
 from spcxr_hf.inference.tasks import Predictor
@@ -34,7 +36,6 @@ LONGEST_SIDE = 768  # pixels of the pictures that are shown
 MAX_FILES = 8  # at once
 MAX_BYTES = 64 * 2**20  # of one file
 MAX_PIXELS = 120_000_000  # of all radiographs of a visitor: 240 MB
-MAX_MAPS = 3
 THUMBNAIL = 320  # pixels of a neighbor's longer side
 NEIGHBORS = 5
 TASKS = {  # a checkpoint's own class -> the task that it is offered for
@@ -65,6 +66,7 @@ class Choice(NamedTuple):
         name: The folder's name or the Hub id.
         task: "embedding", "segmentation" or "classification".
         model: The folder or the Hub id.
+        intended_use: Of the configuration: population, ages and views.
         card: The text of the folder's model card; "" for an id.
         card_url: The address of an id's model card; "" for a folder.
     """
@@ -72,8 +74,14 @@ class Choice(NamedTuple):
     name: str
     task: str
     model: str
+    intended_use: Mapping[str, Any] = MappingProxyType({})
     card: str = ""
     card_url: str = ""
+
+    @property
+    def population(self) -> str:
+        """Whom the model was made for; "" where its configuration does not say."""
+        return str(self.intended_use.get("population", ""))
 
     @property
     def title(self) -> str:
@@ -95,11 +103,12 @@ def list_choices(checkpoints: Path | None = None, models: Sequence[str] = ()) ->
     if models:
         for model in models:
             try:
-                task = TASKS.get((load_config(model).architectures or [""])[0])
+                config = load_config(model)
             except SpcxrError:
                 continue
-            if task:
-                choices.append(Choice(model, task, model, card_url=f"https://huggingface.co/{model}"))
+            if task := TASKS.get((config.architectures or [""])[0]):
+                use = getattr(config, "intended_use", None) or {}
+                choices.append(Choice(model, task, model, use, card_url=f"https://huggingface.co/{model}"))
     else:
         for folder in checkpoint_folders(given_or_bundled(checkpoints)):
             try:
@@ -112,7 +121,7 @@ def list_choices(checkpoints: Path | None = None, models: Sequence[str] = ()) ->
                 raise SpcxrError(f"{folder}: config.json cannot be read ({type(error).__name__})") from error
             if task:
                 text = card.split("\n---\n", 1)[1].strip() if card.startswith("---\n") and "\n---\n" in card else card
-                choices.append(Choice(folder.name, task, str(folder), text))
+                choices.append(Choice(folder.name, task, str(folder), config.get("intended_use") or {}, text))
     if not choices:
         places = list(models) or [str(given_or_bundled(checkpoints))]
         raise SpcxrError(f"no checkpoint that the demo can show among {', '.join(places)}")
@@ -142,6 +151,7 @@ class Radiograph:
         name: The file's own name, without folders.
         image: At full depth, mode `L` or `I;16`; None where the file cannot be used.
         quality_warnings: Reasons why it may not be an upright frontal chest radiograph.
+        header: Age and view, where a DICOM's header says them.
         hides: A finding in it that the classifiers cannot see; "" where none is known.
         cause: Why it cannot be used.
         shown: Mode `L`, at most 768 pixels a side.
@@ -150,6 +160,7 @@ class Radiograph:
     name: str
     image: Image.Image | None = None
     quality_warnings: Sequence[str] = ()
+    header: AgeAndView = UNSTATED
     hides: str = ""
     cause: str | None = None
     shown: Image.Image | None = field(init=False, default=None)
@@ -168,7 +179,7 @@ def read_upload(path: Path) -> Radiograph:
         if path.stat().st_size > MAX_BYTES:
             raise SpcxrError(f"{path}: larger than {MAX_BYTES // 2**20} MB")
         image, found = read_with_quality_warnings(path, full_depth=True)
-        return Radiograph(path.name, image, found)
+        return Radiograph(path.name, image, found, read_age_and_view(path))
     except SpcxrError as error:
         cause = str(error).replace(f"{path}: ", "")
     except FileNotFoundError:
@@ -184,7 +195,7 @@ def read_example() -> Radiograph:
         found = read_upload(example_radiograph())
     except SpcxrError as error:
         return Radiograph("example", cause=str(error))
-    return Radiograph(found.name, found.image, found.quality_warnings, EXAMPLE_HIDES, found.cause)
+    return Radiograph(found.name, found.image, found.quality_warnings, found.header, EXAMPLE_HIDES, found.cause)
 
 
 def made_radiograph() -> Radiograph:
@@ -226,7 +237,7 @@ class Answer:
         prediction: As `tasks.Predictor` gives it: `probabilities`, `operating_point`, `targets`.
         embedding: (D) float32.
         lungs: The picture with the lungs tinted, and their areas as shares of the image.
-        maps: Relevance, for the most probable label first, then for the targets with an operating point.
+        maps: Relevance, for the most probable label, and for the target that the verdict is about.
         neighbors: The nearest images of the index, each with its picture where its id is a file that can be read;
             None without an index.
     """
@@ -252,7 +263,7 @@ class Session:
     def __init__(self, choices: Sequence[Choice], index: NeighborIndex | None = None, device: str = "auto") -> None:
         self.choices = {choice.name: choice for choice in choices}
         self.index, self.device = index, device
-        self._models: dict[Choice, Loaded] = {}
+        self._models: dict[str, Loaded] = {}
         self._read: WeakValueDictionary[Path, Radiograph] = WeakValueDictionary()
         # One forward pass at a time: a second would only take the cores from the first.
         self._lock = threading.Lock()
@@ -282,8 +293,12 @@ class Session:
 
     def reasons(self, radiograph: Radiograph, name: str) -> list[str]:
         """Why the choice's answer is not to be relied on for this radiograph."""
-        is_classifier = name in self.choices and self.choices[name].task == "classification"
-        return [*radiograph.quality_warnings, *([radiograph.hides] if radiograph.hides and is_classifier else [])]
+        choice = self.choices.get(name)
+        found = list(radiograph.quality_warnings)
+        if choice is not None:
+            found += use_warnings(choice.intended_use, radiograph.header)
+            found += [radiograph.hides] if radiograph.hides and choice.task == "classification" else []
+        return found
 
     def answer(self, radiograph: Radiograph, name: str) -> Answer:
         """The chosen checkpoint's answer.
@@ -314,7 +329,7 @@ class Session:
         if choice.task == "classification":
             prediction = Predictor(loaded)(loaded, batch)[0]
             probable = max(prediction["probabilities"], key=prediction["probabilities"].__getitem__)
-            targets = list(dict.fromkeys([probable, *prediction["targets"]]))[:MAX_MAPS]
+            targets = list(dict.fromkeys([probable, *list(prediction["targets"])[:1]]))
         maps = []
         for target in targets:
             relevance = explain(loaded.model, batch.pixel_values(), target, METHODS[0])[0].cpu()
@@ -333,9 +348,9 @@ class Session:
         return Answer(choice, model, prediction, shown, lungs, maps, neighbors)
 
     def _load(self, choice: Choice) -> Loaded:
-        if choice not in self._models:
-            self._models[choice] = load_model(choice.task, choice.model, self.device)
-        return self._models[choice]
+        if choice.name not in self._models:
+            self._models[choice.name] = load_model(choice.task, choice.model, self.device)
+        return self._models[choice.name]
 
     def _first(self, task: str) -> Loaded | None:
         """The first checkpoint of a task."""

@@ -135,19 +135,25 @@ def read_table(source: str | os.PathLike, image_root: str | os.PathLike | None =
     return RadiographTable(pa.table({"image": pa.array(images, struct), "id": names}), path.name)
 
 
-def pictures_below(folder: Path) -> list[Path]:
+def pictures_below(folder: Path, left_out: list[Path] | None = None) -> list[Path]:
     """The pictures and DICOM files of a folder and its subfolders, sorted.
 
     A file counts by its suffix, or without one where it begins like a DICOM. Hidden files do not, nor what lies in
     hidden folders: they are an archive tool's own (`._picture.png`). What else is left out is told in a line for each
     kind: folders that cannot be read, linked folders, files of other kinds that may be images.
 
+    Args:
+        folder: The folder.
+        left_out: Is extended by what was left out.
+
     Raises:
         SpcxrError: the folder cannot be read.
     """
-    pictures, left_out = scan_pictures(folder)
-    for what, files in left_out.items():
+    pictures, found = scan_pictures(folder)
+    for what, files in found.items():
         note(f"{printable(str(folder))}: {len(files)} {what} left out, the first: {printable(str(files[0]))}")
+        if left_out is not None:
+            left_out += files
     return pictures
 
 
@@ -174,6 +180,8 @@ def scan_pictures(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
                 pictures.append(file)
             elif file.suffix.lower() in OTHER_IMAGES:
                 left_out.setdefault(f"{file.suffix.lower()} file(s)", []).append(file)
+            elif file.suffix.lower() in PICTURE_SUFFIXES:
+                left_out.setdefault("link(s) to nowhere or special file(s)", []).append(file)
     return sorted(pictures), left_out
 
 
@@ -183,7 +191,7 @@ def is_hidden(file: Path, folder: Path) -> bool:
 
 
 def _is_picture(file: Path) -> bool:
-    if not file.is_file():
+    if not file.is_file() or file.name.upper() == "DICOMDIR":  # a medium's table of contents, PS3.10 section 8.6
         return False
     if file.suffix and not file.suffix[1:].isdigit():  # names that are a DICOM's UID end in a number
         return file.suffix.lower() in PICTURE_SUFFIXES

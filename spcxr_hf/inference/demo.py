@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from spcxr_hf.drawing import overlay, titled_grid, with_words
-from spcxr_hf.errors import SpcxrError
+from spcxr_hf.errors import SpcxrError, printable
 from spcxr_hf.files import RESEARCH_NOTICE, write_png
 from spcxr_hf.hub.install import install_checkpoints
 from spcxr_hf.images.dicom import quiet
@@ -131,7 +131,7 @@ def describe_file(path: Path, radiograph: Image.Image) -> str:
         with quiet():  # pydicom's warnings repeat what stands in the header
             header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=technical)
         kind, bits = f"DICOM {header.PhotometricInterpretation}", header.BitsStored
-    return f"{path.name}  {kind}, {radiograph.width} x {radiograph.height} pixels, {bits} bits"
+    return f"{printable(path.name)}  {kind}, {radiograph.width} x {radiograph.height} pixels, {bits} bits"
 
 
 # ---- the picture and the text ------------------------------------------------------------------------------------
@@ -181,5 +181,5 @@ def report(findings: Findings) -> str:
             rows.append((name, share + patient))
     masked, error = findings.reconstructed.mask.float().mean().item(), findings.reconstructed.error
     rows.append(("reconstruction", f"{masked:.1%} of the pixels masked, mean absolute error {error:.3f} (grey 0..1)"))
-    rows += [("picture", f"{findings.output}"), ("time", f"{findings.seconds:.1f} s")]
+    rows += [("picture", printable(str(findings.output))), ("time", f"{findings.seconds:.1f} s")]
     return "\n".join([*(f"{name:<16}{value}" for name, value in rows), "", f"{RESEARCH_NOTICE.capitalize()}."])

@@ -1,7 +1,8 @@
 """A lung mask as a DICOM segmentation object (PS3.3 A.51) that refers to the radiograph it was made of.
 
-By `highdicom`, which the extra `seg` brings. The object takes over the patient, the study and the geometry of its
-source, so that a viewer lays it over it; it holds what the source holds about the patient.
+By `highdicom`, which the extra `seg` brings. Of the patient and the study the object takes over only what the standard
+requires there (PS3.3 C.7.1.1, C.7.2.1: types 1 and 2), so that an archive files it beside its source; physicians' names
+are left empty. A viewer lays it over its source by the geometry.
 """
 
 from __future__ import annotations
@@ -18,9 +19,14 @@ from spcxr_hf.images.dicom import quiet
 
 INSTALL = 'pip install "spcxr-hf[seg]"'
 SERIES_NUMBER = 9000  # far from what a modality numbers its own series
-# What a segmentation takes over and some radiographs lack; type 2 attributes of PS3.3 C.7, which may be empty.
-MAY_BE_EMPTY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime",
-                "AccessionNumber", "ReferringPhysicianName")  # fmt: skip
+IDENTIFIERS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+# Type 2 attributes of the patient and study modules, which may be empty. The others of type 2 name physicians.
+TAKEN_OVER = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime",
+              "AccessionNumber")  # fmt: skip
+EMPTY = ("ReferringPhysicianName",)
+GEOMETRY = ("SpecificCharacterSet", "SOPClassUID", "Modality", "Rows", "Columns", "NumberOfFrames",
+            "FrameOfReferenceUID", "PositionReferenceIndicator", "PixelSpacing", "ImagerPixelSpacing",
+            "NominalScannedPixelSpacing", "PixelAspectRatio", "PatientOrientation", "ImageType")  # fmt: skip
 
 
 class SourceError(SpcxrError):
@@ -70,15 +76,17 @@ def _read_source(source: Path) -> Any:
 
     try:
         with quiet():
-            dataset = pydicom.dcmread(source, stop_before_pixels=True)
+            dataset = pydicom.dcmread(
+                source, stop_before_pixels=True, specific_tags=[*IDENTIFIERS, *TAKEN_OVER, *GEOMETRY]
+            )
     except (InvalidDicomError, OSError):
         raise SourceError(
             f"{source}: not a DICOM file, and a DICOM segmentation must refer to one; use PNG masks"
         ) from None
-    missing = [name for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID") if name not in dataset]
+    missing = [name for name in IDENTIFIERS if name not in dataset]
     if missing:
         raise SourceError(f"{source}: a segmentation must refer to {', '.join(missing)}, which this DICOM file lacks")
-    for name in MAY_BE_EMPTY:
+    for name in (*TAKEN_OVER, *EMPTY):
         if name not in dataset:
             setattr(dataset, name, "")
     return dataset
@@ -89,7 +97,10 @@ def _segmentation(mask: np.ndarray, source: Any, model: str) -> Any:
     from highdicom.sr.coding import CodedConcept
     from pydicom.sr.codedict import codes
 
-    software = _version()
+    try:
+        software = version("spcxr-hf")
+    except PackageNotFoundError:  # a bare checkout
+        software = "0"
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name="SPCXR lung segmentation",
         version=software,
@@ -122,10 +133,3 @@ def _segmentation(mask: np.ndarray, source: Any, model: str) -> Any:
         series_description=f"Lungs, {RESEARCH_NOTICE}",
         omit_empty_frames=False,
     )
-
-
-def _version() -> str:
-    try:
-        return version("spcxr-hf")
-    except PackageNotFoundError:  # a bare checkout
-        return "0"

@@ -1,11 +1,11 @@
-"""Which parts of a radiograph a model's answer rests on: maps over the patches, and a check of them.
+"""Saliency maps over the patches, and their faithfulness.
 
-Two maps. `rollout` (Abnar and Zuidema, ACL 2020, arXiv 2005.00928, section 3) follows where attention comes from and
-knows of no class. `relevance` (Chefer, Gur and Wolf, ICCV 2021, arXiv 2103.15679, section 3) weighs attention by the
-gradient of the answer, so that it belongs to one class. A map shows what a model used, not where a disease is.
+`rollout` (Abnar and Zuidema, ACL 2020, arXiv 2005.00928, section 3) multiplies attention through the blocks and is the
+same for every class. `relevance` (Chefer, Gur and Wolf, ICCV 2021, arXiv 2103.15679, section 3) weighs attention by the
+gradient of the answer, so it is a map of one class. A map shows what a model used, not where a disease is.
 
-A map is believed for how fast the answer falls when the patches that it ranks first are deleted, and rises when they
-are inserted (Petsiuk, Das and Saenko, BMVC 2018, arXiv 1806.07421, section 4.1): `deletion_insertion`.
+Faithfulness: the answer falls fast when the patches that a map ranks first are deleted, and rises fast when they are
+inserted (Petsiuk, Das and Saenko, BMVC 2018, arXiv 1806.07421, section 4.1): `deletion_insertion`.
 
 Shapes: B images, T = 1 + N tokens (CLS, then N = rows x columns patches), L labels.
 """
@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from transformers import PreTrainedModel
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.models.loading import is_multi_label, probabilities
+from spcxr_hf.models.loading import is_multi_label, label_names, probabilities
 
 METHODS = ("relevance", "rollout")
 
@@ -170,31 +170,26 @@ def target_matrix(model: PreTrainedModel, target: Target, batch: int) -> torch.T
     targets = [target] * batch if isinstance(target, int | str) else list(target or [])
     if len(targets) != batch:
         raise SpcxrError(f"{len(targets)} targets for {batch} images")
-    count = len(model.config.id2label or {})
-    matrix = torch.zeros(batch, count, dtype=torch.bool)
+    names = label_names(model.config)
+    matrix = torch.zeros(batch, len(names), dtype=torch.bool)
     for row, one in enumerate(targets):
-        matrix[row, _labels_of(model, one)] = True
+        if isinstance(one, int):
+            if not 0 <= one < len(names):
+                raise SpcxrError(f"the model has no label {one}; it has {len(names)}")
+            matrix[row, one] = True
+            continue
+        for word in [one] if one in names else one.split(" + "):
+            if word not in names:
+                raise SpcxrError(f"the model has no label {word!r}; it has {', '.join(names)}")
+            matrix[row, names.index(word)] = True
     if not _is_independent(model) and matrix.all(dim=1).any():
         raise SpcxrError(f"the target {targets[0]!r} holds every class: its probability is always 1")
     return matrix.to(model.device)
 
 
 def _is_independent(model: PreTrainedModel) -> bool:
-    """Whether an output says something by itself; classes that exclude each other are read against each other."""
+    """Whether each output has a meaning of its own, unlike those of classes that exclude each other."""
     return model.config.problem_type == "regression" or is_multi_label(model.config)
-
-
-def _labels_of(model: PreTrainedModel, target: int | str) -> list[int]:
-    names = {str(name): int(number) for number, name in (model.config.id2label or {}).items()}
-    if isinstance(target, str):
-        words = [target] if target in names else target.split(" + ")
-        unknown = [word for word in words if word not in names]
-        if unknown:
-            raise SpcxrError(f"the model has no label {unknown[0]!r}; it has {', '.join(names)}")
-        return [names[word] for word in words]
-    if not 0 <= target < len(model.config.id2label or {}):
-        raise SpcxrError(f"the model has no label {target}; it has {len(model.config.id2label or {})}")
-    return [target]
 
 
 def target_probability(model: PreTrainedModel, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -359,10 +354,15 @@ def deletion_insertion(
         SpcxrError: as `explain`; or the maps do not fit the images, or a number is out of range.
     """
     _check_model(model, pixel_values)
-    _check_curves(model, pixel_values, relevance, steps, blur)
     batch, _, height, width = pixel_values.shape
+    if tuple(relevance.shape) != (expected := (batch, *grid_of(model, pixel_values))):
+        raise SpcxrError(f"the maps have shape {tuple(relevance.shape)}; expected {expected}")
+    if steps < 1 or blur <= 0:
+        raise SpcxrError(f"steps must be at least 1 and blur above 0; got {steps}, {blur}")
     pixels = pixel_values.to(model.device)
-    blurred = _blur(pixels, blur)
+    sigma = blur * max(height, width)
+    reach = max(1, min(round(2 * sigma), min(height, width) - 1))  # at most the pixels that can be reflected
+    blurred = gaussian_blur(pixels, kernel_size=[2 * reach + 1, 2 * reach + 1], sigma=[sigma, sigma])
     ranks = relevance.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: the most relevant
     fractions = torch.linspace(0, 1, steps + 1)
     counts = (fractions * ranks.shape[1]).round()
@@ -375,23 +375,6 @@ def deletion_insertion(
             deletion.append(answer(pixels.masked_fill(chosen, 0.0)))
             insertion.append(answer(torch.where(chosen, pixels, blurred)))
     return PerturbationCurves(fractions, torch.stack(deletion, dim=1), torch.stack(insertion, dim=1))
-
-
-def _check_curves(
-    model: PreTrainedModel, pixel_values: torch.Tensor, relevance: torch.Tensor, steps: int, blur: float
-) -> None:
-    expected = (len(pixel_values), *grid_of(model, pixel_values))
-    if tuple(relevance.shape) != expected:
-        raise SpcxrError(f"the maps have shape {tuple(relevance.shape)}; expected {expected}")
-    if steps < 1 or blur <= 0:
-        raise SpcxrError(f"steps must be at least 1 and blur above 0; got {steps}, {blur}")
-
-
-def _blur(pixels: torch.Tensor, blur: float) -> torch.Tensor:
-    """Blurred by a Gaussian that reaches two standard deviations, or as far as the picture has pixels to reflect."""
-    sigma = blur * max(pixels.shape[-2:])
-    reach = max(1, min(round(2 * sigma), min(pixels.shape[-2:]) - 1))
-    return gaussian_blur(pixels, kernel_size=[2 * reach + 1, 2 * reach + 1], sigma=[sigma, sigma])
 
 
 def _answerer(

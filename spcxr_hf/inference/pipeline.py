@@ -21,14 +21,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -42,11 +44,13 @@ from spcxr_hf.data.table import (
     join_tables,
     pictures_below,
     read_table,
+    scan_pictures,
 )
 from spcxr_hf.errors import SpcxrError, printable
-from spcxr_hf.files import RESEARCH_NOTICE, worker_count
+from spcxr_hf.files import RESEARCH_NOTICE, locked, read_json, worker_count
 from spcxr_hf.hub.install import BUNDLED, install_checkpoints
 from spcxr_hf.images.reader import read_with_quality_warnings
+from spcxr_hf.inference.intended_use import read_age_and_view, use_warnings
 from spcxr_hf.inference.writers import check_output, choose_format, finished, open_writer
 from spcxr_hf.models.loading import Loaded, is_local, load_checkpoint
 
@@ -65,11 +69,15 @@ class Source(NamedTuple):
     name: str
 
 
-def find_sources(words: Sequence[str | os.PathLike]) -> list[Source]:
+def find_sources(words: Sequence[str | os.PathLike], left_out: list[Path] | None = None) -> list[Source]:
     """The images behind files, folders (with their subfolders) and patterns such as `scans/**/*.dcm`, each one once.
 
     In a folder, a file counts as `pictures_below` says. A file that is given itself counts whatever its name, and
     whether it exists is found out when it is read.
+
+    Args:
+        words: Files, folders and patterns.
+        left_out: Is extended by what is left out of folders, as of `pictures_below`.
 
     Raises:
         SpcxrError: there are no images behind a word.
@@ -79,7 +87,7 @@ def find_sources(words: Sequence[str | os.PathLike]) -> list[Source]:
         path = Path(word)
         base, files = path.parent, [path]
         if path.is_dir():
-            base, files = path, pictures_below(path)
+            base, files = path, pictures_below(path, left_out)
             if not files:
                 raise SpcxrError(f"{path}: no images in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
         elif not path.exists() and glob.has_magic(word):
@@ -95,7 +103,10 @@ def find_sources(words: Sequence[str | os.PathLike]) -> list[Source]:
 
 
 def table_of(
-    words: Sequence[str | os.PathLike], read_as: str | None = None, image_root: str | os.PathLike | None = None
+    words: Sequence[str | os.PathLike],
+    read_as: str | None = None,
+    image_root: str | os.PathLike | None = None,
+    left_out: list[Path] | None = None,
 ) -> RadiographTable:
     """A set: whatever one word names for `read_set`, Parquet files, or what `find_sources` takes; ids are paths then.
 
@@ -103,11 +114,12 @@ def table_of(
         SpcxrError: there are no images.
     """
     if len(words) == 1 and is_set(words[0]):
+        if left_out is not None and Path(words[0]).is_dir():
+            left_out += [file for files in scan_pictures(Path(words[0]))[1].values() for file in files]
         return read_set(words[0], read_as=read_as, image_root=image_root)
-    sources = find_sources(words)
-    shards = [source.path for source in sources if source.path.suffix == ".parquet"]
-    if shards and len(shards) == len(sources):
-        return join_tables([read_table(shard, image_root) for shard in shards])
+    sources = find_sources(words, left_out)
+    if all(source.path.suffix == ".parquet" for source in sources):
+        return join_tables([read_table(source.path, image_root) for source in sources])
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     cells = [{"bytes": None, "path": str(source.path)} for source in sources]
     rows = {"image": pa.array(cells, struct), "id": [str(source.path) for source in sources]}
@@ -115,6 +127,31 @@ def table_of(
 
 
 # ---- the model ---------------------------------------------------------------------------------------------------
+
+
+class Head(NamedTuple):
+    """A bundled or cached classifier: its id, its labels, and whom it was made for ("" where it does not say)."""
+
+    repo_id: str
+    labels: list[str]
+    population: str
+
+
+def list_heads() -> list[Head]:
+    """The classifiers of the source tree, or where there is none, those of `spcxr/` in the local Hub cache."""
+    cache = Path(constants.HF_HUB_CACHE)
+    folders = {NAMESPACE + folder.name: folder for folder in sorted(BUNDLED.glob("*"))} or {
+        NAMESPACE + folder.name.rpartition("--")[2]: snapshot
+        for folder in sorted(cache.glob(f"models--{NAMESPACE.strip('/')}--*"))
+        for snapshot in sorted((folder / "snapshots").glob("*"))[-1:]
+    }
+    heads = []
+    for repo_id, folder in folders.items():
+        config = read_json(folder / "config.json")
+        if (config.get("architectures") or [""])[0].endswith("ForImageClassification"):
+            labels = list(map(str, (config.get("id2label") or {}).values()))
+            heads.append(Head(repo_id, labels, str((config.get("intended_use") or {}).get("population", ""))))
+    return heads
 
 
 def load_model(task: str, model: str | os.PathLike, device: str = "auto") -> Loaded:
@@ -171,14 +208,22 @@ class Batch(NamedTuple):
         return torch.stack([image.pixel_values for image in self.images])
 
 
-def prepare(source: Source, processor: Any) -> Prepared | Failed:
-    """Read one file and make `pixel_values` of it; never raises for what is wrong with the file."""
+def prepare(source: Source, processor: Any, intended_use: Mapping[str, Any] | None = None) -> Prepared | Failed:
+    """Read one file and make `pixel_values` of it; never raises for what is wrong with the file.
+
+    Args:
+        source: The file.
+        processor: The model's image processor.
+        intended_use: Of the model's configuration; a warning says where a DICOM's header differs.
+    """
     try:
         str(source.path).encode()
     except UnicodeEncodeError:  # no format of the records could hold it
         return Failed(source, f"{source.path}: the name is not valid UTF-8; rename the file")
     try:
         image, found = read_with_quality_warnings(source.path, full_depth=True)
+        if intended_use:
+            found += use_warnings(intended_use, read_age_and_view(source.path))
         pixel_values = processor(image, return_tensors="pt").pixel_values[0]
     except SpcxrError as error:
         return Failed(source, str(error))
@@ -188,7 +233,11 @@ def prepare(source: Source, processor: Any) -> Prepared | Failed:
 
 
 def read_batches(
-    sources: Sequence[Source], processor: Any, batch_size: int, workers: int | None = None
+    sources: Sequence[Source],
+    processor: Any,
+    batch_size: int,
+    workers: int | None = None,
+    intended_use: Mapping[str, Any] | None = None,
 ) -> Iterator[Batch]:
     """Batches in the order of the files, full ones but for the last, read by threads a bounded number of images ahead.
 
@@ -196,7 +245,8 @@ def read_batches(
     """
     images: list[Prepared] = []
     failed: list[Failed] = []
-    for one in map_ahead(lambda source: prepare(source, processor), sources, AHEAD * batch_size, worker_count(workers)):
+    read = partial(prepare, processor=processor, intended_use=intended_use)
+    for one in map_ahead(read, sources, AHEAD * batch_size, worker_count(workers)):
         if isinstance(one, Failed):
             failed.append(one)
         else:
@@ -253,7 +303,8 @@ def answers(
     Raises:
         SpcxrError: the model cannot work on the images, or the device has too little memory for a batch.
     """
-    for batch in read_batches(sources, loaded.processor, batch_size, workers):
+    intended_use = getattr(loaded.model.config, "intended_use", None)
+    for batch in read_batches(sources, loaded.processor, batch_size, workers, intended_use):
         try:
             found = list(answer(loaded, batch)) if batch.images else []
         except torch.OutOfMemoryError as error:
@@ -269,21 +320,22 @@ def answers(
 
 @dataclass
 class Outcome:
-    """How many files were answered, failed or skipped."""
+    """How many files were answered, failed, skipped (done before) or left out (of folders, as of `pictures_below`)."""
 
     done: int = 0
     failed: int = 0
     skipped: int = 0
+    left_out: int = 0
     seconds: float = 0.0
     interrupted: bool = False
 
     @property
     def exit_code(self) -> int:
-        """0 all done, 1 nothing could be done, 3 some files failed, 130 interrupted."""
+        """0 all done, 1 nothing could be done, 3 some files failed or were left out, 130 interrupted."""
         if self.interrupted:
             return INTERRUPTED
         if not self.failed:
-            return ALL_DONE
+            return SOME_FAILED if self.left_out else ALL_DONE
         return SOME_FAILED if self.done or self.skipped else NOTHING_DONE
 
     def __str__(self) -> str:
@@ -291,6 +343,7 @@ class Outcome:
         images = "1 image" if self.done == 1 else f"{self.done} images"
         parts = [f"{images} in {self.seconds:.1f} s{rate}"]
         parts += [f"{self.failed} failed"] if self.failed else []
+        parts += [f"{self.left_out} left out"] if self.left_out else []
         parts += [f"{self.skipped} {'was' if self.skipped == 1 else 'were'} done before"] if self.skipped else []
         parts += ["interrupted; what is written is whole"] if self.interrupted else []
         return "; ".join(parts)
@@ -308,6 +361,7 @@ class Job:
         overwrite: Replace `output`.
         batch_size: Images per forward pass.
         workers: Threads that read.
+        left_out: What was left out of the folders, as of `find_sources`.
         place: Where the picture made of a file lies, for tasks that make one: with `resume`, a file whose picture is
             missing is not finished.
 
@@ -323,6 +377,7 @@ class Job:
     batch_size: int = 16
     workers: int | None = None
     place: Callable[[Source], Path] | None = None
+    left_out: Sequence[Path] = ()
     kind: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -334,10 +389,18 @@ class Job:
             raise SpcxrError(f"{there}: is there already; --resume leaves it, --overwrite makes all anew")
 
     def run(self, loaded: Loaded, answer: Answer) -> Outcome:
-        """Answer for every file, report broken ones on standard error, and end with a line of counts."""
+        """Answer for every file, report broken ones on standard error, and end with a line of counts.
+
+        Raises:
+            SpcxrError: another process writes to the same output, or as `answers`.
+        """
+        with nullcontext() if self.output is None else locked(self.output.absolute().parent, self.output.name):
+            return self._run(loaded, answer)
+
+    def _run(self, loaded: Loaded, answer: Answer) -> Outcome:
         known = finished(self.output, self.kind, loaded.name) if self.resume else set()
         sources = [source for source in self.sources if not self._is_finished(source, known)]
-        outcome = Outcome(skipped=len(self.sources) - len(sources))
+        outcome = Outcome(skipped=len(self.sources) - len(sources), left_out=len(self.left_out))
         started = time.perf_counter()
         with (
             _stop_on_signal() as stop,

@@ -29,14 +29,16 @@ from spcxr_hf.transforms.group_masking import FILL_MODES, GroupMasking, as_pixel
 Record = dict[str, Any]
 Place = Callable[[Source], Path]
 MASK_SUFFIXES = {"png": ".png", "seg": ".dcm"}
+NORMAL_LABELS = ("normal", "no finding", "negative", "healthy", "background")
 ERROR_TIMES = 4  # errors are small: white is a quarter of the range of grey values
 LONGEST_SIDE = 1024  # pixels of a picture over a radiograph
 SMALLEST_SIDE = 448  # a smaller radiograph is enlarged
 
 
 def _record(loaded: Loaded, image: Prepared, **found: Any) -> Record:
-    frame = {"model": loaded.name, "warnings": image.warnings, "note": RESEARCH_NOTICE}
-    return {"path": str(image.source.path), **found, **frame}
+    population = (getattr(loaded.model.config, "intended_use", None) or {}).get("population")
+    frame = {"model": loaded.name, **({"population": population} if population else {})}
+    return {"path": str(image.source.path), **found, **frame, "warnings": image.warnings, "note": RESEARCH_NOTICE}
 
 
 def _finite_rows(loaded: Loaded, values: torch.Tensor) -> list[list[float]]:
@@ -73,7 +75,8 @@ class Predictor:
             raise SpcxrError(f"no operating point {operating_point!r}; the checkpoint has {', '.join(names) or 'none'}")
         chosen: Any = operating_point or getattr(config, "operating_point", None) or next(iter(names), None)
         self.point = chosen
-        self.thresholds = {target: values[chosen] for target, values in points.items() if chosen in values}
+        targets = verdict_first([target for target, values in points.items() if chosen in values], self.labels)
+        self.thresholds = {target: points[target][chosen] for target in targets}
         # the labels whose probabilities a target adds up; a label may hold a plus sign itself
         self.members = {one: [one] if one in self.labels else one.split(" + ") for one in self.thresholds}
         for label in (label for labels in self.members.values() for label in labels):
@@ -100,6 +103,14 @@ class Predictor:
             targets[target] = {"probability": probability, "decision": decision, "threshold": threshold}
         likeliest = {"label": max(by_label, key=by_label.__getitem__)} if self.exclusive else {}
         return {**likeliest, "probabilities": by_label, "operating_point": self.point, "targets": targets}
+
+
+def verdict_first(targets: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """The targets, with the one first that tables and the demo show: labels joined (all that are ill), else the first
+    label that is not the normal one."""
+    joined = [target for target in targets if target not in labels]
+    telling = [label for label in labels if label in targets and label.lower() not in NORMAL_LABELS]
+    return list(dict.fromkeys([*(joined or telling)[:1], *targets]))
 
 
 # ---- embed -------------------------------------------------------------------------------------------------------
@@ -303,7 +314,9 @@ class Explainer:
                 found["relevance_in_lungs"] = share if share == share else None
                 found["lung_area"] = mask.float().mean().item()
             path = self.place(image.source)
-            write_png(with_words(_over_radiograph(image.source.path, relevance, mask), map_caption(found)), path)
+            write_png(
+                with_words(_over_radiograph(image.source.path, relevance, mask), map_caption(found, relevance)), path
+            )
             records.append(_record(loaded, image, picture=str(path), **found))
         return records
 
@@ -319,11 +332,13 @@ def _over_radiograph(path: Path, relevance: torch.Tensor, mask: torch.Tensor | N
     return Image.fromarray((colour.clamp(0, 1).numpy() * 255).round().astype(np.uint8))
 
 
-def map_caption(found: Record) -> list[str]:
-    """The words under a map."""
+def map_caption(found: Record, relevance: torch.Tensor) -> list[str]:
+    """The words under a map, its scale among them."""
     target = "the embedding" if found["target"] == "embedding" else found["target"]
     said = f"{found['method'].capitalize()} for {target}"
     if found.get("relevance_in_lungs") is not None:
         area = f"lungs: {found['lung_area']:.0%} of the image"
         said += f"; {found['relevance_in_lungs']:.0%} of it inside the lungs ({area})"
-    return [f"{said}.", "What the model used, not where a disease is.", f"{RESEARCH_NOTICE.capitalize()}."]
+    scale = f"Colour: from the average patch to {(relevance.max() / relevance.mean()).item():.1f} times it, yellow."
+    meaning = "What the model used, not where a disease is."
+    return [f"{said}.", *([scale] if relevance.any() else []), meaning, f"{RESEARCH_NOTICE.capitalize()}."]

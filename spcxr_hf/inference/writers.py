@@ -1,9 +1,9 @@
-"""Records to a table, JSON Lines, CSV or Parquet, vectors to safetensors, pictures to PNG; what lies there is whole.
+"""Records to a table, JSON Lines, CSV or Parquet, vectors to safetensors; files are complete after an interruption.
 
 choose_format -> open_writer -> _JsonLines, _Csv       a line at a time, appended
                              -> _Parquet, _Vectors     beside the target, which they replace when they are closed
-                             -> _Table                 for the eye
-finished                                               what an earlier run has written
+                             -> _Table                 to read
+finished                                               the paths that an earlier run has written
 
 A record is a dict with a `path`, of texts, numbers, lists and dicts of them. JSON Lines keeps it as it is; CSV and
 Parquet have a column for each number or text in it, `probabilities.normal` for instance.
@@ -30,8 +30,9 @@ FORMATS = {".txt": "table", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"
 FILES_ONLY = ("parquet", "safetensors")
 ROW_GROUP = 1024  # records of a Parquet row group
 TABLE_ROWS = 500  # records that a table collects before it is printed
-HIDDEN_IN_TABLES = ("model", "note", "operating_point")  # below the table: the same for every record
-SPEAK_FOR_THEMSELVES = ("probabilities", "targets", "fills")  # of these a column is called by its part alone
+HIDDEN_IN_TABLES = ("model", "population", "note", "operating_point")  # below the table: the same for every record
+SPEAK_FOR_THEMSELVES = ("probabilities", "fills")  # of these a column is called by its part alone
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 LONGEST_WORD = 20  # characters of a table's word that stay together
 
 Record = Mapping[str, Any]
@@ -150,13 +151,14 @@ class _Csv(_Lines):
 
     def write(self, records: Sequence[Record]) -> None:
         writer = csv.writer(self.stream, lineterminator="\n")
+        show = printable if self.stream.isatty() else str
         for record in records:
             row = flatten(record)
             if self.columns is None:
                 self.columns = list(row)
-                writer.writerow(self.columns)
+                writer.writerow([show(no_formula(name)) for name in self.columns])
             _check_columns(self.output, self.columns, row)
-            writer.writerow([_csv_cell(row[name]) for name in self.columns])
+            writer.writerow([show(_csv_cell(row[name])) for name in self.columns])
         self.stream.flush()
 
 
@@ -168,15 +170,25 @@ def flatten(record: Record, prefix: str = "") -> dict[str, Any]:
     return row
 
 
-def _csv_cell(value: Any) -> Any:
+def _csv_cell(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return json.dumps(value) if value and not isinstance(value[0], str) else "; ".join(value)
-    return "" if value is None else value
+        return json.dumps(value) if value and not isinstance(value[0], str) else no_formula("; ".join(value))
+    return "" if value is None else no_formula(value) if isinstance(value, str) else str(value)
+
+
+def no_formula(cell: str) -> str:
+    """With an apostrophe before what a spreadsheet would run as a formula (OWASP, "CSV Injection")."""
+    return f"'{cell}" if cell.startswith((*FORMULA_STARTS, "'")) else cell
+
+
+def from_cell(cell: str) -> str:
+    """The cell that `no_formula` was given."""
+    return cell.removeprefix("'")
 
 
 def _csv_header(output: Path) -> list[str]:
     with output.open(encoding="utf-8", newline="") as stream:
-        return next(csv.reader(stream), [])
+        return list(map(from_cell, next(csv.reader(stream), [])))
 
 
 def _check_columns(output: Path | None, columns: Sequence[str], row: Mapping[str, Any]) -> None:
@@ -270,12 +282,9 @@ class _Vectors:
         self.columns: dict[str, list] = {"path": [], "model": [], "warnings": []}
         self.has_new = False
         if resume and output.exists():
-            self._take_over()
-
-    def _take_over(self) -> None:
-        metadata, vectors = _read_vectors(self.output)
-        self.vectors = list(vectors)
-        self.columns = {name: json.loads(metadata[name]) for name in self.columns}
+            metadata, vectors = _read_vectors(output)
+            self.vectors = list(vectors)
+            self.columns = {name: json.loads(metadata[name]) for name in self.columns}
 
     def write(self, records: Sequence[Record]) -> None:
         for record in records:
@@ -308,7 +317,7 @@ def _read_vectors(path: Path) -> tuple[dict[str, str], np.ndarray]:
         raise SpcxrError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-# ---- for the eye -------------------------------------------------------------------------------------------------
+# ---- tables -------------------------------------------------------------------------------------------------
 
 
 class _Table(_Lines):
@@ -371,21 +380,25 @@ def _paragraph(row: Mapping[str, str]) -> str:
 
 
 def caption_of(record: Record) -> str:
-    """What holds for all records of a table, below it: the model, the operating point, and what they are not for."""
+    """What holds for all records of a table, below it: the model, whom it is for, the operating point, the notice."""
     said = [str(record["model"])] if record.get("model") else []
+    said += [f"made for {record['population']}"] if record.get("population") else []
     said += [f"operating point {record['operating_point']}"] if record.get("operating_point") else []
-    return "; ".join([*said, RESEARCH_NOTICE])
+    return printable("; ".join([*said, RESEARCH_NOTICE]))
 
 
 def table_row(record: Record) -> dict[str, str]:
-    """A record as a few short texts by column; a dict of dicts, the targets of a prediction, as one cell for each."""
+    """A record as a few short texts by column: a dict as one cell for each part, of the targets the
+    first alone, the verdict."""
     row: dict[str, str] = {}
     for name, value in record.items():
         if name in HIDDEN_IN_TABLES or value is None or value == []:
             continue
         if isinstance(value, Mapping):
-            prefix = "" if name in SPEAK_FOR_THEMSELVES else f"{name} "
-            row |= {f"{prefix}{part}": _cell(cell) for part, cell in value.items()}
+            prefix = "verdict " if name == "targets" else "" if name in SPEAK_FOR_THEMSELVES else f"{name} "
+            parts = list(value.items())[: 1 if name == "targets" else None]
+            for part, cell in parts:
+                row[printable(f"{prefix}{part}")] = _cell(cell)
         else:
             row[name] = _cell(value)
     return row
@@ -445,7 +458,7 @@ def _read_csv(output: Path) -> Iterator[tuple[str, str]]:
         for row in csv.DictReader(stream):
             if not {"path", "model"} <= row.keys():
                 raise SpcxrError(f"{output}: no records of spcxr, the columns path and model are missing")
-            yield row["path"], row["model"]
+            yield from_cell(row["path"]), from_cell(row["model"])
 
 
 def _read_parquet(output: Path) -> Iterator[tuple[str, str]]:

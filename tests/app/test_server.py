@@ -33,6 +33,7 @@ from spcxr_hf.app.session import (
 )
 from spcxr_hf.data.table import read_table
 from spcxr_hf.images.plausibility import quality_warnings
+from spcxr_hf.inference.intended_use import AgeAndView
 from spcxr_hf.inference.neighbors import build_index
 from spcxr_hf.inference.pipeline import Batch, Job, Source, load_model, prepare
 from spcxr_hf.inference.tasks import Predictor, embed
@@ -50,7 +51,7 @@ def cards(tmp_path_factory) -> Path:
     save_model(SpcxrForPreTraining, folder / "base")
     save_model(SpcxrForSemanticSegmentation, folder / "lung-segmentation", id2label={0: "background", 1: "lung"})
     save_model(SpcxrForImageClassification, folder / "pneumonia", operating_points=POINTS, operating_point="youden")
-    save_model(SpcxrForImageClassification, folder / "covid")
+    save_model(SpcxrForImageClassification, folder / "covid", intended_use={"population": "adults", "ages": [18, None]})
     return folder
 
 
@@ -159,7 +160,7 @@ def test_probabilities_are_the_command_line_s(tmp_path, cards, app):
     decisions = {target: found["decision"] for target, found in answer.prediction["targets"].items()}
     assert decisions == {"bacterial + viral": "above", "viral": "below"}
     probable = max(expected["probabilities"], key=expected["probabilities"].get)
-    assert [one.target for one in answer.maps] == list(dict.fromkeys([probable, "bacterial + viral", "viral"]))
+    assert [one.target for one in answer.maps] == list(dict.fromkeys([probable, "bacterial + viral"]))
     assert all(0 <= one.share <= 1 for one in answer.maps)
 
 
@@ -181,7 +182,7 @@ def test_without_a_lung_checkpoint_there_is_no_share(cards):
     answer = alone.answer(made_radiograph(), "covid")
     assert (answer.lungs, answer.neighbors, answer.embedding) == (None, None, None)
     assert answer.maps[0].share is None
-    assert "This checkpoint names none" in server.HTML.answers([{"radiograph": made_radiograph(), "answer": answer}])
+    assert "names no operating point" in server.HTML.answers([{"radiograph": made_radiograph(), "answer": answer}])
 
 
 def test_the_nearest_neighbor_of_an_indexed_image_is_itself(tmp_path, cards):
@@ -263,7 +264,7 @@ def test_every_picture_has_a_text_and_no_address_is_another_host_s(app):
     text = "".join(server.answer(app, [made_radiograph()], name, False) for name in app.choices)
     assert len(re.findall(r'<img alt="[^"]+"\s+src="data:image/jpeg;base64,', text)) == text.count("<img") > 8
     assert "http" not in text
-    for words in ("Operating point: youden", "inside the\nlungs", "no diagnosis", "× the average"):
+    for words in ("operating point youden", "inside the\nlungs", "no diagnosis", "× the average"):
         assert words in text
 
 
@@ -294,6 +295,17 @@ def test_the_example_is_shown_for_the_lungs_and_not_for_what_its_masses_hide(app
         assert "Lung mask: " in server.answer(app, [example], name, False)
 
 
+def test_the_population_is_shown_and_another_age_gets_no_answer(app):
+    """Of the models made for other ages alone; the age itself is not repeated."""
+    child = Radiograph("child.dcm", made_radiograph().image, header=AgeAndView(7.0, "PA"))
+    text = server.answer(app, [child], "covid", False)
+    assert "No answer is given. This image: this model was made for adults, and the header gives another age" in text
+    assert "7" not in re.sub(r"data:image[^\"]+", "", text)
+    assert "Made for adults." in server.answer(app, [made_radiograph()], "covid", False)
+    assert "Probabilities" in server.answer(app, [child], "pneumonia", False)
+    assert "COVID-19 or another pneumonia? (adults)" in str(server.build_page(app).config)
+
+
 @pytest.mark.parametrize("radiographs", [None, []])
 def test_asking_without_a_radiograph(app, radiographs):
     assert "drop a file" in server.answer(app, radiographs, "lung-segmentation", False)
@@ -301,7 +313,7 @@ def test_asking_without_a_radiograph(app, radiographs):
 
 def test_a_checkpoint_that_cannot_be_used_is_told(tmp_path):
     broken = Session([Choice("lung-segmentation", "segmentation", str(tmp_path))], device="cpu")
-    assert "config.json is missing" in server.answer(broken, [made_radiograph()], "lung-segmentation", False)
+    assert "no config.json in this folder" in server.answer(broken, [made_radiograph()], "lung-segmentation", False)
 
 
 # ---- the server --------------------------------------------------------------------------------------------------

@@ -220,6 +220,21 @@ def test_operating_points(classifier):
         tasks.Predictor(loaded, "best")
 
 
+@pytest.mark.parametrize(
+    ("targets", "labels", "verdict"),
+    [
+        (["bacterial", "bacterial + viral", "normal"], ["normal", "bacterial", "viral"], "bacterial + viral"),
+        (["covid-19", "normal", "pneumonia"], ["covid-19", "pneumonia", "normal"], "covid-19"),
+        (["Normal", "ill"], ["Normal", "ill"], "ill"),
+        (["atelectasis", "abnormal"], ["abnormal", "atelectasis"], "abnormal"),
+        (["normal"], ["normal", "ill"], "normal"),
+    ],
+)
+def test_the_verdict_is_about_what_is_ill(targets, labels, verdict):
+    found = tasks.verdict_first(targets, labels)
+    assert found[0] == verdict and sorted(found) == sorted(targets)
+
+
 def test_a_probability_at_the_threshold_is_above(classifier):
     predictor = tasks.Predictor(load_model("classification", classifier, "cpu"))
     predictor.thresholds = {"viral": 0.25}
@@ -291,11 +306,13 @@ def test_explanations_say_what_they_are_of(tmp_path, classifier, segmenter):
     for record in found:
         picture = Image.open(record["picture"])
         assert (picture.mode, picture.width, picture.height > picture.width) == ("RGB", 448, True)  # words below
-    assert tasks.map_caption(found[0])[0] == (
+    relevance = torch.tensor([[0.0, 1.0], [1.0, 6.0]])
+    assert tasks.map_caption(found[0], relevance)[1] == "Colour: from the average patch to 3.0 times it, yellow."
+    assert tasks.map_caption(found[0], relevance)[0] == (
         f"Relevance for bacterial + viral; {found[0]['relevance_in_lungs']:.0%} of it inside the lungs "
         f"(lungs: {found[0]['lung_area']:.0%} of the image)."
     )
-    assert tasks.map_caption(found[0])[-1] == "Research use only, not for clinical use."
+    assert tasks.map_caption(found[0], relevance)[-1] == "Research use only, not for clinical use."
     assert [record["target"] for record in found] == ["bacterial + viral"] * 2
     assert all(0 <= record["lung_area"] <= 1 for record in found)
     probable = records(loaded, paths, tasks.Explainer(loaded, place))

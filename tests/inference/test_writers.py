@@ -152,6 +152,44 @@ def test_no_width_of_a_terminal_hides_a_figure(monkeypatch, width):
     assert RESEARCH_NOTICE in " ".join(printed.split())
 
 
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@x", "\t=1", "'=1"])
+def test_no_cell_of_csv_is_a_formula(tmp_path, name):
+    """Nor is a column's name, which a checkpoint's labels give; a resumed run knows the paths all the same."""
+    output = tmp_path / "out.csv"
+    made = {"path": name, "score": {name: -0.5}, name: [name], "model": name}
+    for resume in (False, True):
+        with open_writer(output, "csv", resume) as writer:
+            writer.write([made])
+    rows = list(csv.reader(io.StringIO(output.read_text())))
+    assert [cell[0] for row in rows for cell in row if cell[0] in "=+-@\t" and cell != "-0.5"] == []
+    assert rows[1][1] == "-0.5" and len(rows) == 3
+    assert finished(output, "csv", name) == {name}
+
+
+def test_a_terminal_is_shown_no_escape_sequence(monkeypatch):
+    """Of file names and of a checkpoint's labels, whatever the format."""
+    odd = "\x1b[31m"
+    made = {"path": odd, "probabilities": {odd: 0.5}, "model": odd, "population": odd, "warnings": [odd]}
+    for kind in ("table", "csv", "jsonl"):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+        monkeypatch.setenv("NO_COLOR", "1")
+        monkeypatch.setenv("TERM", "dumb")
+        monkeypatch.setattr("sys.stdout", stream)
+        with open_writer(None, kind) as writer:
+            writer.write([made])
+        assert "[31m" in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+def test_a_table_has_one_verdict():
+    targets = {name: {"probability": 0.7, "decision": "above", "threshold": 0.5} for name in ("ill", "normal")}
+    assert writers.table_row({"path": "a.png", "probabilities": {"normal": 0.3}, "targets": targets}) == {
+        "path": "a.png",
+        "normal": "0.300",
+        "verdict ill": "0.700 (above 0.500)",
+    }
+
+
 def test_cells_say_what_they_are():
     record = {
         "path": "a.png",
