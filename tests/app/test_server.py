@@ -356,7 +356,8 @@ def test_served_on_loopback_and_nothing_left(app, tmp_path, monkeypatch):
 def test_terminated_it_leaves_nothing(cards, tmp_path):
     pytest.importorskip("gradio")
     command = [sys.executable, "-m", "spcxr_hf.cli", "demo", "--serve", "--port", "0", "--checkpoints", str(cards)]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(cards / ".torch")}  # PyTorch's own, which stays
+    environment = {**os.environ, **caches, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         assert "http://127.0.0.1:" in process.stderr.readline()
