@@ -180,11 +180,13 @@ def start_processes() -> PartialState:
 
 def evaluate_classifier(arguments: Arguments, processes: PartialState) -> dict:
     """Figures of each split; written and, if asked for, drawn by the main process."""
-    efficiency = []
+    efficiency: list[dict] = []
     if arguments.label_efficiency:
         task = arguments.task or Path(arguments.model).resolve().name
         efficiency = read_results(Path(arguments.label_efficiency), task)
-    recipe = {} if arguments.label_column else {"classes": []}  # the recipe's classes are those of its own column
+    recipe: dict[str, Any] = (
+        {} if arguments.label_column else {"classes": []}
+    )  # the recipe's classes are those of its own column
     fill_from_recipe(
         arguments, Path(arguments.model) / "recipe.yaml", label_column="label", split_column="split", **recipe
     )
@@ -200,7 +202,7 @@ def evaluate_classifier(arguments: Arguments, processes: PartialState) -> dict:
     if arguments.temperature_from:
         fitted = found[arguments.temperature_from]
         temperature = fit_temperature(fitted.logits, fitted.targets, multi_label)
-    result = {
+    result: dict[str, Any] = {
         "model": Path(arguments.model).resolve().name,
         "model_type": model.config.model_type,
         "problem_type": model.config.problem_type,

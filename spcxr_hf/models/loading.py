@@ -240,7 +240,7 @@ def _folder_of(source: str) -> Path:
         return Path(source)
     for name in ("model.safetensors.index.json", "adapter_config.json"):
         _has_file(source, name)
-    return Path(cached_file(source, "config.json", **_local_files(source))).parent
+    return Path(str(cached_file(source, "config.json", **_local_files(source)))).parent
 
 
 def _has_file(source: str, name: str) -> bool:
