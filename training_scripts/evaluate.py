@@ -184,9 +184,8 @@ def evaluate_classifier(arguments: Arguments, processes: PartialState) -> dict:
     if arguments.label_efficiency:
         task = arguments.task or Path(arguments.model).resolve().name
         efficiency = read_results(Path(arguments.label_efficiency), task)
-    recipe: dict[str, Any] = (
-        {} if arguments.label_column else {"classes": []}
-    )  # the recipe's classes are those of its own column
+    # The classes of the recipe are those of its own column.
+    recipe: dict[str, Any] = {} if arguments.label_column else {"classes": []}
     fill_from_recipe(
         arguments, Path(arguments.model) / "recipe.yaml", label_column="label", split_column="split", **recipe
     )
