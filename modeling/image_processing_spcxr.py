@@ -285,8 +285,26 @@ def _radiograph(
     return grey.expand(num_output_channels, -1, -1).contiguous()
 
 
+def _two_colours(picture: Any) -> torch.Tensor:
+    """A mask in colour, black outside and one other colour inside -> (H, W) bool."""
+    _check_size(picture.height, picture.width)
+    pixels = torch.from_numpy(to_numpy_array(picture).copy())
+    colours = picture.convert("RGB").getcolors(maxcolors=2)
+    if colours is None or (pixels.shape[-1] == 4 and pixels[..., 3].min() < 255):
+        raise ValueError("a segmentation map in colour holds two colours, black and another, and is opaque")
+    if len(colours) == 2 and (0, 0, 0) not in [colour for _, colour in colours]:
+        raise ValueError("a segmentation map of two colours needs black outside; which is inside is not known")
+    return pixels[..., :3].bool().any(dim=-1)
+
+
 def _label_map(labels: Any) -> torch.Tensor:
-    """A label map of any accepted kind -> (1, H, W) float32 that holds whole numbers."""
+    """A label map of any accepted kind -> (1, H, W) float32 that holds whole numbers.
+
+    One that holds 255, and beside it at most 0, is a mask of two classes: 255 becomes 1. Beside other labels 255 stays
+    what it is, the label of pixels to ignore.
+    """
+    if is_pil_image(labels) and labels.mode in ("RGB", "RGBA"):
+        labels = _two_colours(labels)
     values = _to_tensor(labels, LABEL_MODES)
     if values.ndim != 2 or values.numel() == 0:
         raise ValueError(f"a segmentation map has the shape (H, W) and is not empty; got {tuple(values.shape)}")
@@ -297,6 +315,8 @@ def _label_map(labels: Any) -> torch.Tensor:
         values = values.to(torch.int64)
         if values.abs().max() > LARGEST_LABEL:
             raise ValueError(f"a segmentation map holds labels up to {LARGEST_LABEL}; got {values.abs().max().item()}")
+    if values.dtype != torch.bool and values.max() == 255 and bool(((values == 0) | (values == 255)).all()):
+        values = values // 255
     return values.unsqueeze(0).to(torch.float32)
 
 
@@ -338,7 +358,8 @@ class _RadiographProcessing(BaseImageProcessor):
             images: one picture or a (nested) list of pictures of any kinds and sizes, or a batch array (N, C, H, W) or
                 (N, H, W, C). The class docstring lists the kinds.
             segmentation_maps: as many label maps: PIL images or integer or bool arrays (H, W), or an array (N, H, W).
-                Resized by nearest neighbour; the labels stay as they are, and a palette is not looked up.
+                Resized by nearest neighbour; a palette is not looked up. Masks of 0 and 255, or of black and another
+                colour, are of the classes 0 and 1; beside other labels 255 is the one that the loss ignores.
             kwargs: any attribute of the processor, for this call only; `input_data_format`, `device`, `return_tensors`.
 
         Returns:

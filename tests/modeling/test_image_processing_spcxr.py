@@ -393,6 +393,23 @@ def test_segmentation_maps(backend):
     assert ignored.unique().tolist() == [-100]
 
 
+def test_masks_of_0_and_255_are_two_classes():
+    """255 is the label that the loss ignores: as it is, nothing inside would be learned."""
+    inside = np.zeros((40, 40), bool)
+    inside[5:30, 10:20] = True
+    colour = Image.fromarray(np.where(inside[..., None], (255, 0, 0), (0, 0, 0)).astype(np.uint8))
+    kinds = [inside, inside * np.uint8(255), inside * np.uint8(1), Image.fromarray(inside * np.uint8(255)), colour]
+    labels = Torchvision()([picture()] * 5, segmentation_maps=kinds, return_tensors="pt")["labels"]
+    assert all(torch.equal(one, labels[0]) for one in labels) and labels[0].unique().tolist() == [0, 1]
+    ignored = inside * np.uint8(1)
+    ignored[:3] = 255
+    kept = Torchvision()(picture(), segmentation_maps=ignored, return_tensors="pt")["labels"]
+    assert kept.unique().tolist() == [0, 1, 255]
+    two = Image.fromarray(np.where(inside[..., None], (255, 0, 0), (0, 0, 255)).astype(np.uint8))
+    with pytest.raises(ValueError, match="black outside"):
+        Torchvision()(picture(), segmentation_maps=two)
+
+
 def test_segmentation_maps_agree_between_back_ends():
     labels = np.random.default_rng(3).integers(0, 9, (311, 777))
     ours = [backend()(labels / 9, labels, return_tensors="pt")["labels"] for backend in BACKENDS]
@@ -405,7 +422,8 @@ def test_segmentation_maps_agree_between_back_ends():
     [
         (GREY / 255, "integer labels; got torch.float64"),
         (np.stack([GREY] * 2), "2 segmentation maps for 1 images"),
-        (Image.new("RGB", (32, 32)), "PIL mode 'RGB'"),
+        (Image.new("LA", (32, 32)), "PIL mode 'LA'"),
+        (Image.fromarray(np.eye(3, dtype=np.uint8)[np.arange(9).reshape(3, 3) % 3]), "two colours, black and another"),
         (np.full((4, 4), 2**25), "labels up to"),
         (np.zeros((0, 4), np.uint8), "not empty"),
         ("mask.png", "not paths"),

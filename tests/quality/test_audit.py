@@ -201,10 +201,10 @@ def test_dark_and_negative_images_are_counted(tmp_path):
     numbers = audit(RadiographTable(rows, "made"), tmp_path, images=False)
     assert numbers["warnings"] == {
         "probably a photographic negative": {"images": 1, "first": "negative"},
-        "nearly empty": {"images": 2, "first": "12 bits"},
+        "nearly black": {"images": 2, "first": "12 bits"},
     }
     page = Page((tmp_path / "audit.html").read_text(encoding="utf-8"))
-    assert ["nearly empty", "2", "12 bits"] in page.rows
+    assert ["nearly black", "2", "12 bits"] in page.rows
 
 
 def test_without_matplotlib(table, tmp_path, monkeypatch):
