@@ -38,7 +38,7 @@ BENCHMARKS, CONTRIBUTING = ROOT / "training_scripts" / "benchmarks" / "README.md
 PAGES = [README, GUIDES, CONTRIBUTING, BENCHMARKS, *sorted(CARDS.glob("*/README.md"))]
 CLASSIFIERS = {
     "pneumonia": ["normal", "bacterial pneumonia", "viral pneumonia"],
-    "screening": ["abnormal", "pneumonia", "edema"],
+    "screening": ["abnormal", "opacity"],
     "covid": ["normal", "pneumonia", "covid-19"],
 }
 IDS = {f"spcxr/{name}" for name in checkpoint_table.ROWS}

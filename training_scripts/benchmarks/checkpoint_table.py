@@ -58,9 +58,10 @@ ROWS = {
         "AUROC {evaluation/splits/test/classes/normal/auroc}",
     ),
     "screening": Row(
-        "**adults**: abnormal or not, five findings",
-        f"RSNA, another archive: AUROC {{elsewhere/comparisons/{RSNA}/auroc}}",
-        "NIH: AUROC {evaluation/splits/test/labels/abnormal/auroc}",
+        "**adults**: abnormal or not, opacity",
+        f"RSNA in a processing that it has not seen: AUROC {{elsewhere/comparisons/{RSNA}/auroc}}",
+        "RSNA: AUROC {evaluation/splits/test/labels/abnormal/auroc}; "
+        "NIH: AUROC {evaluation/splits/nih_test/labels/abnormal/auroc}",
     ),
     "covid": Row(
         "**adults**: COVID-19, other pneumonia, normal; *the worked example of a shortcut*",
@@ -102,8 +103,8 @@ GOALS = (
     Goal("pneumonia", "`val`, normal against pneumonia, accuracy", 0.98,
          f"calibration/splits/val/operating_points/{ILL}/youden/accuracy",
          _thumbnails("val", f"targets/{ILL}/accuracy")),
-    Goal("screening", "`test`, abnormal, AUROC", 0.90,
-         "evaluation/splits/test/labels/abnormal/auroc", _thumbnails("test", "targets/abnormal/auroc")),
+    Goal("screening", "`shift` (another processing), abnormal, AUROC", 0.92,
+         "evaluation/splits/shift/labels/abnormal/auroc", _thumbnails("shift", "targets/abnormal/auroc")),
     Goal("covid", "`test`, three classes, balanced accuracy", 0.95,
          "evaluation/splits/test/balanced_accuracy", _thumbnails("test", "balanced_accuracy")),
     Goal("lung-segmentation", "`test`, children, Dice", 0.96,
