@@ -248,7 +248,8 @@ def test_checkpoints_that_are_there_have_a_row(tmp_path):
     results = tmp_path / "screening" / "results"
     results.mkdir(parents=True)
     (results.parent / "model.safetensors").touch()
-    home = {"splits": {"test": {"labels": {"abnormal": {"auroc": 0.9124, "auroc_ci95": [0.9, 0.92]}}}}}
+    figures = {"labels": {"abnormal": {"auroc": 0.9124, "auroc_ci95": [0.9, 0.92]}}}
+    home = {"splits": {"test": figures, "nih_test": figures}}
     away = {"comparisons": {checkpoint_table.RSNA: {"auroc": 0.5, "auroc_ci95": [0.4, 0.6]}}}
     (results / "evaluation.json").write_text(json.dumps(home))
     (results / "elsewhere.json").write_text(json.dumps(away))
