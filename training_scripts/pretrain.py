@@ -4,9 +4,9 @@
 
 The same command resumes from the newest checkpoint.
 
-`--teacher efficientnet-lite0` adds a second target (recipe `distill_small_112.yaml`): a share of each batch is not
-corrupted; from these films, whole and with their processing changed, the features that a frozen network has of the
-film as it is are predicted.
+`--teacher efficientnet-lite0` adds a second target (recipe `pretrain_distill_small_112.yaml`): a share of each batch is
+not corrupted; from these films, whole and with their processing changed, the features that a frozen network has of
+the film as it is are predicted.
 """
 
 from __future__ import annotations
