@@ -258,7 +258,7 @@ def test_two_runners_share_the_cells(tmp_path):
     assert runner(tmp_path).run([slow]).waiting == ["a"]
     first.stop()
     thread.join(10)
-    assert "stopped" in first.tally.failed["a"] and first.result(slow) is None
+    assert "stopped" in first.summary.failed["a"] and first.result(slow) is None
 
 
 def test_cells_at_a_time(tmp_path):
