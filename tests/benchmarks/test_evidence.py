@@ -722,7 +722,8 @@ def test_killed_and_started_again(shard, checkpoint, tmp_path):
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
     command = [
         sys.executable,
-        evidence.__file__,
+        "-m",
+        evidence.__name__,
         "--grid",
         str(tmp_path / "grid.yaml"),
         "--data",
@@ -745,7 +746,7 @@ def test_killed_and_started_again(shard, checkpoint, tmp_path):
         time.sleep(0.1)
     process.terminate()
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "stopped" in said
+    assert process.returncode == 130 and "stopped" in said
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "r.json").read_text())["cells"] == {"finished": 2, "missing": 0, "carried_over": 0}

@@ -192,8 +192,8 @@ def test_refusals(flags, message):
 
 @pytest.mark.slow  # importing transformers once more
 def test_as_a_command():
-    command = [sys.executable, speed.__file__, "--quick", "true", "--only", "corruption", "--precision", "fp8"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", speed.__name__, "--quick", "true", "--only", "corruption", "--precision", "fp8"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=timing.ROOT)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: --precision")
 
