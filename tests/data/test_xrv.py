@@ -1,21 +1,19 @@
-"""What torchxrayvision reads, against what is read here: its objects, and its readers of archives on the same trees."""
+"""What torchxrayvision reads, against what is read here: its readers of archives on the same trees, and its objects."""
 
 import gzip
 import io
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from published_layouts import MAKERS, make_kermany, make_nih, make_siim, write
+from published_layouts import MAKERS
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.data.archives.findings import PADCHEST_TERMS, PADCHEST_UNREAD
 from spcxr_hf.data.archives.registry import ARCHIVES, read_archive
 from spcxr_hf.data.archives.rows import Rows
-from spcxr_hf.data.archives.xrv import READERS, as_torchxrayvision
 from spcxr_hf.data.labels import CHEXPERT14, NIH14, canonical_name, label_matrix, labels_of
 from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, open_image
@@ -28,7 +26,65 @@ def torchxrayvision():
 
 # ---- its readers, on small trees -----------------------------------------------------------------------------------
 
-# id -> label -> (read here, read by torchxrayvision), of all that differs; `spcxr_hf.data.archives.xrv` says why.
+EVERY = {"views": ["*"], "unique_patients": False}  # by default one PA picture of each patient
+
+
+def open_nih(datasets, folder):
+    return [datasets.NIH_Dataset(str(folder), str(max(folder.glob("Data_Entry_2017*.csv"))), **EVERY)]
+
+
+def open_chexpert(datasets, folder):
+    files = [folder / "train.csv", folder / "valid.csv"]
+    return [datasets.CheX_Dataset(str(folder), str(file), **EVERY) for file in files if file.is_file()]
+
+
+def open_mimic(datasets, folder):
+    labels, metadata = (str(min(folder.glob(f"mimic-cxr-2.*-{kind}.csv*"))) for kind in ("chexpert", "metadata"))
+    return [datasets.MIMIC_Dataset(str(folder / "files"), labels, metadata, **EVERY)]
+
+
+def open_padchest(datasets, folder):
+    return [datasets.PC_Dataset(str(folder), str(min(folder.glob("PADCHEST*.csv*"))), **EVERY)]
+
+
+def open_vindr(datasets, folder):
+    place = folder / "annotations" if (folder / "annotations").is_dir() else folder
+    tables = [(folder / split, place / f"annotations_{split}.csv") for split in ("train", "test")]
+    return [datasets.VinBrain_Dataset(str(pictures), str(file)) for pictures, file in tables if file.is_file()]
+
+
+def open_rsna(datasets, folder):
+    pictures, labels = folder / "stage_2_train_images", folder / "stage_2_train_labels.csv"
+    return [datasets.RSNA_Pneumonia_Dataset(str(pictures), str(labels), views=["*"], extension=".dcm")]
+
+
+def open_siim(datasets, folder):
+    return [datasets.SIIM_Pneumothorax_Dataset(str(folder / "dicom-images-train"), str(folder / "train-rle.csv"))]
+
+
+def open_tuberculosis(datasets, folder):
+    return [datasets.NLMTB_Dataset(str(folder))]
+
+
+def open_cohen(datasets, folder):
+    return [datasets.COVID19_Dataset(str(folder / "images"), str(folder / "metadata.csv"), views=["*"])]
+
+
+READERS = {
+    "nih": (open_nih, "Image Index"),
+    "chexpert": (open_chexpert, "Path"),
+    "mimic": (open_mimic, "dicom_id"),
+    "padchest": (open_padchest, "ImageID"),
+    "vindr": (open_vindr, "image_id"),
+    "rsna": (open_rsna, "patientId"),
+    "siim": (open_siim, "ImageId"),
+    "montgomery": (open_tuberculosis, "fname"),
+    "shenzhen": (open_tuberculosis, "fname"),
+    "cohen": (open_cohen, "filename"),
+}
+
+
+# id -> label -> (read here, read by torchxrayvision), of all that differs.
 BESIDE_NO_FINDING = dict.fromkeys(set(CHEXPERT14) - {"No Finding", "Support Devices"}, ("missing", "absent"))
 BESIDE_UNCHANGED = PADCHEST_TERMS.keys() - {"No Finding", "Atelectasis"}
 DIFFERENT = {
@@ -53,24 +109,26 @@ LEFT_OUT = {
 def test_both_read_an_archive_alike_but_where_it_is_said(name, tmp_path, torchxrayvision):
     root = MAKERS[name](tmp_path / name)
     own = read_archive(root, name)
-    theirs = read_set(root, reader="torchxrayvision")
-    assert {one.removeprefix(f"{name}/") for one in set(own.ids) - set(theirs.ids)} == LEFT_OUT.get(name, set())
-    rows = [own.ids.index(one) for one in theirs.ids]
-    assert rows == sorted(rows)
-    for column in own.rows.column_names:  # patients, splits, masks, boxes, files, ...
-        if column != "labels":
-            assert theirs.column(column) == own.rows[column].take(rows).to_pylist(), column
+    open_sets, id_column = READERS[name]
+    sets = open_sets(torchxrayvision.datasets, root)
+    theirs = {}  # of an image in several rows (SIIM's, one for each mask), all have its label
+    for one in sets:
+        names = [canonical_name(label) for label in one.pathologies]
+        for file, values in zip(one.csv[id_column], one.labels, strict=True):
+            theirs[f"{name}/{'/'.join(str(file).split('/')[-4:])}"] = dict(zip(names, values, strict=True))
+    theirs = {image: labels for image, labels in theirs.items() if image in own.ids}
+    assert {one.removeprefix(f"{name}/") for one in set(own.ids) - theirs.keys()} == LEFT_OUT.get(name, set())
     assert different(own, theirs) == DIFFERENT.get(name, {})
 
 
-def different(own: RadiographTable, theirs: RadiographTable) -> dict[str, dict[str, tuple[str, str]]]:
+def different(own: RadiographTable, theirs: dict[str, dict]) -> dict[str, dict[str, tuple[str, str]]]:
     """id -> label -> both values where they are not the same, of the labels that both have."""
-    names = [name for name in labels_of(theirs) if name in labels_of(own)]
+    names = [name for name in labels_of(own) if name in next(iter(theirs.values()))]
     assert names
     ours = dict(zip(own.ids, label_matrix(own, names), strict=True))
     found: dict[str, dict[str, tuple[str, str]]] = {}
-    for one, values in zip(theirs.ids, label_matrix(theirs, names), strict=True):
-        for name, mine, other in zip(names, map(said, ours[one]), map(said, values), strict=True):
+    for one, labels in theirs.items():
+        for name, mine, other in zip(names, map(said, ours[one]), (said(labels[name]) for name in names), strict=True):
             if mine != other:
                 found.setdefault(one.removeprefix(f"{own.name}/"), {})[name] = (mine, other)
     return found
@@ -87,56 +145,16 @@ def test_both_tell_the_same_patients_apart(name, tmp_path, torchxrayvision):
     root = MAKERS[name](tmp_path / name)
     own = read_archive(root, name)
     patient_of = dict(zip(own.ids, own.column("patient"), strict=True))
-    tables = [one.csv for one in READERS[name].open(torchxrayvision.datasets, root)]
+    open_sets, id_column = READERS[name]
+    tables = [one.csv for one in open_sets(torchxrayvision.datasets, root)]
     pairs = {
         (patient_of[f"{name}/{'/'.join(file.split('/')[-4:])}"], str(patient))
         for table in tables
-        for file, patient in zip(table[READERS[name].id_column], table["patientid"], strict=True)
+        for file, patient in zip(table[id_column], table["patientid"], strict=True)
         if name != "cohen" or not file.endswith(".nii.gz")  # CT
     }
     ours, theirs = zip(*pairs, strict=True)
     assert len(set(ours)) == len(set(theirs)) == len(pairs)
-
-
-def test_what_torchxrayvision_does_not_read_is_refused(tmp_path, torchxrayvision):
-    root = make_kermany(tmp_path / "chest_xray")
-    with pytest.raises(SpcxrError, match="chest_xray: torchxrayvision has no reader of kermany; it has those of nih,"):
-        read_archive(root, reader="torchxrayvision")
-    with pytest.raises(SpcxrError, match="reader must be own or torchxrayvision; got 'pandas'"):
-        read_archive(root, reader="pandas")
-    nih = make_nih(tmp_path / "nih")
-    with pytest.raises(SpcxrError, match="torchxrayvision makes uncertain labels missing; got uncertain='one'"):
-        read_archive(nih, reader="torchxrayvision", uncertain="one")
-    file = nih / "Data_Entry_2017_v2020.csv"
-    file.write_text(file.read_text().replace(",58,", ",058Y,"))  # as in the release of 2017
-    assert len(read_archive(nih)) == 3
-    with pytest.raises(SpcxrError, match="nih: torchxrayvision cannot read it .TypeError"):
-        read_archive(nih, reader="torchxrayvision")
-
-
-def test_none_of_the_images(tmp_path, torchxrayvision):
-    root = make_siim(tmp_path / "siim")
-    table = read_archive(root)
-    write(root / "train-rle.csv", "ImageId, EncodedPixels\n1.2.other,-1\n")
-    with pytest.raises(SpcxrError, match="siim: torchxrayvision reads none of its 4 images"):
-        as_torchxrayvision(table, "siim", root)
-
-
-def test_without_torchxrayvision(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchxrayvision", None)
-    root = make_nih(tmp_path / "nih")
-    assert len(read_archive(root)) == 3
-    with pytest.raises(SpcxrError, match=r'nih: torchxrayvision is missing: pip install "spcxr-hf\[xrv\]"'):
-        read_archive(root, reader="torchxrayvision")
-
-
-def test_numpys_random_numbers_go_on(tmp_path, torchxrayvision):
-    root = make_nih(tmp_path / "nih")
-    np.random.seed(7)  # noqa: NPY002
-    expected = np.random.random(3)  # noqa: NPY002
-    np.random.seed(7)  # noqa: NPY002
-    read_archive(root, reader="torchxrayvision")
-    assert np.array_equal(np.random.random(3), expected)  # noqa: NPY002
 
 
 # ---- its readers, on the published tables --------------------------------------------------------------------------
@@ -165,9 +183,10 @@ def published(torchxrayvision, tmp_path):
         unpack(torchxrayvision, packed, tmp_path / table)
         (tmp_path / pictures).mkdir()
         own = ARCHIVES[name].read(tmp_path)
-        (theirs,) = READERS[name].open(torchxrayvision.datasets, tmp_path)
+        open_sets, id_column = READERS[name]
+        (theirs,) = open_sets(torchxrayvision.datasets, tmp_path)
         row_of = {one: row for row, one in enumerate(own.columns["id"])}
-        files = theirs.csv[READERS[name].id_column]
+        files = theirs.csv[id_column]
         rows = np.array([row_of["/".join(file.split("/")[-4:])] for file in files])
         if "patientid" in theirs.csv:
             patients = {

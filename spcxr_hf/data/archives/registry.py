@@ -20,11 +20,6 @@
 | `source` | the archive, and after a slash the origin that it names |
 | `licence` | of the archive, or of the image, where the archive names one; to be checked at the source |
 
-Where torchxrayvision has a reader of an archive (the extra `xrv`), `reader="torchxrayvision"` takes its rows and labels
-in place of those that are read here, which keep uncertain labels and what a set did not say;
-`spcxr_hf.data.archives.xrv` has a
-table of where the two differ. The other columns are read here in either case: it does not tell them.
-
 Nothing is decoded and no header is read: images are looked for, not opened. What each archive gives, and where a label
 is missing rather than absent, is said at its reader.
 """
@@ -38,7 +33,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import pyarrow as pa
 
@@ -62,17 +56,10 @@ from spcxr_hf.data.archives.findings import (
     read_vindr,
 )
 from spcxr_hf.data.archives.rows import Rows
-from spcxr_hf.data.archives.xrv import as_torchxrayvision
 from spcxr_hf.data.labels import LABELS_COLUMN, Uncertain, label_struct
-from spcxr_hf.data.manifests import (
-    Missing,
-    find_files,
-    radiographs,
-)
+from spcxr_hf.data.manifests import Missing, find_files, radiographs
 from spcxr_hf.data.table import PICTURE_SUFFIXES, RadiographTable, scan_pictures
 from spcxr_hf.errors import SpcxrError
-
-LabelReader = Literal["own", "torchxrayvision"]
 
 # ---- archives ----------------------------------------------------------------------------------------------------
 
@@ -104,7 +91,6 @@ def read_archive(
     *,
     uncertain: Uncertain = "ignore",
     missing: Missing = "error",
-    reader: LabelReader = "own",
 ) -> RadiographTable:
     """Read a public archive in its published layout.
 
@@ -114,27 +100,19 @@ def read_archive(
         uncertain: What becomes of labels that are uncertain: `ignore` (missing), `zero`, `one`.
         missing: `error`: every image that the archive's tables name must be there; `skip`: those that are not are left
             out with a warning, as after a partial download.
-        reader: `own`: all is read here; `torchxrayvision`: its rows and labels, of the archives that it has a reader
-            of (see above). It makes uncertain labels missing.
 
     Returns:
         A row per image, in the order of the archive's tables.
 
     Raises:
         SpcxrError: it is none of the archives, or not the named one (the message says what was expected); a table
-            cannot be read, lacks a column or names an image twice; an image is missing; there is no such reader, or
-            torchxrayvision cannot read the archive.
+            cannot be read, lacks a column or names an image twice; or an image is missing.
     """
     root = Path(folder)
     if not root.is_dir():
         raise SpcxrError(f"{root}: no such folder")
-    if reader not in get_args(LabelReader):
-        raise SpcxrError(f"reader must be {' or '.join(get_args(LabelReader))}; got {reader!r}")
-    if reader != "own" and uncertain != "ignore":
-        raise SpcxrError(f"{reader} makes uncertain labels missing; got uncertain={uncertain!r}")
     key, place = _find_archive(root, name)
-    table = _table_of(key, ARCHIVES[key].read(place), uncertain, missing)
-    return table if reader == "own" else as_torchxrayvision(table, key, place)
+    return _table_of(key, ARCHIVES[key].read(place), uncertain, missing)
 
 
 def _find_archive(root: Path, name: str | None) -> tuple[str, Path]:
