@@ -182,11 +182,7 @@ def write_json(path: str | os.PathLike, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file.
-
-    Raises:
-        SpcxrError: it is no JSON object; the message names the file.
-    """
+    """A JSON object; empty where there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -210,11 +206,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_png(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, atomically, with the research notice among its text chunks.
-
-    Raises:
-        SpcxrError: it cannot be written.
-    """
+    """Write a PNG, atomically, with the research notice among its text chunks."""
     from PIL.PngImagePlugin import PngInfo
 
     note = PngInfo()
@@ -249,11 +241,7 @@ def software_versions() -> str:
 
 
 def worker_count(workers: int | None = None) -> int:
-    """The size of a pool of threads: what was asked for, else the cores this process may use, at most `MAX_WORKERS`.
-
-    Raises:
-        SpcxrError: fewer than one was asked for.
-    """
+    """The size of a pool of threads: what was asked for, else the cores this process may use, at most `MAX_WORKERS`."""
     if workers is not None and workers < 1:
         raise SpcxrError(f"workers must be at least 1; got {workers}")
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

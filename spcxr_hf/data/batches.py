@@ -127,9 +127,6 @@ def batches(count: int, batch_size: int, seed: int, first_step: int, last_step: 
 
     Every epoch is a new permutation of 0 .. count - 1 that follows from the seed and the epoch alone; its incomplete
     last batch is dropped.
-
-    Raises:
-        SpcxrError: there are fewer images than one batch holds.
     """
     per_epoch = count // batch_size
     if per_epoch == 0:

@@ -97,9 +97,6 @@ def resolve(values: Sequence | np.ndarray, uncertain: Uncertain = "ignore", name
 
     Returns:
         The same shape, float32: 1, 0 or NaN.
-
-    Raises:
-        SpcxrError: another value, or a rule that does not exist.
     """
     if uncertain not in get_args(Uncertain):
         raise SpcxrError(f"uncertain must be {', '.join(get_args(Uncertain))}; got {uncertain!r}")
@@ -138,11 +135,7 @@ def label_struct(labels: Mapping[str, Sequence | np.ndarray], uncertain: Uncerta
 
 
 def parse_classes(words: Sequence[str]) -> dict[str, list[str]]:
-    """Class -> the labels that count as it, of words such as `normal` and `pneumonia=bacterial+viral`.
-
-    Raises:
-        SpcxrError: a class stands twice.
-    """
+    """Class -> the labels that count as it, of words such as `normal` and `pneumonia=bacterial+viral`."""
     pairs = [word.partition("=") for word in words]
     classes = {name: labels.split("+") if labels else [name] for name, _, labels in pairs}
     if len(classes) < len(words):
@@ -157,9 +150,6 @@ def names_in(cell: Any, multi_label: bool) -> list[str]:
         cell: A word or a number; a list of findings, which counts as `normal` where it is empty and `abnormal` else;
             with `multi_label` a list of the labels that hold, or a struct with a field for each; None or NaN: missing.
         multi_label: Whether labels may hold together.
-
-    Raises:
-        SpcxrError: labels may hold together, but the cell is neither list nor struct.
     """
     if cell is None or cell != cell:  # NaN
         return []
@@ -224,9 +214,6 @@ def label_matrix(tables: Any, names: Sequence[str] | None = None) -> np.ndarray:
 
     Returns:
         (n, labels) float32: 1, 0 or NaN (missing), columns in the order of `names`.
-
-    Raises:
-        SpcxrError: no table has a label of this name, or two names mean the same label.
     """
     parts = _tables(tables)
     known = labels_of(parts)

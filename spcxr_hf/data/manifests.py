@@ -184,11 +184,7 @@ def texts(table: pa.Table, column: str) -> list[str | None]:
 
 
 def numbers(table: pa.Table, column: str, path: str | os.PathLike) -> np.ndarray:
-    """A column as (n,) float64, NaN where there is none.
-
-    Raises:
-        SpcxrError: a cell is no number; the message names the file and the row.
-    """
+    """A column as (n,) float64, NaN where there is none."""
     values = table[column]
     if pa.types.is_nested(values.type):
         raise SpcxrError(f"{path}: {column} must be a column of numbers; it holds {values.type}")
@@ -220,11 +216,7 @@ def row_number(path: str | os.PathLike, row: int) -> int:
 
 
 def check_unique(values: Sequence[str], path: str | os.PathLike, what: str) -> None:
-    """Refuse a value that stands twice.
-
-    Raises:
-        SpcxrError: one does; the message names the file, the value and both rows.
-    """
+    """Refuse a value that stands twice."""
     if len(set(values)) == len(values):
         return
     first: dict[str, int] = {}
@@ -275,9 +267,6 @@ def find_files(paths: Sequence[str], where: Callable[[int], str], missing: Missi
         paths: (n,) files; one that is nowhere is "".
         where: row -> how messages name what asks for its file.
         missing: `error`: all must exist; `skip`: those that do not are left out, and logged as a warning.
-
-    Raises:
-        SpcxrError: one does not exist, or, with `skip`, none does; or there is no such rule.
     """
     if missing not in get_args(Missing):
         raise SpcxrError(f"missing must be {' or '.join(get_args(Missing))}; got {missing!r}")

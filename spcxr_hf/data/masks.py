@@ -47,9 +47,6 @@ def rle_mask(rle: str, size: int = SIIM_SIZE) -> np.ndarray:
 
     The code is pairs of numbers: pixels to pass over since the end of the last run, and pixels of the run; it goes down
     the columns, from the left. An empty code is an empty mask.
-
-    Raises:
-        SpcxrError: it is not whole pairs of numbers, or leaves the image.
     """
     words = rle.split()
     if len(words) % 2 or not all(word.isdecimal() for word in words):
@@ -72,9 +69,6 @@ def read_mask(masks: Sequence[Mapping[str, Any]], names: Sequence[str] | None = 
 
     Returns:
         None where the cell has none of them.
-
-    Raises:
-        SpcxrError: one cannot be read, or two differ in size; the message names the file.
     """
     union: np.ndarray | None = None
     for cell in masks:
@@ -132,9 +126,6 @@ def read_jsrt_image(path: str | os.PathLike) -> Image.Image:
 
     Returns:
         Mode `I;16`, 0 .. 65535, lungs dark and bones bright.
-
-    Raises:
-        SpcxrError: it is missing, of another size, or has values of more than 12 bits.
     """
     try:
         data = Path(path).read_bytes()
@@ -149,11 +140,7 @@ def read_jsrt_image(path: str | os.PathLike) -> Image.Image:
 
 
 def convert_jsrt(folder: str | os.PathLike, output: str | os.PathLike) -> list[Path]:
-    """Write every raw .IMG of JSRT below a folder as a 16-bit PNG into another; those that are there stay.
-
-    Raises:
-        SpcxrError: there are none, or one cannot be read.
-    """
+    """Write every raw .IMG of JSRT below a folder as a 16-bit PNG into another; those that are there stay."""
     raw = index_files(Path(folder), suffixes=[".img"])
     if not raw:
         raise SpcxrError(f"{folder}: no .IMG files")

@@ -137,11 +137,7 @@ def _reader_of_folder(path: Path) -> Callable[..., RadiographTable]:
 
 
 def read_ids(path: str | os.PathLike) -> set[str]:
-    """The ids in a text file, one a line; a line that begins with `#` is a comment.
-
-    Raises:
-        SpcxrError: the file cannot be read, or holds none.
-    """
+    """The ids in a text file, one a line; a line that begins with `#` is a comment."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -153,11 +149,7 @@ def read_ids(path: str | os.PathLike) -> set[str]:
 
 
 def write_ids(path: str | os.PathLike, ids: Sequence[str], comment: str) -> None:
-    """Write a file for `read_ids`: a comment, then the ids, sorted.
-
-    Raises:
-        SpcxrError: it cannot be written, or `read_ids` would not read an id as it is.
-    """
+    """Write a file for `read_ids`: a comment, then the ids, sorted."""
     odd = [name for name in ids if name.startswith("#") or name.splitlines() != [name.strip()]]
     if odd:
         raise SpcxrError(f"{path}: cannot hold the id {odd[0]!r}: it begins with #, is empty or has blanks around it")

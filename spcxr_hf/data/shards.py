@@ -87,11 +87,7 @@ class ShardIndex:
         return digest.hexdigest()[:16]
 
     def read(self, unit: int, start: int, stop: int, columns: Sequence[str]) -> list[Row]:
-        """The kept rows number `start` up to `stop` (excluded) of a unit, encoded; nothing else stays in memory.
-
-        Raises:
-            SpcxrError: the shard is gone, or damaged; the message names it.
-        """
+        """The kept rows number `start` up to `stop` (excluded) of a unit, encoded; nothing else stays in memory."""
         record = self.units[unit]
         path = self.files[record["file"]]
         at = int(record["kept_at"])

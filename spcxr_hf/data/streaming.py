@@ -126,9 +126,6 @@ def deal_streams(
     """Deal the rows to streams of equal length, to within one row: the shuffled units in a line, cut into `streams`.
 
     A unit that a cut goes through is read by both its streams, each keeping its own rows.
-
-    Raises:
-        SpcxrError: there are fewer rows than one step takes.
     """
     rows = len(index)
     if rows < streams * micro_batch_size:
@@ -180,11 +177,7 @@ class StreamedBatch(NamedTuple):
 
 
 def decode_image(row: Row, size: int) -> np.ndarray:
-    """The whole picture at size x size, (size, size) uint8 grey, by the rule of `spcxr_hf.data.table.decode_images`.
-
-    Raises:
-        SpcxrError: it cannot be read; the message names shard, row and cause.
-    """
+    """The whole picture at size x size, (size, size) uint8 grey, by the rule of `spcxr_hf.data.table.decode_images`."""
     if row.problem is not None:
         raise SpcxrError(row.problem)
     if row.image is None:
@@ -261,11 +254,7 @@ class StreamingRadiographs:
         return len(self.index)
 
     def streams(self, plan: StepPlan) -> list[MicroBatchStream]:
-        """This process's streams.
-
-        Raises:
-            SpcxrError: there are fewer rows than one step takes.
-        """
+        """This process's streams."""
         return deal_streams(self.index, plan.micro_batches, plan.micro_batch_size, plan.seed, self.window)[
             plan.process :: plan.processes
         ]

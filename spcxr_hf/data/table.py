@@ -59,11 +59,7 @@ class RadiographTable:
         return self.rows.num_rows
 
     def where(self, column: str, value: Any) -> RadiographTable:
-        """The rows that hold `value` in `column`.
-
-        Raises:
-            SpcxrError: there is no such column, or no such row, or its values are of another kind.
-        """
+        """The rows that hold `value` in `column`."""
         if column not in self.rows.column_names:
             raise SpcxrError(f"{self.name}: no column {column!r}; there are {', '.join(self.rows.column_names)}")
         try:
@@ -76,11 +72,7 @@ class RadiographTable:
         return RadiographTable(kept, f"{self.name}[{column}={value}]")
 
     def without(self, ids: Collection[str]) -> RadiographTable:
-        """The rows whose id is none of these.
-
-        Raises:
-            SpcxrError: no row is left, or none had such an id (the list is of another set then).
-        """
+        """The rows whose id is none of these."""
         kept = np.array([name not in ids for name in self.ids])
         if kept.all() and ids:
             raise SpcxrError(f"{self.name}: none of the {len(ids)} ids to leave out is in it ({min(ids)}, ...)")
@@ -96,11 +88,7 @@ class RadiographTable:
         return [f"row {row}" for row in range(len(self))]
 
     def column(self, name: str) -> list:
-        """The values of one column.
-
-        Raises:
-            SpcxrError: there is no such column.
-        """
+        """The values of one column."""
         if name not in self.rows.column_names:
             raise SpcxrError(f"{self.name}: no column {name!r}; there are {', '.join(self.rows.column_names)}")
         return self.rows[name].to_pylist()
@@ -145,9 +133,6 @@ def pictures_below(folder: Path, left_out: list[Path] | None = None) -> list[Pat
     Args:
         folder: The folder.
         left_out: Is extended by what was left out.
-
-    Raises:
-        SpcxrError: the folder cannot be read.
     """
     pictures, found = scan_pictures(folder)
     for what, files in found.items():
@@ -203,11 +188,7 @@ def _is_picture(file: Path) -> bool:
 
 
 def join_tables(tables: Sequence[RadiographTable], name: str | None = None) -> RadiographTable:
-    """The rows of all, one after the other; a column that one lacks is null there.
-
-    Raises:
-        SpcxrError: a column has one type here and another there.
-    """
+    """The rows of all, one after the other; a column that one lacks is null there."""
     name = name or (tables[0].name if len(tables) == 1 else f"{len(tables)} files")
     try:
         return RadiographTable(pa.concat_tables([table.rows for table in tables], promote_options="default"), name)
@@ -307,11 +288,7 @@ def _holds_pictures(kind: pa.DataType) -> bool:
 
 
 def open_image(cell: dict, name: str) -> Image.Image:
-    """The radiograph in one cell of the column `image`, mode L, as `read_radiograph` reads it, whatever it shows.
-
-    Raises:
-        SpcxrError: it cannot be read; the message holds `name` and the cause.
-    """
+    """The radiograph in one cell of the column `image`, mode L, as `read_radiograph` reads it, whatever it shows."""
     return read_radiograph(_source_of(cell, name), strict=None)
 
 
@@ -330,21 +307,13 @@ def _source_of(cell: dict, name: str) -> str | io.BytesIO:
 
 
 def check_name(path: str) -> None:
-    r"""Refuse the name of a file as `as_text` writes it, with `\xe9` for a byte that is no UTF-8.
-
-    Raises:
-        SpcxrError: it is one, and there is no file of just this name.
-    """
+    r"""Refuse the name of a file as `as_text` writes it, with `\xe9` for a byte that is no UTF-8."""
     if "\\x" in path and not Path(path).exists():
         raise SpcxrError(f"{printable(path)}: a name that is no UTF-8 cannot be kept in a table; rename the file")
 
 
 def open_mask(cell: dict | None, name: str) -> Image.Image:
-    """The lung mask in one cell of the column `lung_mask`, mode L: 255 on the lungs, 0 elsewhere.
-
-    Raises:
-        SpcxrError: there is none, or it cannot be read; the message holds `name`.
-    """
+    """The lung mask in one cell of the column `lung_mask`, mode L: 255 on the lungs, 0 elsewhere."""
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise SpcxrError(f"{name}: no lung mask in this row")
     if cell["bytes"] is None:
@@ -459,9 +428,6 @@ def check_broken(name: str, causes: Sequence[str], count: int, on_error: OnError
         name: What to call the set.
         causes: Of each broken file; the first is told.
         count: Files of the set, or of the part of it that was looked at.
-
-    Raises:
-        SpcxrError: there are more.
     """
     if on_error not in get_args(OnError):
         raise SpcxrError(f"on_error must be {' or '.join(get_args(OnError))}; got {on_error!r}")
@@ -477,19 +443,12 @@ def decode_images(table: RadiographTable, size: int, cache: str | os.PathLike | 
     Args:
         cache: A folder to keep the result in, for the next start: one `.npy` file per set and size, mapped, and a
             `.json` with its checksum; a damaged one is made anew.
-
-    Raises:
-        SpcxrError: an image cannot be read; the message names its row.
     """
     return decode_set(table, size, cache).images
 
 
 def decode_masks(table: RadiographTable, size: int) -> torch.Tensor:
-    """Decode every lung mask (column `lung_mask`), nearest neighbour: (n, size, size) booleans, true on the lungs.
-
-    Raises:
-        SpcxrError: a row has no mask, or one that cannot be read.
-    """
+    """Decode every lung mask (column `lung_mask`), nearest neighbour: (n, size, size) booleans, true on the lungs."""
     pixels, broken = _decode(table, "lung_mask", _decode_mask, size, None)
     check_broken(table.name, [broken[row] for row in sorted(broken)], len(table), "stop")
     return pixels.squeeze(1) > 127
@@ -559,11 +518,7 @@ def read_cache(file: Path, shape: Sequence[int]) -> tuple[np.ndarray, dict[str, 
 
 
 def write_cache(file: Path, pixels: np.ndarray, **kept: Any) -> None:
-    """Keep pixels (uint8) and, as JSON, their checksum and what else belongs to them.
-
-    Raises:
-        SpcxrError: they cannot be written.
-    """
+    """Keep pixels (uint8) and, as JSON, their checksum and what else belongs to them."""
     with atomic_file(file) as partial, partial.open("wb") as stream:
         np.save(stream, pixels)
     write_json(file.with_suffix(".json"), {"crc32": zlib.crc32(np.ascontiguousarray(pixels)), **kept})
@@ -588,9 +543,6 @@ def fingerprint_rows(table: RadiographTable, columns: Sequence[str] = ()) -> str
     Args:
         table: The set. The order of its rows counts, each row's id, and the size of its encoded image.
         columns: Labels and whatever else counts; of a column of pictures (masks) the sizes count.
-
-    Raises:
-        SpcxrError: there is no such column.
     """
     parts: list[list] = [table.ids]
     for name in ("image", *columns):

@@ -29,9 +29,6 @@ def bootstrap_interval(
 
     Returns:
         Lower and upper end.
-
-    Raises:
-        SpcxrError: no values, a value that is not finite, groups of another length, or a number out of range.
     """
     figures = np.asarray(values, dtype=np.float64)
     if figures.ndim != 1 or not figures.size or not np.isfinite(figures).all():
@@ -91,9 +88,6 @@ def bootstrap_draws(
 
     Returns:
         (resamples, ...) float64, NaN where the statistic is not defined.
-
-    Raises:
-        SpcxrError: no rows, groups of another length, or no resamples.
     """
     _check_bootstrap(count, groups, resamples, "rows")
     # One draw at a time: all at once would take count x resamples of memory.
@@ -109,9 +103,6 @@ def patient_groups(patients: Sequence[Hashable] | None, count: int) -> list[Hash
 
     Returns:
         (count,) groups for `bootstrap`; None, every row by itself, where `patients` is None.
-
-    Raises:
-        SpcxrError: there are more or fewer patients than rows.
     """
     if patients is None:
         return None

@@ -56,9 +56,6 @@ def fit_temperature(logits: torch.Tensor, targets: torch.Tensor, multi_label: bo
 
     Returns:
         Between 1 / 1000 and 1000: one of them where the cross-entropy has no least value, as where every row is right.
-
-    Raises:
-        SpcxrError: the shapes differ, there are no rows, or a logit is not finite.
     """
     values, known = _checked(logits, targets)
     wanted = torch.where(known, targets.double(), 0.0)
@@ -154,11 +151,7 @@ def fold_into_head(model: Any, calibration: Calibration) -> None:
 
 
 def target_columns(target: str, names: Sequence[str]) -> list[int]:
-    """The columns of a target: a label, or labels joined by " + ".
-
-    Raises:
-        SpcxrError: it names something that is no label.
-    """
+    """The columns of a target: a label, or labels joined by " + "."""
     parts = [target] if target in names else target.split(JOIN)
     unknown = [part for part in parts if part not in names]
     if unknown:
@@ -184,9 +177,6 @@ def operating_points(
 
     Returns:
         Target -> name -> threshold, as `SpcxrConfig.operating_points`; a target without both sides is left out.
-
-    Raises:
-        SpcxrError: a sum names something that is no label.
     """
     found = {}
     for target in (*names, *sums):
@@ -277,9 +267,6 @@ def set_operating_points(config: Any, points: Mapping[str, Mapping[str, float]],
         config: Changed in place.
         points: As of `operating_points`.
         default: The name that is used by default; none where there are no points.
-
-    Raises:
-        SpcxrError: it refuses them.
     """
     config.operating_points = {target: dict(values) for target, values in points.items()} or None
     config.operating_point = default if points else None

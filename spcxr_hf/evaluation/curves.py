@@ -166,9 +166,6 @@ def reliability(
         probabilities: (n,) of one label; for classes that exclude each other, of the most probable one.
         targets: (n,) 1, 0 or NaN (left out): whether the label holds, or the most probable class is right.
         bins: Number of bins of equal width.
-
-    Raises:
-        SpcxrError: the lengths differ, a value is out of range, or no target is known.
     """
     error = expected_calibration_error(probabilities, targets, bins)
     values, truth = np.asarray(probabilities, dtype=np.float64), np.asarray(targets, dtype=np.float64)
@@ -191,11 +188,7 @@ def wilson_interval(shares: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray,
 
 
 def confusion(truths: Sequence[int] | np.ndarray, predictions: Sequence[int] | np.ndarray, classes: int) -> np.ndarray:
-    """(classes, classes) counts: row, the true class; column, the predicted one.
-
-    Raises:
-        SpcxrError: the lengths differ, or a number is no class.
-    """
+    """(classes, classes) counts: row, the true class; column, the predicted one."""
     true, predicted = np.asarray(truths), np.asarray(predictions)
     if true.shape != predicted.shape or true.ndim != 1:
         raise SpcxrError(f"truths and predictions must be (n,) both; got {true.shape} and {predicted.shape}")
@@ -229,9 +222,6 @@ def label_efficiency(rows: Sequence[dict], metric: str) -> dict[str, Efficiency]
         rows: Each with `fraction` (of the labels, in (0, 1]), `seed`, `init` ("pretrained", "scratch", ...) and the
             metric.
         metric: The key of the value to draw.
-
-    Raises:
-        SpcxrError: there are no rows, one lacks a key, a value is no number, or the same run stands there twice.
     """
     if not rows:
         raise SpcxrError("label efficiency: there are no rows")
@@ -267,9 +257,6 @@ def read_results(path: Path, task: str | None = None) -> list[dict]:
     Args:
         path: The file.
         task: Whose rows to take from the results of `evidence.py`; those of other files are of one task.
-
-    Raises:
-        SpcxrError: the file cannot be read, or holds no such rows.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

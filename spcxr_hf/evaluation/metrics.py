@@ -40,9 +40,6 @@ def dice(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (...) float64 in 0 .. 1; 1 where both masks are empty.
-
-    Raises:
-        SpcxrError: the shapes differ, or a mask is not boolean.
     """
     overlap, size, _ = _areas(prediction, target)
     return torch.where(size > 0, 2 * overlap / size.clamp(min=1), 1.0)
@@ -57,9 +54,6 @@ def iou(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (...) float64 in 0 .. 1; 1 where both masks are empty.
-
-    Raises:
-        SpcxrError: the shapes differ, or a mask is not boolean.
     """
     overlap, _, union = _areas(prediction, target)
     return torch.where(union > 0, overlap / union.clamp(min=1), 1.0)
@@ -152,9 +146,6 @@ def average_precision(scores: Values, targets: Values) -> float:
 
     Returns:
         In 0 .. 1, or NaN where the labels hold one class only.
-
-    Raises:
-        SpcxrError: as `auroc`.
     """
     known_scores, known = _known(scores, targets)
     return float(_sklearn().average_precision_score(known, known_scores)) if _both(known) else math.nan
@@ -174,9 +165,6 @@ def sensitivity_at_specificity(scores: Values, targets: Values, specificity: flo
 
     Returns:
         In 0 .. 1, or NaN where the labels hold one class only.
-
-    Raises:
-        SpcxrError: as `auroc`, or the specificity is out of range.
     """
     _check_specificity(specificity)
     known_scores, known = _known(scores, targets)
@@ -196,9 +184,6 @@ def brier_score(probabilities: Values, targets: Values) -> float:
     Returns:
         The mean of (p - y)^2 for a label and for two classes, in 0 .. 1; for more classes Brier's own form, the sum of
         the squares over the classes, in 0 .. 2. Lower is better. NaN where every target is missing.
-
-    Raises:
-        SpcxrError: a shape, a probability or a target is refused; the message says which.
     """
     return _calibration(probabilities, targets, 15).figures()[0]
 
@@ -227,11 +212,7 @@ def expected_calibration_error(probabilities: Values, targets: Values, bins: int
 
 
 def check_packages() -> None:
-    """Refuse, before work that may take hours, what `auroc` and `average_precision` would refuse after it.
-
-    Raises:
-        SpcxrError: scikit-learn is missing.
-    """
+    """Refuse, before work that may take hours, what `auroc` and `average_precision` would refuse after it."""
     _sklearn()
 
 

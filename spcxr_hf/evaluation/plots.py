@@ -53,11 +53,7 @@ PANEL = 3.0  # inches
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG; its folders are made.
-
-    Raises:
-        SpcxrError: the file cannot be written.
-    """
+    """Write a figure as PNG; its folders are made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(to_png(figure))
@@ -237,9 +233,6 @@ def draw_contact_sheet(tiles: Sequence[tuple[np.ndarray, str]], columns: int = 4
         tiles: (H, W) grey or (H, W, 3) colour, 0 .. 1, of any sizes, and the words, at most three short lines.
         columns: How many stand in a row.
         title: Over the sheet.
-
-    Raises:
-        SpcxrError: there are no pictures.
     """
     if not tiles:
         raise SpcxrError("a contact sheet needs at least one picture")
@@ -280,9 +273,6 @@ def draw_reconstructions(
     Returns:
         Columns clean, corrupted, reconstructed (all of the picture) and absolute error, which is white from a quarter
         of the range of grey values on. Words beside each row give the mean error over the corrupted pixels.
-
-    Raises:
-        SpcxrError: the model does not reconstruct, or the images or fill modes are refused.
     """
     if not hasattr(model, "reconstruction_head"):
         raise SpcxrError(f"{type(model).__name__} has no reconstruction head")

@@ -65,9 +65,6 @@ def select_rows(
         classes: Class -> the labels that count as it, as of `labels.parse_classes`. A label may count as several, as
             where `abnormal` is any of the findings that are classes themselves.
         multi_label: Whether labels may hold together.
-
-    Raises:
-        SpcxrError: there is no such column, no such row, or none with a label that is one of the classes.
     """
     rows = table.where(split_column, split)
     targets = torch.tensor([targets_of(cell, classes, multi_label) for cell in rows.column(label_column)])
@@ -85,9 +82,6 @@ def leave_out_broken(
 
     Returns:
         The rows that are left of each split, and id -> cause of the others; with "stop" all of them, unread.
-
-    Raises:
-        SpcxrError: more than half of a split's images cannot be read.
     """
     if on_error == "stop":
         return dict(splits), {}
@@ -101,11 +95,7 @@ def leave_out_broken(
 
 
 def open_images(table: RadiographTable) -> Iterator[Image.Image]:
-    """The pictures of these rows, one by one.
-
-    Raises:
-        SpcxrError: one cannot be read; the message names its row.
-    """
+    """The pictures of these rows, one by one."""
     names = table.ids
     for row, cell in enumerate(table.rows["image"]):
         yield open_image(cell.as_py(), f"{table.name}: {names[row]}")
@@ -134,9 +124,6 @@ def match_classes(source: str, names: Sequence[str], given: Mapping[str, list[st
         source: The model, for messages.
         names: Its classes.
         given: As of `labels.parse_classes`; empty for the default.
-
-    Raises:
-        SpcxrError: the classes that are given are not the model's.
     """
     given = given or {name: [name] for name in names}
     if sorted(given) != sorted(names):

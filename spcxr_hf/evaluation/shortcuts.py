@@ -55,9 +55,6 @@ def choose_probe(
 
     Returns:
         From images (n, 1, S, S) uint8 to probabilities (n, classes).
-
-    Raises:
-        SpcxrError: scikit-learn is missing.
     """
     mean, std = found["train"].mean(axis=0), found["train"].std(axis=0) + 1e-6
     scaled = {name: (values - mean) / std for name, values in found.items()}
@@ -152,9 +149,6 @@ def aurocs(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     Returns:
         (rankings,); NaN without both sides.
-
-    Raises:
-        SpcxrError: SciPy is missing.
     """
     try:
         from scipy.stats import rankdata

@@ -26,11 +26,7 @@ TOLERANCE = 1e-4
 
 
 def record_outputs(folder: Path) -> Path:
-    """Write what the checkpoint in `folder` gives for the made picture to `folder/expected_outputs.json`.
-
-    Raises:
-        SpcxrError: it does not load, or not completely.
-    """
+    """Write what the checkpoint in `folder` gives for the made picture to `folder/expected_outputs.json`."""
     path = folder / RECORD
     path.write_text(json.dumps(summarise(made_outputs(folder)), indent=1) + "\n", encoding="utf-8")
     return path
@@ -79,11 +75,7 @@ def made_picture(height: int, width: int) -> np.ndarray:
 
 @torch.no_grad()
 def made_outputs(folder: Path) -> dict[str, torch.Tensor]:
-    """The pixel values of the made picture, and every output of `AutoModel` and of the checkpoint's own class.
-
-    Raises:
-        SpcxrError: the folder does not load without a network, or not completely.
-    """
+    """The pixel values of the made picture, and every output of `AutoModel` and of the checkpoint's own class."""
     config = load_config(str(folder), any_family=False)
     classes = {"AutoModel": AutoModel, own_class(config).__name__: own_class(config)}
     models = {name: load_network(one, str(folder))[0].eval() for name, one in classes.items()}

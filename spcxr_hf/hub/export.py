@@ -94,11 +94,7 @@ def _one_value(values: Any, name: str) -> float:
 
 
 def check_channels(source: Source, num_channels: int) -> None:
-    """Refuse a number of channels that the exported model cannot have.
-
-    Raises:
-        SpcxrError: it is neither 1 nor 3, or 1 of a model that takes 3.
-    """
+    """Refuse a number of channels that the exported model cannot have."""
     if num_channels not in (1, 3) or num_channels < source.model.config.num_channels:
         raise SpcxrError(
             f"{source.name}: num_channels must be {source.model.config.num_channels} or 3; got {num_channels}"

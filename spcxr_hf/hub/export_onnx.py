@@ -243,9 +243,6 @@ def read_metadata(file: str | os.PathLike) -> dict[str, Any]:
     """What `export_onnx` wrote into a file: task, labels, image_size, image_mean, image_std, notice, ...
 
     Names with a dot are other tools' own notes and left out.
-
-    Raises:
-        SpcxrError: ONNX is not installed, or the file cannot be read.
     """
     onnx = _import_onnx()
     try:

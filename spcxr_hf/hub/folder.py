@@ -94,22 +94,14 @@ def content_revision(hashes: dict[str, str]) -> str:
 
 
 def write_code(folder: Path) -> None:
-    """Write the installed package's code beside the weights, for `trust_remote_code=True` and Inference Endpoints.
-
-    Raises:
-        SpcxrError: the folder cannot be written.
-    """
+    """Write the installed package's code beside the weights, for `trust_remote_code=True` and Inference Endpoints."""
     for name, source in CODE.items():
         with atomic_file(folder / name) as partial:
             partial.write_bytes(source.read_bytes())
 
 
 def given_or_bundled(folder: str | os.PathLike | None) -> Path:
-    """`folder`, or `model_cards/` of the source tree that this package was installed from.
-
-    Raises:
-        SpcxrError: neither: the package was installed from a wheel, which has no checkpoints.
-    """
+    """`folder`, or `model_cards/` of the source tree that this package was installed from."""
     if folder is not None:
         return Path(folder)
     if not BUNDLED.is_dir():
@@ -121,11 +113,7 @@ def given_or_bundled(folder: str | os.PathLike | None) -> Path:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The folders in `folder`, by name, hidden ones left out.
-
-    Raises:
-        SpcxrError: there is none, or `folder` is a checkpoint itself.
-    """
+    """The folders in `folder`, by name, hidden ones left out."""
     if not folder.is_dir():
         raise SpcxrError(f"{folder}: no such folder")
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
@@ -209,11 +197,7 @@ def may_be_pickle(path: Path) -> bool:
 
 
 def check_safetensors(path: Path) -> None:
-    """Refuse a safetensors file whose header is oversized, malformed, or does not fit the file.
-
-    Raises:
-        SpcxrError: it is so.
-    """
+    """Refuse a safetensors file whose header is oversized, malformed, or does not fit the file."""
     words = f"{path}: damaged, cut short or no safetensors file"
     size = header_size(path)
     if size > LARGEST_HEADER:

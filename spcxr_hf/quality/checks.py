@@ -71,11 +71,7 @@ class SplitArguments(SetArguments):
 
 
 def for_pretraining(table: RadiographTable, splits: Sequence[str] = (), split_column: str = "split") -> RadiographTable:
-    """The rows of these splits; without any, the rows whose column `pretrain` is true.
-
-    Raises:
-        SpcxrError: there is no such column, or no such row.
-    """
+    """The rows of these splits; without any, the rows whose column `pretrain` is true."""
     if splits:
         parts = [table.where(split_column, split) for split in dict.fromkeys(splits)]
         return RadiographTable(pa.concat_tables(part.rows for part in parts), f"{table.name}[{'+'.join(splits)}]")
@@ -163,9 +159,6 @@ def write_skipped(target: str | os.PathLike | None, skipped: Mapping[str, str], 
         target: The folder of a run, or a results file beside which it goes; None: the files are printed.
         skipped: Id -> cause, of this process.
         processes: Those that were started together.
-
-    Raises:
-        SpcxrError: the file cannot be written.
     """
     together = processes is not None and processes.num_processes > 1
     shares = gather_object([dict(skipped)]) if together else [dict(skipped)]

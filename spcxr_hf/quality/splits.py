@@ -65,9 +65,6 @@ def with_splits(table: RadiographTable, column: str, seed: int = 0) -> Radiograp
     """The set with a column of splits: its own, else its column `split`, else one that `split_by_patient` draws.
 
     The same set always gets the same splits; that they are drawn is told in one line.
-
-    Raises:
-        SpcxrError: as `split_by_patient`.
     """
     if column in table.rows.column_names:
         return table

@@ -193,9 +193,6 @@ def fill_from_recipe(arguments: Any, recipe: Path, **otherwise: Any) -> None:
         arguments: A dataclass; its fields are changed in place.
         recipe: The recipe; it need not exist.
         otherwise: Field -> value where the recipe has none either.
-
-    Raises:
-        SpcxrError: as `read_recipe`, if the file exists.
     """
     known = read_recipe(recipe) if recipe.is_file() else {}
     for name, value in otherwise.items():
@@ -225,9 +222,6 @@ def check_values(
     Args:
         choices: Flag -> its values.
         ranges: Flag -> an interval, as "[0, 1)" or "[1, inf)"; every item of a list must lie in it.
-
-    Raises:
-        SpcxrError: the message names the flag, what it may be and what it is.
     """
     for name, allowed in (choices or {}).items():
         if (value := getattr(arguments, name)) is not None and value not in allowed:
@@ -318,11 +312,7 @@ class FineTuningArguments(RunArguments):
 
 
 def check_run(arguments: RunArguments) -> None:
-    """Refuse a command line that would fail late.
-
-    Raises:
-        SpcxrError: a value is out of its range; the message names it.
-    """
+    """Refuse a command line that would fail late."""
     check_values(
         arguments,
         {"cache": ("none", "memory", "device"), "mixed_precision": ("no", "bf16", "fp16")},
@@ -348,11 +338,7 @@ def check_run(arguments: RunArguments) -> None:
 
 
 def keep_recipe(output: Path, arguments: RunArguments) -> None:
-    """Write the resolved recipe into the run's folder; warn if its checkpoints were trained with another recipe.
-
-    Raises:
-        SpcxrError: it cannot be written.
-    """
+    """Write the resolved recipe into the run's folder; warn if its checkpoints were trained with another recipe."""
     path, checkpoints = output / "recipe.yaml", list_checkpoints(output)
     try:
         before = read_recipe(path) if checkpoints else {}

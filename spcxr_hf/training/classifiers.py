@@ -121,9 +121,6 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float) -> None:
         model: Changed in place.
         rank: Of every adapter, at least 1.
         alpha: An adapter's output is scaled by this / rank.
-
-    Raises:
-        SpcxrError: peft is missing, or the encoder has no linear layer.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -41,9 +41,6 @@ class Components(NamedTuple):
         """The first components of features (n, D), scaled half-way to unit variance, to a mean variance of 1.
 
         Unscaled, the first few would be the whole loss; at unit variance, noise would be most of it.
-
-        Raises:
-            SpcxrError: the features have fewer dimensions.
         """
         if count > features.shape[1]:
             raise SpcxrError(f"the teacher's features have {features.shape[1]} dimensions; {count} components are more")
@@ -80,9 +77,6 @@ def teacher_targets(
 
     Returns:
         `teacher_local` (n, N, K) float16, row by row, and `teacher_pooled` (n, K) float32.
-
-    Raises:
-        SpcxrError: there is no such model, or its features have fewer dimensions.
     """
     key = hashlib.sha256(f"{model} {components} {len(images)}".encode()).hexdigest()[:12]
     files = {

@@ -31,11 +31,7 @@ class LinearHead(NamedTuple):
 
 
 def final_layer(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer that gives the logits.
-
-    Raises:
-        SpcxrError: the model has none, or several, outside its encoder.
-    """
+    """The linear layer that gives the logits."""
     inside = {id(module) for module in model.base_model.modules()}
     layers = [
         module

@@ -22,11 +22,7 @@ from spcxr_hf.modeling.configuration_spcxr import SpcxrConfig
 
 
 def new_config(size: str, **overrides: Any) -> SpcxrConfig:
-    """The preset of that name with other values.
-
-    Raises:
-        SpcxrError: the size or a value is refused; the message names it.
-    """
+    """The preset of that name with other values."""
     try:
         return SpcxrConfig.from_size(cast(Any, size), **overrides)
     except (StrictDataclassError, ValueError) as error:
@@ -81,9 +77,6 @@ def layerwise_groups(
 
     Returns:
         Groups for AdamW, each with its "scale", which `set_schedule` multiplies the learning rate by.
-
-    Raises:
-        SpcxrError: `layer_decay` is out of range.
     """
     if not 0 < layer_decay <= 1:
         raise SpcxrError(f"layer_decay must lie in (0, 1]; got {layer_decay}")

@@ -26,9 +26,6 @@ def write_report(
         figures: Results by name, in order.
         recipe: The resolved command line; paths are left out, since they may identify people and machines.
         pictures: Names of PNG files in the folder; missing ones are left out.
-
-    Raises:
-        SpcxrError: the folder cannot be written to.
     """
     lines = [f"# {title}", "", *_table(("figure", "value"), figures), ""]
     lines += [f"![{Path(name).stem}]({name})\n" for name in pictures if (folder / name).is_file()]

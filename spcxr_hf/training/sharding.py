@@ -34,11 +34,7 @@ class Shards:
     """
 
     def __init__(self, whole: PreTrainedModel, optimizer: torch.optim.AdamW, device: torch.device):
-        """Shard `whole` and the moments of `optimizer`, whose groups hold its parameters, and empty both.
-
-        Raises:
-            SpcxrError: this torch cannot shard on this device.
-        """
+        """Shard `whole` and the moments of `optimizer`, whose groups hold its parameters, and empty both."""
         if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
             raise SpcxrError(f"fsdp: torch {torch.__version__} shards on GPUs only; on a CPU it takes a newer one")
         self.whole, self._whole_optimizer, self._device = whole, optimizer, device
