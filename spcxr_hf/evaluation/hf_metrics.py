@@ -21,7 +21,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.evaluation import metrics
@@ -64,6 +63,7 @@ class _Metric(Metric):
     """What the metrics share; a subclass says what its figure is on some of the rows."""
 
     key: ClassVar[str]  # what `compute` calls the figure
+    figure: ClassVar[Callable[..., float]]  # of predictions and references, one label or one image at a time
     inputs: ClassVar[list[tuple]]  # forms that (predictions, references) may have
     inputs_text: ClassVar[str]
     options_text: ClassVar[str] = ""
@@ -173,20 +173,17 @@ class _LabelMetric(_Metric):
         if scores.ndim == 2 and truth.ndim == 1:
             truth = truth.astype(np.int64) if self.over_classes else _one_against_rest(truth, scores.shape[1])
         if scores.ndim == 1 or truth.ndim == 1:
-            self._figure(scores, truth, **options)
-            return lambda rows: self._figure(scores[rows], truth[rows], **options), {}
+            self.figure(scores, truth, **options)
+            return lambda rows: self.figure(scores[rows], truth[rows], **options), {}
         if scores.shape != truth.shape:
             raise SpcxrError(f"predictions and references differ: {scores.shape} and {truth.shape}")
-        per_label = [self._figure(p, y, **options) for p, y in zip(scores.T, truth.T, strict=True)]
+        per_label = [self.figure(p, y, **options) for p, y in zip(scores.T, truth.T, strict=True)]
         kept = np.flatnonzero(~np.isnan(per_label))
 
         def mean(rows: np.ndarray) -> float:
-            return _mean([self._figure(scores[rows, one], truth[rows, one], **options) for one in kept])
+            return _mean([self.figure(scores[rows, one], truth[rows, one], **options) for one in kept])
 
         return mean, {f"{self.key}_per_label": [_or_none(value) for value in per_label]}
-
-    def _figure(self, scores: np.ndarray, targets: np.ndarray) -> float:
-        raise NotImplementedError
 
 
 class Auroc(_LabelMetric):
@@ -197,9 +194,7 @@ class Auroc(_LabelMetric):
     """
 
     key = "auroc"
-
-    def _figure(self, scores: np.ndarray, targets: np.ndarray) -> float:
-        return metrics.auroc(scores, targets)
+    figure = staticmethod(metrics.auroc)
 
 
 class AveragePrecision(_LabelMetric):
@@ -210,9 +205,7 @@ class AveragePrecision(_LabelMetric):
     """
 
     key = "average_precision"
-
-    def _figure(self, scores: np.ndarray, targets: np.ndarray) -> float:
-        return metrics.average_precision(scores, targets)
+    figure = staticmethod(metrics.average_precision)
 
 
 class SensitivityAtSpecificity(_LabelMetric):
@@ -224,9 +217,7 @@ class SensitivityAtSpecificity(_LabelMetric):
 
     key = "sensitivity_at_specificity"
     options_text = "    specificity: In 0 .. 1, by default 0.90.\n"
-
-    def _figure(self, scores: np.ndarray, targets: np.ndarray, specificity: float = 0.90) -> float:
-        return metrics.sensitivity_at_specificity(scores, targets, specificity)
+    figure = staticmethod(metrics.sensitivity_at_specificity)
 
 
 class BrierScore(_LabelMetric):
@@ -238,9 +229,7 @@ class BrierScore(_LabelMetric):
 
     key = "brier"
     over_classes = True
-
-    def _figure(self, scores: np.ndarray, targets: np.ndarray) -> float:
-        return metrics.brier_score(scores, targets)
+    figure = staticmethod(metrics.brier_score)
 
 
 class ExpectedCalibrationError(_LabelMetric):
@@ -253,9 +242,7 @@ class ExpectedCalibrationError(_LabelMetric):
     key = "ece"
     over_classes = True
     options_text = "    bins: Number of bins of equal width, by default 15.\n"
-
-    def _figure(self, scores: np.ndarray, targets: np.ndarray, bins: int = 15) -> float:
-        return metrics.expected_calibration_error(scores, targets, bins)
+    figure = staticmethod(metrics.expected_calibration_error)
 
 
 def _stacked(values: Any, what: str) -> np.ndarray:
@@ -282,30 +269,25 @@ class _MaskMetric(_Metric):
     collected_as = "numpy"  # a list of lists of booleans takes sixty times the memory
 
     def _judge(self, predictions: Any, references: Any, **options: Any) -> tuple[Figure, dict]:
-        pairs = zip(predictions, references, strict=True)
-        figures = np.array([self._figure(_mask(a), _mask(b), **options) for a, b in pairs])
-        return lambda rows: _mean(figures[rows]), {}
-
-    def _figure(self, prediction: np.ndarray, target: np.ndarray) -> float:
-        raise NotImplementedError
+        pairs = ([np.array(rows, dtype=bool) for rows in pair] for pair in zip(predictions, references, strict=True))
+        figures = np.array([float(self.figure(*pair, **options)) for pair in pairs])
+        finite = np.isfinite(figures)
+        told = {"hausdorff95_infinite": int((~finite).sum())} if self.key == "hausdorff95" else {}
+        return lambda rows: _mean(figures[rows][finite[rows]]), told
 
 
 class DiceScore(_MaskMetric):
     """Dice coefficient, the mean over the images; 1 where both masks are empty. `compute` returns "dice"."""
 
     key = "dice"
-
-    def _figure(self, prediction: np.ndarray, target: np.ndarray) -> float:
-        return metrics.dice(torch.from_numpy(prediction), torch.from_numpy(target)).item()
+    figure = staticmethod(metrics.dice)
 
 
 class IouScore(_MaskMetric):
     """Intersection over union, the mean over the images; 1 where both masks are empty. `compute` returns "iou"."""
 
     key = "iou"
-
-    def _figure(self, prediction: np.ndarray, target: np.ndarray) -> float:
-        return metrics.iou(torch.from_numpy(prediction), torch.from_numpy(target)).item()
+    figure = staticmethod(metrics.iou)
 
 
 class Hausdorff95(_MaskMetric):
@@ -315,15 +297,5 @@ class Hausdorff95(_MaskMetric):
     """
 
     key = "hausdorff95"
+    figure = staticmethod(metrics.hausdorff95)
     options_text = "    spacing: Height and width of a pixel of every image; by default the distance is in pixels.\n"
-
-    def _judge(self, predictions: Any, references: Any, **options: Any) -> tuple[Figure, dict]:
-        pairs = zip(predictions, references, strict=True)
-        figures = np.array([metrics.hausdorff95(_mask(a), _mask(b), **options) for a, b in pairs])
-        finite = np.isfinite(figures)
-        return lambda rows: _mean(figures[rows][finite[rows]]), {"hausdorff95_infinite": int((~finite).sum())}
-
-
-def _mask(rows: np.ndarray) -> np.ndarray:
-    """(H, W) booleans that may be written to, as torch wants them."""
-    return np.array(rows, dtype=bool)

@@ -20,6 +20,7 @@ from spcxr_hf.errors import SpcxrError
 from spcxr_hf.evaluation.bootstrap import bootstrap_draws, patient_groups, percentiles
 
 Values = Sequence | np.ndarray | torch.Tensor
+Mask = np.ndarray | torch.Tensor
 
 RANKING = ("auroc", "average_precision", "sensitivity_at_specificity")
 CALIBRATION = ("brier", "ece")
@@ -31,36 +32,24 @@ ROW_SUM_TOLERANCE = 0.01  # a softmax in bfloat16 misses 1 by up to 0.004
 # ---- masks -----------------------------------------------------------------------------------------------------
 
 
-def dice(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def dice(prediction: Mask, target: Mask) -> torch.Tensor:
     """Dice coefficient of each mask, 2 |A and B| / (|A| + |B|) (Dice, Ecology 26, 1945).
 
-    Args:
-        prediction: (..., H, W) booleans.
-        target: (..., H, W) booleans, the same shape.
-
-    Returns:
-        (...) float64 in 0 .. 1; 1 where both masks are empty.
+    Both are (..., H, W) booleans. The result is (...) float64 in 0 .. 1; 1 where both masks are empty.
     """
     overlap, size, _ = _areas(prediction, target)
     return torch.where(size > 0, 2 * overlap / size.clamp(min=1), 1.0)
 
 
-def iou(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of each mask, |A and B| / |A or B| (Jaccard, New Phytologist 11, 1912).
-
-    Args:
-        prediction: (..., H, W) booleans.
-        target: (..., H, W) booleans, the same shape.
-
-    Returns:
-        (...) float64 in 0 .. 1; 1 where both masks are empty.
-    """
+def iou(prediction: Mask, target: Mask) -> torch.Tensor:
+    """Intersection over union of each mask, |A and B| / |A or B| (Jaccard, New Phytologist 11, 1912), as `dice`."""
     overlap, _, union = _areas(prediction, target)
     return torch.where(union > 0, overlap / union.clamp(min=1), 1.0)
 
 
-def _areas(prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _areas(prediction: Mask, target: Mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pixels in both masks, the sum of their pixels, and pixels in either; (...) float64 each."""
+    prediction, target = torch.as_tensor(prediction), torch.as_tensor(target)
     if prediction.shape != target.shape or prediction.dim() < 2:
         raise SpcxrError(
             f"masks must be (..., H, W) of one shape; got {tuple(prediction.shape)} and {tuple(target.shape)}"
@@ -72,9 +61,7 @@ def _areas(prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor
     return overlap, size, size - overlap
 
 
-def hausdorff95(
-    prediction: np.ndarray | torch.Tensor, target: np.ndarray | torch.Tensor, spacing: Sequence[float] = (1.0, 1.0)
-) -> float:
+def hausdorff95(prediction: Mask, target: Mask, spacing: Sequence[float] = (1.0, 1.0)) -> float:
     """95 % Hausdorff distance of two masks: the larger of the two directed 95th percentiles of surface distances.
 
     The surface of a mask: its pixels that have one of their four neighbours outside it, or outside the picture. From
@@ -530,8 +517,8 @@ def multilabel_report(
 
 
 def segmentation_report(
-    predictions: Iterable[np.ndarray | torch.Tensor],
-    targets: Iterable[np.ndarray | torch.Tensor],
+    predictions: Iterable[Mask],
+    targets: Iterable[Mask],
     patients: Sequence[Hashable] | None = None,
     spacing: Sequence[float] | Sequence[Sequence[float]] = (1.0, 1.0),
     resamples: int = 2000,
@@ -584,11 +571,7 @@ def _mask_figures(predictions: Iterable, targets: Iterable, spacing: Sequence) -
             distance = hausdorff95(a, b, next(spacings))
         except SpcxrError as error:
             raise SpcxrError(f"image {row}: {error}") from error
-        yield (
-            dice(torch.from_numpy(a), torch.from_numpy(b)).item(),
-            iou(torch.from_numpy(a), torch.from_numpy(b)).item(),
-            distance,
-        )
+        yield dice(a, b).item(), iou(a, b).item(), distance
 
 
 def _header(groups: Sequence[Hashable] | None, images: int, resamples: int) -> dict:
