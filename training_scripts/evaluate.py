@@ -8,9 +8,8 @@ classes that are left out are those of the recipe in the model's folder. Several
 `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`) share the images, and none is counted
 twice. `--temperature_from val` divides the logits by one number that was fitted there (temperature scaling).
 
-`--html FOLDER` writes a page with ROC and precision-recall curves, reliability diagrams, confusion matrices, label
-efficiency (from the results of `benchmarks/evidence.py`) and the most confident errors. These show radiographs: keep
-the folder where the images may be, or say `--worst 0`.
+`--html FOLDER` writes a page with ROC and precision-recall curves, reliability diagrams, confusion matrices and the
+most confident errors. These show radiographs: keep the folder where the images may be, or say `--worst 0`.
 
 Of a segmentation model, Dice, IoU and 95 % Hausdorff distance of its lung masks stand beside those of the mean mask of
 the rows `train`. Every mask is compared at its own resolution; distances are shares of the image's height.
@@ -49,7 +48,6 @@ from spcxr_hf.data.table import (
 )
 from spcxr_hf.evaluation.bootstrap import patient_groups
 from spcxr_hf.evaluation.calibration import fit_temperature, to_probabilities
-from spcxr_hf.evaluation.curves import read_results
 from spcxr_hf.evaluation.metrics import (
     brier_score,
     classification_report,
@@ -110,10 +108,6 @@ class Arguments(SetArguments):
         default_factory=list,
         metadata={"help": "more targets of the page: labels joined by ' + ', whose probabilities are added"},
     )
-    label_efficiency: str | None = field(
-        default=None, metadata={"help": "results of evidence.py, or a JSON file with rows of fraction, seed, init"}
-    )
-    task: str | None = field(default=None, metadata={"help": "its task; by default called as the model's folder"})
     worst: int = field(default=12, metadata={"help": "how many of the most confident errors to show; 0 for none"})
     baseline: bool = field(default=True, metadata={"help": "of a segmentation model: report the mean mask too"})
     image_size: int | None = field(
@@ -180,10 +174,6 @@ def start_processes() -> PartialState:
 
 def evaluate_classifier(arguments: Arguments, processes: PartialState) -> dict:
     """Figures of each split; written and, if asked for, drawn by the main process."""
-    efficiency: list[dict] = []
-    if arguments.label_efficiency:
-        task = arguments.task or Path(arguments.model).resolve().name
-        efficiency = read_results(Path(arguments.label_efficiency), task)
     # The classes of the recipe are those of its own column.
     recipe: dict[str, Any] = {} if arguments.label_column else {"classes": []}
     fill_from_recipe(
@@ -217,7 +207,7 @@ def evaluate_classifier(arguments: Arguments, processes: PartialState) -> dict:
         write(arguments, result)
         if arguments.html:
             shown = {split: found[split] for split in arguments.splits}
-            print(draw_page(arguments, model, shown, multi_label, temperature, efficiency))
+            print(draw_page(arguments, model, shown, multi_label, temperature))
         skipped = {name: cause for one in found.values() for name, cause in one.skipped.items()}
         write_skipped(Path(arguments.html) / "report.html" if arguments.html else arguments.output, skipped)
     processes.wait_for_everyone()
@@ -344,7 +334,6 @@ def draw_page(
     found: dict[str, Predictions],
     multi_label: bool,
     temperature: float | None,
-    efficiency: list[dict],
 ) -> Path:
     """`report.html` with its pictures and its `results.json`."""
     evaluated = []
@@ -361,7 +350,6 @@ def draw_page(
         multi_label=multi_label,
         sums=[*dict.fromkeys([*arguments.sums, *(target for target in points if target not in names)])],
         points=points,
-        efficiency=efficiency,
         settings={
             "model": name,
             "set": Path(arguments.data).name,

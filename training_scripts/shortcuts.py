@@ -40,7 +40,7 @@ from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import decode_images
 from spcxr_hf.evaluation.bootstrap import bootstrap_draws, patient_groups
 from spcxr_hf.evaluation.calibration import JOIN, target_columns, target_values, thresholds, to_probabilities
-from spcxr_hf.evaluation.metrics import classification_report
+from spcxr_hf.evaluation.metrics import ScoreLevels, areas, classification_report
 from spcxr_hf.evaluation.predict import (
     LabelledRows,
     leave_out_broken,
@@ -53,7 +53,6 @@ from spcxr_hf.evaluation.shortcuts import (
     FEATURES,
     SMALLEST_LUNGS,
     Features,
-    aurocs,
     boxes,
     choose_probe,
     filled,
@@ -325,15 +324,13 @@ def add_targets(
     """Put the AUROC of every target, and what of the model's survives, into each variant's entry."""
     for target in task.targets:
         sides = [ranked(values, truth, target, task.names) for values in scores.values()]
-        rankings, held = np.stack([score for score, _ in sides]), sides[0][1]  # the truth is the same for all
-        found = aurocs(rankings, held)
-        draws = bootstrap_draws(
-            lambda rows, rankings=rankings, held=held: aurocs(rankings[:, rows], held[rows]),  # type: ignore[misc]
-            len(held),
-            groups,
-            arguments.resamples,
-            arguments.seed,
-        )
+        levels = [ScoreLevels(score, held) for score, held in sides]
+
+        def aurocs(rows: np.ndarray, levels: list[ScoreLevels] = levels) -> np.ndarray:
+            return np.array([areas(*one.cumulative(rows))[0] for one in levels])
+
+        found = aurocs(np.arange(len(truth)))
+        draws = bootstrap_draws(aurocs, len(truth), groups, arguments.resamples, arguments.seed)
         for number, variant in enumerate(scores):
             entries[variant]["targets"][target] = {
                 "auroc": found[number],

@@ -1,4 +1,4 @@
-"""The numbers behind the figures of a report: curves with 95 % bands, reliability, confusion, label efficiency.
+"""The numbers behind the figures of a report: curves with 95 % bands, reliability, confusion.
 
 Bands are percentile bootstraps (Efron and Tibshirani, 1993, chapter 13), point by point, drawn by patient where
 patients are known, as the intervals of `spcxr_hf.evaluation.metrics` are.
@@ -6,12 +6,9 @@ patients are known, as the intervals of `spcxr_hf.evaluation.metrics` are.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -197,88 +194,3 @@ def confusion(truths: Sequence[int] | np.ndarray, predictions: Sequence[int] | n
         raise SpcxrError(f"classes are 0 .. {classes - 1}; got {both.min()} .. {both.max()}")
     cells = true.astype(int) * classes + predicted.astype(int)
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
-
-
-# ---- label efficiency --------------------------------------------------------------------------------------------
-
-
-class Efficiency(NamedTuple):
-    """A metric over the share of the labels, for one way to start: (fractions,) each.
-
-    `mean`, `low` and `high` are the mean, least and largest value over the seeds; `seeds` says how many there are.
-    """
-
-    fractions: np.ndarray
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    seeds: np.ndarray
-
-
-def label_efficiency(rows: Sequence[dict], metric: str) -> dict[str, Efficiency]:
-    """Put the rows of a results file together: one curve for each `init`, in the order of their first rows.
-
-    Args:
-        rows: Each with `fraction` (of the labels, in (0, 1]), `seed`, `init` ("pretrained", "scratch", ...) and the
-            metric.
-        metric: The key of the value to draw.
-    """
-    if not rows:
-        raise SpcxrError("label efficiency: there are no rows")
-    found: dict[str, dict[float, dict[Any, float]]] = {}
-    for number, row in enumerate(rows):
-        fraction, value = (_number(row, key, number) for key in ("fraction", metric))
-        if not 0 < fraction <= 1:
-            raise SpcxrError(f"label efficiency, row {number}: fraction must lie in (0, 1]; got {fraction}")
-        seeds = found.setdefault(str(row.get("init", "model")), {}).setdefault(fraction, {})
-        if row.get("seed") in seeds:
-            raise SpcxrError(f"label efficiency, row {number}: the same init, fraction and seed stand there twice")
-        seeds[row.get("seed")] = value
-    return {name: _efficiency(by_fraction) for name, by_fraction in found.items()}
-
-
-def _number(row: Any, key: str, number: int) -> float:
-    value = row.get(key) if isinstance(row, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SpcxrError(f"label efficiency, row {number}: {key} must be a number; got {value!r}")
-    return float(value)
-
-
-def _efficiency(by_fraction: dict[float, dict[Any, float]]) -> Efficiency:
-    fractions = sorted(by_fraction)
-    values = [list(by_fraction[fraction].values()) for fraction in fractions]
-    columns = [np.array([pick(one) for one in values]) for pick in (np.mean, min, max, len)]
-    return Efficiency(np.array(fractions), *columns)
-
-
-def read_results(path: Path, task: str | None = None) -> list[dict]:
-    """The rows of a results file: a JSON list, an object with a list under "rows", or what `evidence.py` writes.
-
-    Args:
-        path: The file.
-        task: Whose rows to take from the results of `evidence.py`; those of other files are of one task.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpcxrError(f"{path}: no results file ({error})") from error
-    if isinstance(content, dict) and isinstance(content.get("fine_tuning"), dict):
-        return _rows_of_evidence(content["fine_tuning"], task, path)
-    rows = content.get("rows") if isinstance(content, dict) else content
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise SpcxrError(f'{path}: holds no list of rows, nor one under "rows"')
-    return rows
-
-
-def _rows_of_evidence(tasks: dict[str, Any], task: str | None, path: Path) -> list[dict]:
-    """A row for each training of a task: what it reached on the split that the task is judged on."""
-    if task not in tasks:
-        raise SpcxrError(f"{path}: no task {task!r}; there are {', '.join(tasks)}")
-    rows: dict[tuple, dict] = {}
-    for fraction, cell in tasks[task]["fractions"].items():
-        for init, found in cell["inits"].items():
-            for metric, figure in found["reports"].get(tasks[task]["main"], {}).items():
-                for seed, value in figure["seeds"].items():
-                    row = {"fraction": float(fraction), "init": init, "seed": seed}
-                    rows.setdefault((fraction, init, seed), row)[metric] = value
-    return list(rows.values())

@@ -2,8 +2,8 @@
 
 Colours are Okabe and Ito's (Color Universal Design, 2008), in an order in which neighbours differ in brightness too;
 every line has a style and a marker of its own besides, every word is at least 8 points. Each function takes numbers and
-returns a matplotlib figure; `save_figure` writes it. The contact sheet and the reconstructions show radiographs: they
-belong on the user's disk, not into a repository.
+returns a matplotlib figure; `save_figure` writes it. The contact sheet shows radiographs: it belongs
+on the user's disk, not into a repository.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
-from spcxr_hf.drawing import to_grey
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.evaluation.curves import Curve, Efficiency, Reliability
+from spcxr_hf.evaluation.curves import Curve, Reliability
 from spcxr_hf.files import RESEARCH_NOTICE
-from spcxr_hf.transforms.group_masking import FILL_MODES, GroupMasking, as_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,31 +174,6 @@ def draw_confusion(panels: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> Fi
     return figure
 
 
-def draw_label_efficiency(curves: Mapping[str, Efficiency], metric: str) -> Figure:
-    """A metric over the share of the labels, one line for each way to start; the band is the range of the seeds.
-
-    Args:
-        curves: As `curves.label_efficiency` gives them.
-        metric: What to call the metric.
-    """
-    figure, (axes,) = _panels([""], side=4.2, extra_height=-0.8)
-    for style, (name, found) in zip(_styles(len(curves)), curves.items(), strict=True):
-        label = f"{name} (seeds: {_range(found.seeds)})"
-        axes.fill_between(found.fractions, found.low, found.high, color=style.colour, alpha=0.15, linewidth=0)
-        axes.plot(found.fractions, found.mean, color=style.colour, linestyle=style.line, marker=style.marker,
-                  markersize=5, linewidth=1.6, label=label)  # fmt: skip
-    ticks = sorted({float(fraction) for found in curves.values() for fraction in found.fractions})
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("share of the training labels (logarithmic)", fontsize=FONT_SIZE)
-    axes.set_ylabel(metric.replace("_", " "), fontsize=FONT_SIZE)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, framealpha=0.85, handlelength=3)
-    return figure
-
-
 def draw_perturbation(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], fractions: np.ndarray) -> Figure:
     """Deletion and insertion curves, the mean over the images, one line for each kind of map.
 
@@ -250,90 +222,6 @@ def draw_contact_sheet(tiles: Sequence[tuple[np.ndarray, str]], columns: int = 4
     return figure
 
 
-@torch.no_grad()
-def draw_reconstructions(
-    model: Any,
-    images: torch.Tensor,
-    generator: torch.Generator | None = None,
-    mean: float = 0.5,
-    std: float = 0.5,
-    fill_modes: Sequence[str] = FILL_MODES,
-) -> Figure:
-    """What the model makes of corrupted radiographs: a row for each image and kind of corruption.
-
-    Args:
-        model: `SpcxrForPreTraining`; its mode stays as it is.
-        images: (B, C, H, W) normalised pixel values. "replace" takes pixels from the next image, so of a single one
-            that fill is left out.
-        generator: Where the corruption comes from, on the CPU.
-        mean: What the image processor takes off, so that the pictures are grey values in 0 .. 1.
-        std: What it divides by.
-        fill_modes: Kinds of corruption (`spcxr_hf.transforms.group_masking`).
-
-    Returns:
-        Columns clean, corrupted, reconstructed (all of the picture) and absolute error, which is white from a quarter
-        of the range of grey values on. Words beside each row give the mean error over the corrupted pixels.
-    """
-    if not hasattr(model, "reconstruction_head"):
-        raise SpcxrError(f"{type(model).__name__} has no reconstruction head")
-    kinds = [fill for fill in fill_modes if fill != "replace" or len(images) > 1]
-    if not kinds:
-        raise SpcxrError('the fill "replace" needs a second image to take pixels from')
-    images = images.detach().cpu()
-    found = [(fill, *_reconstruct(model, images, fill, generator)) for fill in kinds]
-    clean = to_grey(images, mean, std)
-    rows = []
-    for number in range(len(images)):
-        for fill, corrupted, mask, restored in found:
-            grey = [
-                clean[number],
-                *(to_grey(part[number : number + 1], mean, std)[0] for part in (corrupted, restored)),
-            ]
-            error = (grey[2] - grey[0]).abs()
-            share, missed = mask[number].float().mean().item(), error[mask[number, 0]].mean().item()
-            rows.append((f"{fill}\n{share:.0%} corrupted\nerror {missed:.3f}", [*grey, (4 * error).clamp(max=1)]))
-    return _draw_rows(rows, ("clean", "corrupted", "reconstructed", "error (x 4)"))
-
-
-def save_reconstructions(
-    model: Any, images: torch.Tensor, path: Path, generator: torch.Generator | None = None, **options: Any
-) -> Path:
-    """Write `draw_reconstructions` as PNG; arguments, options and errors are those."""
-    return save_figure(draw_reconstructions(model, images, generator, **options), Path(path))
-
-
-def _reconstruct(
-    model: Any, images: torch.Tensor, fill: str, generator: torch.Generator | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Corrupted images, mask (B, 1, H, W) and reconstruction, on the CPU."""
-    corrupted, mask = GroupMasking(fill_modes=(fill,))(images, generator)
-    was_training = model.training
-    model.eval()
-    try:
-        restored = as_pixels(model.config, model(corrupted.to(model.device)).reconstruction.float().cpu(), images)
-    finally:
-        model.train(was_training)
-    return corrupted, mask, restored
-
-
-def _draw_rows(rows: Sequence[tuple[str, list[torch.Tensor]]], titles: Sequence[str]) -> Figure:
-    figure_class = _figure_class()
-    height, width = rows[0][1][0].shape
-    side = 1.7
-    size = (side * len(titles) + 1.1, side * len(rows) * height / width + 0.4)
-    figure = figure_class(figsize=size, layout="constrained")
-    grid = figure.subplots(len(rows), len(titles), squeeze=False)
-    for line, (words, pictures) in zip(grid, rows, strict=True):
-        for axes, picture in zip(line, pictures, strict=True):
-            axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
-            axes.set_xticks([])
-            axes.set_yticks([])
-        line[0].set_ylabel(words, fontsize=8, rotation=0, ha="right", va="center")
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize=FONT_SIZE)
-    return figure
-
-
 def grey_picture(image: Image.Image, side: int = 256) -> np.ndarray:
     """A radiograph of 8 or 16 bits as grey values 0 .. 1, (H, W) float32, its longer side at most `side` pixels."""
     white = 255 if image.mode == "L" else 65535
@@ -379,11 +267,6 @@ def _styles(count: int) -> list[Style]:
 def _legend_below(axes: Axes) -> None:
     """Under the panel, where it hides no point."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8, frameon=False, ncols=1)
-
-
-def _range(numbers: np.ndarray) -> str:
-    low, high = numbers.min(), numbers.max()
-    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _unit_square(axes: Axes, x_label: str, y_label: str) -> None:

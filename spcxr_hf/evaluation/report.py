@@ -22,7 +22,6 @@ from spcxr_hf.evaluation.calibration import decision_figures, target_columns, ta
 from spcxr_hf.evaluation.curves import (
     Curve,
     confusion,
-    label_efficiency,
     precision_recall_curve,
     reliability,
     roc_curve,
@@ -31,7 +30,6 @@ from spcxr_hf.evaluation.metrics import classification_report, multilabel_report
 from spcxr_hf.evaluation.plots import (
     draw_confusion,
     draw_contact_sheet,
-    draw_label_efficiency,
     draw_precision_recall,
     draw_reliability,
     draw_roc,
@@ -77,7 +75,6 @@ class ReportOptions:
         sums: More targets, labels joined by " + ", whose probabilities are added.
         points: Target -> name of an operating point -> threshold (`SpcxrConfig.operating_points`); marked on the curves
             of the first split, and tabled.
-        efficiency: Rows for `curves.label_efficiency`, and `metric`, the key of their value.
         settings: What was run, by name, for the last table. Paths say who and where: give names.
         worst: How many of the most confident errors to show.
         resamples: Draws of the bootstrap.
@@ -87,8 +84,6 @@ class ReportOptions:
     multi_label: bool = False
     sums: Sequence[str] = ()
     points: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    efficiency: Sequence[dict] = ()
-    metric: str = "auroc"
     settings: Mapping[str, Any] = field(default_factory=dict)
     worst: int = WORST
     resamples: int = 1000
@@ -144,13 +139,6 @@ def write_evaluation_report(
     _add_points(page, names, splits, options)
     _add_calibration(page, names, splits, options)
     _add_confusion(page, names, splits, options)
-    if options.efficiency:
-        curves = label_efficiency(options.efficiency, options.metric)
-        page.results["label_efficiency"] = {name: found._asdict() for name, found in curves.items()}
-        page.add_figure(
-            "label_efficiency", "Label efficiency", draw_label_efficiency(curves, in_words(options.metric)),
-            f"{in_words(options.metric)} by share of the training labels: mean of the seeds, and their range."
-        )  # fmt: skip
     if images is not None:
         _add_worst(page, names, splits, options, images)
     page.add_table("What was run", ("setting", "value"), [*options.settings.items(), ("software", software_versions())])

@@ -133,31 +133,3 @@ def lungs_alone(
     chosen = torch.rand(len(images), generator=generator, device=images.device) < share
     chosen &= lungs.float().mean(dim=(1, 2)) >= SMALLEST_LUNGS
     return filled(images, chosen[:, None, None] & ~lungs)
-
-
-# ---- figures -------------------------------------------------------------------------------------------------------
-
-
-def aurocs(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The AUROC of several rankings of the same rows, by the ranks of the positives (Mann and Whitney, 1947).
-
-    The same as `metrics.auroc` of each, but quick enough for thousands of resamples.
-
-    Args:
-        scores: (rankings, n).
-        truth: (n,) 1, 0, or NaN where missing.
-
-    Returns:
-        (rankings,); NaN without both sides.
-    """
-    try:
-        from scipy.stats import rankdata
-    except ImportError as error:
-        raise SpcxrError('SciPy is missing: pip install "spcxr-hf[train]"') from error
-    known = ~np.isnan(truth)
-    positive = truth[known] > 0.5
-    count = int(positive.sum())
-    if count in (0, len(positive)):
-        return np.full(len(scores), np.nan)
-    ranks = rankdata(scores[:, known], axis=1)[:, positive].sum(axis=1)
-    return (ranks - count * (count + 1) / 2) / (count * (len(positive) - count))

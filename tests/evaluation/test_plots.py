@@ -1,25 +1,20 @@
 """Figures: the numbers behind them against scikit-learn, and what makes them readable in print and to everybody."""
 
 import itertools
-import json
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 from sklearn.metrics import roc_curve as reference_roc
 
-from spcxr_hf import SpcxrError, SpcxrForPreTraining, SpcxrModel
+from spcxr_hf import SpcxrError
 from spcxr_hf.evaluation.bootstrap import bootstrap
 from spcxr_hf.evaluation.curves import (
     GRID,
     confusion,
-    label_efficiency,
     precision_recall_curve,
-    read_results,
     reliability,
     roc_curve,
     wilson_interval,
@@ -30,19 +25,14 @@ from spcxr_hf.evaluation.plots import (
     STYLES,
     draw_confusion,
     draw_contact_sheet,
-    draw_label_efficiency,
     draw_perturbation,
     draw_precision_recall,
-    draw_reconstructions,
     draw_reliability,
     draw_roc,
     grey_picture,
     save_figure,
-    save_reconstructions,
     to_png,
 )
-from spcxr_hf.transforms.group_masking import FILL_MODES
-from tests.common import build, pixels
 
 
 def scored(count=200, seed=0, digits=2):
@@ -126,57 +116,6 @@ def test_confusion():
         confusion([0], [0, 0], 3)
 
 
-ROWS = [
-    {"fraction": fraction, "seed": seed, "init": init, "auroc": base + 0.1 * fraction + 0.01 * seed}
-    for init, base in (("pretrained", 0.8), ("scratch", 0.6))
-    for fraction in (1.0, 0.01, 0.1)
-    for seed in range(3)
-]
-
-
-def test_label_efficiency():
-    found = label_efficiency(ROWS, "auroc")
-    assert list(found) == ["pretrained", "scratch"]
-    assert found["scratch"].fractions.tolist() == [0.01, 0.1, 1.0]
-    np.testing.assert_allclose(found["scratch"].mean, [0.611, 0.62, 0.71])
-    np.testing.assert_allclose(found["scratch"].low, [0.601, 0.61, 0.70])
-    assert found["scratch"].seeds.tolist() == [3, 3, 3]
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [([], "no rows"), ([*ROWS, ROWS[0]], "twice"), ([{"fraction": 0.1, "seed": 0, "init": "x"}], "auroc must be"),
-     ([{**ROWS[0], "fraction": 2}], "fraction must lie"), ([{**ROWS[0], "auroc": float("nan")}], "must be a number")],
-)  # fmt: skip
-def test_label_efficiency_refuses(rows, message):
-    with pytest.raises(SpcxrError, match=message):
-        label_efficiency(rows, "auroc")
-
-
-def test_rows_of_a_file(tmp_path):
-    path = tmp_path / "results.json"
-    for content in (ROWS, {"rows": ROWS}):
-        path.write_text(json.dumps(content))
-        assert read_results(path) == ROWS
-    for text in ("{", '{"rows": 1}', "[1]"):
-        path.write_text(text)
-        with pytest.raises(SpcxrError, match=r"results\.json"):
-            read_results(path)
-
-
-def test_rows_of_the_evidence():
-    path = Path(__file__).parents[2] / "training_scripts" / "benchmarks" / "results" / "evidence_cpu_112.json"
-    settings = json.loads(path.read_text())["fine_tuning"]["covid"]["fractions"]
-    found = {share: setting["inits"]["scratch"]["reports"] for share, setting in settings.items()}
-    least = min((share for share in found if found[share]), key=float)  # the smallest share that was run
-    curves = label_efficiency(read_results(path, "covid"), "auroc")
-    assert {"spcxr", "scratch"} <= set(curves)
-    assert curves["scratch"].fractions[0] == float(least)
-    assert curves["scratch"].mean[0] == pytest.approx(np.mean([*found[least]["test"]["auroc"]["seeds"].values()]))
-    with pytest.raises(SpcxrError, match="no task 'base'; there are pneumonia, "):
-        read_results(path, "base")
-
-
 # ---- readable ------------------------------------------------------------------------------------------------------
 
 
@@ -206,12 +145,11 @@ def all_figures():
     yield draw_precision_recall({"pneumonia": {"val": precision_recall_curve(*scored(), resamples=20)}})
     yield draw_reliability({"val": reliability(np.linspace(0, 1, 40), np.arange(40) % 2)})
     yield draw_confusion({"val": (np.array([[5, 1], [0, 9]]), ("normal", "pneumonia"))})
-    yield draw_label_efficiency(label_efficiency(ROWS, "auroc"), "auroc")
     yield draw_perturbation({"relevance": (np.ones(3), np.ones(3))}, np.linspace(0, 1, 3))
     yield draw_contact_sheet([(np.zeros((20, 30)), "id\ntrue: a\nsaid: b")] * 5, title="worst")
 
 
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(6))
 def test_words_are_large_enough_and_inside(number):
     import matplotlib.text
 
@@ -243,45 +181,6 @@ def test_a_file_that_cannot_be_written(tmp_path):
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
-
-
-def test_reconstructions(tmp_path):
-    model = build(SpcxrForPreTraining).train()
-    paths = [
-        save_reconstructions(model, pixels(), tmp_path / f"{n}.png", torch.Generator().manual_seed(4)) for n in "ab"
-    ]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-    assert model.training
-    figure = draw_reconstructions(model, pixels(), torch.Generator().manual_seed(4))
-    assert len(figure.axes) == 2 * len(FILL_MODES) * 4
-    clean, corrupted, restored, error = (axes.images[0].get_array() for axes in figure.axes[:4])
-    np.testing.assert_allclose(error, (4 * np.abs(restored - clean)).clip(0, 1), atol=1e-5)
-    assert (corrupted != clean).mean() > 0.2
-    alone = draw_reconstructions(model, pixels(batch=1))
-    assert len(alone.axes) == (len(FILL_MODES) - 1) * 4  # "replace" needs another image
-
-
-def test_reconstructions_relative_to_their_patches_are_mapped_back():
-    """A model that gives back 0 everywhere: the mean of each clean patch, where its target was relative to it."""
-    model, images = build(SpcxrForPreTraining), pixels(batch=1)
-    for parameter in model.reconstruction_head.projection.parameters():
-        torch.nn.init.zeros_(parameter)
-    pictures = []
-    for model.config.norm_pix_loss in (False, True):
-        figure = draw_reconstructions(model, images, torch.Generator().manual_seed(4), fill_modes=["noise"])
-        pictures.append(figure.axes[2].images[0].get_array())
-    flat, mapped = pictures
-    assert flat.std() == 0
-    patch = model.config.patch_size
-    means = images[0, 0].unfold(0, patch, patch).unfold(1, patch, patch).mean(dim=(2, 3))
-    np.testing.assert_allclose(mapped[::patch, ::patch], (means * 0.5 + 0.5).numpy(), atol=1e-5)
-
-
-def test_reconstructions_refuse():
-    with pytest.raises(SpcxrError, match="no reconstruction head"):
-        draw_reconstructions(build(SpcxrModel), pixels())
-    with pytest.raises(SpcxrError, match="second image"):
-        draw_reconstructions(build(SpcxrForPreTraining), pixels(batch=1), fill_modes=["replace"])
 
 
 def test_grey_pictures():

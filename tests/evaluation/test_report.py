@@ -59,21 +59,11 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-EFFICIENCY = [
-    {"fraction": fraction, "seed": seed, "init": init, "auroc": 0.7 + 0.1 * (init == "pretrained") + seed / 100}
-    for init in ("pretrained", "scratch")
-    for fraction in (0.01, 0.1, 1.0)
-    for seed in (0, 1)
-]
-
-
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_a_report_stands_by_itself(tmp_path, multi_label):
     splits = [evaluated(multi_label=multi_label), evaluated("test <1>", 50, 1, multi_label)]
     both = "bacterial + viral <b>"
-    options = ReportOptions(
-        multi_label, [both], {both: {"youden": 0.5}}, EFFICIENCY, settings={"a|<x>": 1}, resamples=30
-    )
+    options = ReportOptions(multi_label, [both], {both: {"youden": 0.5}}, settings={"a|<x>": 1}, resamples=30)
     seen = []
 
     def picture(split, row):
@@ -86,10 +76,10 @@ def test_a_report_stands_by_itself(tmp_path, multi_label):
     words = " ".join(page.words)
     assert NOTICE in words and "A <title>" in words and "test <1>" in words and "a|<x>" in words
     assert not re.search(r'(?:src|href)="(?!data:)|url\(|@import|<script', text)  # it loads nothing
-    assert len(page.images) == 7 and all(image["alt"] for image in page.images)
+    assert len(page.images) == 6 and all(image["alt"] for image in page.images)
     names = {file.name for file in path.parent.iterdir()}
     assert names == {"report.html", "results.json", "roc.png", "precision_recall.png", "reliability.png",
-                     "confusion.png", "label_efficiency.png", "worst_val.png", "worst_test__1_.png"}  # fmt: skip
+                     "confusion.png", "worst_val.png", "worst_test__1_.png"}  # fmt: skip
     results = json.loads((path.parent / "results.json").read_text())
     assert results["notice"] == NOTICE and set(results["splits"]) == {"val", "test <1>"}
     one = splits[0]
@@ -167,14 +157,12 @@ def test_the_script(tmp_path, capsys):
     build(SpcxrForImageClassification, config).save_pretrained(model)
     SpcxrImageProcessor(size={"height": 32, "width": 32}).save_pretrained(model)
     data = write_set(tmp_path / "set.parquet", ["val"] * 9 + ["test"] * 9)
-    efficiency = tmp_path / "efficiency.json"
-    efficiency.write_text(json.dumps({"rows": EFFICIENCY}))
     words = ["--model", str(model), "--data", str(data), "--label_column", "pneumonia_label"]
     words += ["--splits", "val", "test", "--classes", "normal", "ill=bacterial+viral"]
     words += ["--resamples", "20", "--html", str(tmp_path / "report")]
     (model / "recipe.yaml").write_text("split_column: pneumonia_split\nclasses: [normal]\n")
     path = tmp_path / "report" / "report.html"
-    evaluate.main([*words, "--label_efficiency", str(efficiency)])
+    evaluate.main(words)
     assert str(path) in capsys.readouterr().out
     results = json.loads((path.parent / "results.json").read_text())
     assert results["splits"]["val"]["images"] == 9

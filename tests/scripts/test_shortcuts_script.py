@@ -18,9 +18,8 @@ from spcxr_hf import (
     SpcxrImageProcessor,
 )
 from spcxr_hf.data.table import RadiographTable
-from spcxr_hf.evaluation.metrics import auroc
 from spcxr_hf.evaluation.predict import LabelledRows
-from spcxr_hf.evaluation.shortcuts import aurocs, border, boxes, choose_probe, filled, thumbnails
+from spcxr_hf.evaluation.shortcuts import border, boxes, choose_probe, filled, thumbnails
 from tests.common import build, tiny_config
 from tests.made_up import break_rows, encoded, picture, write_set
 from training_scripts import shortcuts
@@ -204,14 +203,6 @@ def test_one_against_another_leaves_the_rest_out():
     scores, held = shortcuts.ranked(values, np.eye(3), "a / b", names)
     assert scores == pytest.approx([0.5, 0.25, 0.625])
     assert held[:2].tolist() == [1, 0] and np.isnan(held[2])
-
-
-def test_many_aurocs_are_each_auroc():
-    generator = np.random.default_rng(0)
-    scores, truth = generator.random((3, 50)).round(1), (generator.random(50) < 0.4).astype(float)
-    truth[7] = np.nan
-    assert aurocs(scores, truth) == pytest.approx([auroc(one, truth) for one in scores])
-    assert np.isnan(aurocs(scores, np.ones(50))).all()
 
 
 @pytest.mark.parametrize(("figure", "whole", "expected"), [(0.75, 1.0, 0.5), (0.9, 0.9, 1.0), (0.4, 0.9, -0.25)])
