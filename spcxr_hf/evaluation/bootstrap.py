@@ -19,16 +19,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13).
 
-    Args:
-        values: (n,) one figure per image.
-        groups: (n,) what is drawn together, as a rule the patient: images of one patient are not independent.
-            By default every image is drawn by itself.
-        confidence: Coverage, in (0, 1).
-        resamples: Number of draws with replacement, at least 1.
-        seed: The draws follow from it.
-
-    Returns:
-        Lower and upper end.
+    `values` (n,) has one finite figure per image; the other arguments, and the draws, are those of `bootstrap`.
     """
     figures = np.asarray(values, dtype=np.float64)
     if figures.ndim != 1 or not figures.size or not np.isfinite(figures).all():
@@ -54,10 +45,11 @@ def bootstrap(
         statistic: Given row numbers, drawn with replacement, its value on these rows; NaN where it is not defined, as
             an AUROC of one class is not. Those resamples are skipped; `bootstrap_draws` shows how many there are.
         count: Number of rows.
-        groups: (count,) what is drawn together, as a rule the patient; by default every row is drawn by itself.
+        groups: (count,) what is drawn together, as a rule the patient: images of one patient are not independent. By
+            default every row is drawn by itself.
         confidence: Coverage, in (0, 1).
         resamples: Number of draws, at least 1.
-        seed: The draws follow from it; they are those of `bootstrap_interval`.
+        seed: The draws follow from it.
 
     Returns:
         Lower and upper end; NaN both where no resample defines the statistic.
@@ -76,18 +68,10 @@ def bootstrap_draws(
     resamples: int = 2000,
     seed: int = 0,
 ) -> np.ndarray:
-    """The statistic on each resample, from which `bootstrap` reads its interval.
+    """The statistic on each resample, from which `bootstrap` reads its interval; arguments are those of `bootstrap`.
 
-    Args:
-        statistic: As for `bootstrap`; one of several figures, an array, is drawn for all of them at once, on the same
-            rows.
-        count: Number of rows.
-        groups: As for `bootstrap`.
-        resamples: Number of draws, at least 1.
-        seed: The draws follow from it.
-
-    Returns:
-        (resamples, ...) float64, NaN where the statistic is not defined.
+    A statistic of several figures, an array, is drawn for all of them at once, on the same rows. The result is
+    (resamples, ...) float64, NaN where the statistic is not defined.
     """
     _check_bootstrap(count, groups, resamples, "rows")
     # One draw at a time: all at once would take count x resamples of memory.
@@ -95,14 +79,9 @@ def bootstrap_draws(
 
 
 def patient_groups(patients: Sequence[Hashable] | None, count: int) -> list[Hashable] | None:
-    """What the bootstrap draws together: the rows of one patient, and each row whose patient is unknown by itself.
+    """Groups (count,) for `bootstrap`: the rows of one patient, and each row whose patient is unknown by itself.
 
-    Args:
-        patients: (count,) anything that names a patient; None, NaN or "" where unknown.
-        count: Number of rows.
-
-    Returns:
-        (count,) groups for `bootstrap`; None, every row by itself, where `patients` is None.
+    `patients` (count,) names them by anything; None, NaN or "" where unknown. None altogether gives None.
     """
     if patients is None:
         return None

@@ -76,9 +76,6 @@ def fit_calibration(logits: torch.Tensor, targets: torch.Tensor, multi_label: bo
         targets: (n, classes): 1, 0, or NaN where a label is missing.
         multi_label: A temperature and a bias for each label then, else one temperature for all classes. A label without
             both sides on these rows is left as it is.
-
-    Raises:
-        SpcxrError: the shapes differ, there are no rows, or a logit is not finite.
     """
     values, known = _checked(logits, targets)
     scale, bias = torch.ones(values.shape[1], dtype=torch.float64), torch.zeros(values.shape[1], dtype=torch.float64)
@@ -130,12 +127,7 @@ def _checked(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor,
 def fold_into_head(model: Any, calibration: Calibration) -> None:
     """Change the classifier's last layer, in place, so that its logits are the calibrated ones.
 
-    Args:
-        model: A model whose `classifier` is a linear layer with a bias: SPCXR's, ViT's, DeiT's, DINOv2's, ...
-        calibration: As fitted on this model's logits.
-
-    Raises:
-        SpcxrError: the model has no such head, or one of another size.
+    The model's `classifier` is a linear layer with a bias: SPCXR's, ViT's, DeiT's, DINOv2's, ...
     """
     head = getattr(model, "classifier", None)
     if not isinstance(head, nn.Linear) or head.bias is None:
@@ -261,13 +253,7 @@ def reliability_bins(confidence: np.ndarray, hits: np.ndarray, bins: int = 15) -
 
 
 def set_operating_points(config: Any, points: Mapping[str, Mapping[str, float]], default: str | None) -> None:
-    """Put thresholds into a configuration; SPCXR's checks them, another family's keeps them.
-
-    Args:
-        config: Changed in place.
-        points: As of `operating_points`.
-        default: The name that is used by default; none where there are no points.
-    """
+    """Put thresholds, as of `operating_points`, into a configuration; that of SPCXR checks them."""
     config.operating_points = {target: dict(values) for target, values in points.items()} or None
     config.operating_point = default if points else None
     try:

@@ -6,7 +6,7 @@ patients are known, as the intervals of `spcxr_hf.evaluation.metrics` are.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +57,12 @@ def roc_curve(
         scores: (n,) higher means more likely positive.
         targets: (n,) 1, 0, or NaN where unknown, which leaves the row out.
         patients: (n,) whose image each row is; None, NaN or "" where unknown, then the row is a patient of its own.
-        resamples: Draws of the bootstrap.
-        seed: Of the bootstrap.
+        resamples, seed: Of the bootstrap.
 
     Raises:
         SpcxrError: the lengths differ, or there are no positives or no negatives.
     """
-    counts, known, groups = _counted(scores, targets, patients)
-    false, true = counts.cumulative(np.arange(len(known)))
-    draws = bootstrap_draws(lambda rows: _roc_row(*counts.cumulative(rows)), len(known), groups, resamples, seed)
+    false, true, draws = _counted(_roc_row, scores, targets, patients, resamples, seed)
     return _curve(false / false[-1], true / true[-1], draws, areas(false, true)[0], base=0.5)
 
 
@@ -80,17 +77,20 @@ def precision_recall_curve(
 
     Args and errors are those of `roc_curve`. Precision at a recall is that of the highest threshold that reaches it.
     """
-    counts, known, groups = _counted(scores, targets, patients)
-    false, true = counts.cumulative(np.arange(len(known)))
-    draws = bootstrap_draws(lambda rows: _precision_row(*counts.cumulative(rows)), len(known), groups, resamples, seed)
+    false, true, draws = _counted(_precision_row, scores, targets, patients, resamples, seed)
     precision, base = true[1:] / (true + false)[1:], float(true[-1] / (true[-1] + false[-1]))
     return _curve(true[1:] / true[-1], precision, draws, areas(false, true)[1], base)
 
 
 def _counted(
-    scores: Any, targets: Any, patients: Sequence[Hashable] | None
-) -> tuple[ScoreLevels, np.ndarray, list[Hashable] | None]:
-    """The rows by their scores, those that have a label, and what the bootstrap draws of these together."""
+    row: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    scores: Any,
+    targets: Any,
+    patients: Sequence[Hashable] | None,
+    resamples: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Negatives and positives at or above each score, of the labelled rows, and `row` of these in each resample."""
     values, truth = np.asarray(scores, dtype=np.float64), np.asarray(targets, dtype=np.float64)
     if values.ndim != 1 or values.shape != truth.shape:
         raise SpcxrError(f"scores and targets must be (n,) both; got {values.shape} and {truth.shape}")
@@ -101,7 +101,10 @@ def _counted(
     values, truth = values[known], truth[known]
     if not (truth == 1).any() or not (truth == 0).any():
         raise SpcxrError(f"a curve needs positives and negatives; of {len(truth)} rows {int(truth.sum())} are positive")
-    return ScoreLevels(values, truth), known, None if groups is None else [groups[row] for row in known]
+    counts = ScoreLevels(values, truth)
+    groups = None if groups is None else [groups[number] for number in known]
+    draws = bootstrap_draws(lambda rows: row(*counts.cumulative(rows)), len(known), groups, resamples, seed)
+    return *counts.cumulative(np.arange(len(known))), draws
 
 
 def _roc_row(false: np.ndarray, true: np.ndarray) -> np.ndarray:

@@ -65,8 +65,8 @@ def hausdorff95(prediction: Mask, target: Mask, spacing: Sequence[float] = (1.0,
     """95 % Hausdorff distance of two masks: the larger of the two directed 95th percentiles of surface distances.
 
     The surface of a mask: its pixels that have one of their four neighbours outside it, or outside the picture. From
-    each of them the distance to the nearest surface pixel of the other mask is taken, between the pixels' centres; a
-    percentile between two distances is interpolated. (Huttenlocher et al., IEEE TPAMI 15, 1993, section II, with the
+    each of them the distance to the nearest surface pixel of the other mask is taken, between the pixels' centres.
+    (Huttenlocher et al., IEEE TPAMI 15, 1993, section II, with the
     95th percentile in the place of the maximum. Programs that pool both directions first give a smaller one as a rule.)
 
     Args:
@@ -125,14 +125,8 @@ def auroc(scores: Values, targets: Values) -> float:
 def average_precision(scores: Values, targets: Values) -> float:
     """Average precision: the precision at each threshold, weighted by the recall that it adds (no interpolation).
 
-    scikit-learn's `average_precision_score`. Constant scores give the share of positives.
-
-    Args:
-        scores: (n,) finite numbers, the higher the more positive.
-        targets: (n,) 0 or 1, NaN where the label is missing; those rows are left out.
-
-    Returns:
-        In 0 .. 1, or NaN where the labels hold one class only.
+    scikit-learn's `average_precision_score`. Constant scores give the share of positives. Arguments are those of
+    `auroc`, the result is in 0 .. 1 or NaN.
     """
     known_scores, known = _known(scores, targets)
     return float(_sklearn().average_precision_score(known, known_scores)) if _both(known) else math.nan
@@ -141,17 +135,9 @@ def average_precision(scores: Values, targets: Values) -> float:
 def sensitivity_at_specificity(scores: Values, targets: Values, specificity: float = 0.90) -> float:
     """The highest sensitivity of any threshold whose specificity is at least the one asked for.
 
-    A row is called positive where its score reaches the threshold; points between two thresholds are not interpolated.
-    The threshold is chosen on the very rows that are measured: it says what the ranking allows, not what a threshold
-    fixed beforehand reaches.
-
-    Args:
-        scores: (n,) finite numbers, the higher the more positive.
-        targets: (n,) 0 or 1, NaN where the label is missing; those rows are left out.
-        specificity: In 0 .. 1.
-
-    Returns:
-        In 0 .. 1, or NaN where the labels hold one class only.
+    A row is called positive where its score reaches the threshold, which is chosen on the very rows that are measured:
+    the figure says what the ranking allows, not what a threshold fixed beforehand reaches. Arguments are those of
+    `auroc` and a specificity in 0 .. 1; the result is in 0 .. 1 or NaN.
     """
     _check_specificity(specificity)
     known_scores, known = _known(scores, targets)
@@ -183,17 +169,14 @@ def expected_calibration_error(probabilities: Values, targets: Values, bins: int
     high.
 
     Args:
-        probabilities: (n,) of the label, or (n, classes) whose rows sum to 1.
-        targets: (n,) 0, 1 or NaN (missing, left out) for a label; (n,) class numbers for classes.
+        probabilities: As for `brier_score`.
+        targets: As for `brier_score`.
         bins: Number of bins.
 
     Returns:
         In 0 .. 1; NaN where every target is missing. For classes the confidence is that of the top class and a hit is a
         right top class (Guo et al.); for a label it is the label's probability, and a hit is a positive
         (Naeini et al., AAAI 2015).
-
-    Raises:
-        SpcxrError: a shape, a probability, a target or the number of bins is refused; the message says which.
     """
     return _calibration(probabilities, targets, bins).figures()[1]
 
@@ -234,15 +217,9 @@ def _false_rate(specificity: float) -> float:
 
 
 def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """`auroc` of weighted rows, of many weightings at once: the Mann-Whitney statistic, a tie counting half.
+    """`auroc` of rows with many weightings at once: (resamples,), NaN where a side has no weight.
 
-    Args:
-        scores: (n,), the higher the more positive.
-        positive: (n,) booleans.
-        weights: (resamples, n), at least 0.
-
-    Returns:
-        (resamples,), NaN where a side has no weight.
+    `scores` is (n,), `positive` (n,) booleans and `weights` (resamples, n), at least 0.
     """
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=-math.inf))  # where a new score begins
@@ -255,9 +232,7 @@ def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray
 class ScoreLevels:
     """Rows by their level of score, so that a resample is counted rather than sorted; level 0 has the highest score.
 
-    Args:
-        scores: (n,).
-        targets: (n,) 1, 0, or NaN where unknown, which leaves the row out.
+    `scores` is (n,), `targets` (n,) 1, 0, or NaN where unknown, which leaves the row out.
     """
 
     def __init__(self, scores: np.ndarray, targets: np.ndarray):
@@ -356,15 +331,9 @@ def _class_calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int)
 
 
 def class_accuracies(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """The share of each class's rows that are predicted right: its recall, or sensitivity.
+    """The share of each class's rows that are predicted right, its recall: (classes,), NaN for a class without rows.
 
-    Args:
-        predictions: (n,) class numbers in 0 .. classes - 1.
-        labels: (n,) class numbers in the same range.
-        classes: How many there are.
-
-    Returns:
-        (classes,) in 0 .. 1; NaN for a class without rows. Their mean is the balanced accuracy.
+    `predictions` and `labels` are (n,) class numbers in 0 .. classes - 1. The mean is the balanced accuracy.
     """
     rows = np.bincount(labels, minlength=classes)
     hits = np.bincount(labels[predictions == labels], minlength=classes)
@@ -404,10 +373,6 @@ def classification_report(
         "sensitivity_at_specificity". Each `<figure>` has a `<figure>_ci95`, [low, high]. A figure that is not defined,
         as for a class with no image, is None and left out of the means. "undefined_resamples" counts, by figure, the
         resamples that were skipped because a class was missing from them.
-
-    Raises:
-        SpcxrError: a shape, a probability, a label, a name or the number of patients is refused; the message says
-            which.
     """
     values, truth = _class_inputs(probabilities, labels, class_names)
     groups = patient_groups(patients, len(values))
@@ -471,11 +436,7 @@ def multilabel_report(
         probabilities: (n, labels) in 0 .. 1.
         targets: (n, labels) 0 or 1, NaN where the label is missing.
         names: What to call each label.
-        patients: (n,) whose image each row is; None, NaN or "" where unknown, then the row is a patient of its own.
-        specificity: See `sensitivity_at_specificity`.
-        bins: See `expected_calibration_error`.
-        resamples: Draws of the bootstrap.
-        seed: Of the bootstrap.
+        patients, specificity, bins, resamples, seed: As for `classification_report`.
 
     Returns:
         "images", "patients", "specificity", "resamples"; "labels_in_mean", the names of the labels that have both
@@ -484,10 +445,6 @@ def multilabel_report(
         "ece". Each `<figure>` has a `<figure>_ci95`, [low, high]. A figure that is not defined, as the AUROC of a label
         with one class, is None. "undefined_resamples" counts, by figure, the resamples that were skipped because they
         hold one class only; a mean skips those in which one of its labels does.
-
-    Raises:
-        SpcxrError: a shape, a probability, a target, a name or the number of patients is refused; the message says
-            which.
     """
     values, truth = _label_inputs(probabilities, targets, names)
     groups = patient_groups(patients, len(values))
@@ -529,18 +486,13 @@ def segmentation_report(
     Args:
         predictions: (H, W) booleans for each image; read once, so a generator will do.
         targets: (H, W) booleans for each image.
-        patients: Whose image each is; None, NaN or "" where unknown, then the image is a patient of its own.
+        patients, resamples, seed: As for `classification_report`.
         spacing: Height and width of a pixel, for all images or one pair for each; see `hausdorff95`.
-        resamples: Draws of the bootstrap.
-        seed: Of the bootstrap.
 
     Returns:
         "images", "patients", "resamples"; means over the images: "dice", "iou" and "hausdorff95", the last over the
         images where it is finite, the others counted in "hausdorff95_infinite"; and "dice_tenth_percentile". Each
         `<figure>` has a `<figure>_ci95`, [low, high]; "undefined_resamples" as in the other reports.
-
-    Raises:
-        SpcxrError: the numbers of masks, spacings or patients differ, there are none, or a pair of masks is refused.
     """
     figures = np.array(list(_mask_figures(predictions, targets, spacing))).reshape(-1, 3)
     groups = patient_groups(patients, len(figures))
@@ -591,13 +543,7 @@ def _means(tables: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def _described(names: Sequence[str], values: np.ndarray, draws: np.ndarray) -> dict:
-    """Each figure, its interval, and how many resamples left it undefined.
-
-    Args:
-        names: Of the figures.
-        values: (figures,) of the whole set, NaN where undefined.
-        draws: (resamples, figures).
-    """
+    """Figures (figures,), their intervals by draws (resamples, figures), and how many of these are undefined."""
     entry: dict = {}
     undefined: dict[str, int] = {}
     for name, value, drawn in zip(names, values, draws.T, strict=True):

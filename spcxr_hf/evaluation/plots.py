@@ -144,7 +144,8 @@ def draw_reliability(panels: Mapping[str, Reliability]) -> Figure:
                       linewidth=1.4, elinewidth=1, capsize=2.5, label="observed, 95 %")  # fmt: skip
         axes.set_title(f"{title}\nECE {found.error:.3f}, {found.counts.sum()} images", fontsize=FONT_SIZE)
         _unit_square(axes, "predicted probability", "observed share")
-        _legend_below(axes)
+        # Under the panel, where it hides no point.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8, frameon=False, ncols=1)
     return figure
 
 
@@ -262,11 +263,6 @@ def _styles(count: int) -> list[Style]:
     if count > len(STYLES):
         raise SpcxrError(f"a panel takes at most {len(STYLES)} lines; got {count}")
     return list(STYLES[:count])
-
-
-def _legend_below(axes: Axes) -> None:
-    """Under the panel, where it hides no point."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8, frameon=False, ncols=1)
 
 
 def _unit_square(axes: Axes, x_label: str, y_label: str) -> None:

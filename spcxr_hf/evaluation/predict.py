@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,10 +59,7 @@ def select_rows(
     """The rows of a split that have a label.
 
     Args:
-        table: The whole set.
         label_column: Its cells are as `labels.targets_of` takes them.
-        split_column: Where the split's name stands.
-        split: Its name.
         classes: Class -> the labels that count as it, as of `labels.parse_classes`. A label may count as several, as
             where `abnormal` is any of the findings that are classes themselves.
         multi_label: Whether labels may hold together.
@@ -120,10 +118,7 @@ def load_classifier(source: str, device: torch.device | str = "cpu") -> tuple[Pr
 def match_classes(source: str, names: Sequence[str], given: Mapping[str, list[str]]) -> dict[str, list[str]]:
     """Class -> the labels of the data that count as it, in the model's order; by default a class is its own label.
 
-    Args:
-        source: The model, for messages.
-        names: Its classes.
-        given: As of `labels.parse_classes`; empty for the default.
+    `names` are the model's classes, `given` those of `labels.parse_classes`; empty for the default.
     """
     given = given or {name: [name] for name in names}
     if sorted(given) != sorted(names):
@@ -141,26 +136,12 @@ def predict_logits(
 ) -> torch.Tensor:
     """Logits (n, classes) float32 of pictures of any sizes, grey of 8 or 16 bits.
 
-    Args:
-        model: As of `load_classifier`.
-        processor: Its image processor: the pictures take the way that a user's do.
-        images: Read as they are needed.
-        batch_size: Images per forward pass.
-        bf16: Compute in bfloat16 autocast.
-        name: What the progress bar says.
+    They are read as they are needed, and take the way through the image processor that a user's do. `name` is what the
+    progress bar says.
     """
-    parts = tqdm(_batches(images, batch_size), desc=name, unit="batch")
+    pictures = iter(images)
+    batches = iter(lambda: list(itertools.islice(pictures, batch_size)), [])
+    parts = tqdm(batches, desc=name, unit="batch")
     with torch.no_grad():
         found = [forward(model, to_pixel_values(processor, part), bf16).logits.float().cpu() for part in parts]
     return torch.cat(found)
-
-
-def _batches(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
-    part: list[Image.Image] = []
-    for image in images:
-        part.append(image)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part

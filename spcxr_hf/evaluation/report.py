@@ -366,7 +366,7 @@ def _add_worst(
             for row, true, said, confidence in cases
         ]
         page.add_figure(
-            f"worst_{_file_name(one.name)}",
+            "worst_" + "".join(letter if letter.isalnum() else "_" for letter in one.name),
             f"Most confident errors: {one.name}",
             draw_contact_sheet(tiles),
             f"The {len(cases)} errors of {one.name} that the model was surest of.",
@@ -375,7 +375,3 @@ def _add_worst(
 
 def _short(text: str, length: int = 30) -> str:
     return text if len(text) <= length else f"{text[: length // 2 - 2]} ... {text[2 - length // 2 :]}"
-
-
-def _file_name(text: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in text)
