@@ -3,20 +3,7 @@
 * Missing is not negative: a label that a set did not give is null in a table and NaN in a matrix, never 0.
 * Uncertain (-1, as CheXpert writes it) follows a rule: `ignore` makes it missing, `zero` absent, `one` present:
   U-Ignore, U-Zeroes and U-Ones of Irvin et al. 2019 (CheXpert), section 3.1.
-* A label has one name in all sets. `canonical_name` maps spellings and true synonyms, and nothing else:
-
-| canonical name | also found as |
-|---|---|
-| Pleural Effusion | Effusion (NIH), Pleural effusion (VinDr) |
-| Pleural Thickening | Pleural_Thickening (NIH), Pleural thickening (VinDr) |
-| Edema | Pulmonary edema (PadChest) |
-| Fibrosis | Pulmonary fibrosis (VinDr, PadChest) |
-| Enlarged Pulmonary Artery | Enlarged PA (VinDr) |
-| Interstitial Lung Disease | ILD (VinDr) |
-| Other Disease | Other diseases, Other disease (VinDr) |
-| No Finding | No finding (VinDr), No findings |
-| COVID-19 | COVID, COVID19 |
-| Tuberculosis | TB |
+* A label has one name in all sets. `canonical_name` maps spellings and true synonyms (`SYNONYMS`), and nothing else.
 
 Kept apart, since one does not imply the other, or is a part of it: Lung Opacity, Airspace Opacity, Consolidation,
 Infiltration and Pneumonia; Lung Lesion, Nodule, Mass and Nodule/Mass; Fracture, Rib Fracture and Clavicle Fracture;
@@ -61,12 +48,12 @@ VINDR28 = (
 COMMON = tuple(dict.fromkeys((*NIH14, *CHEXPERT14, *VINDR28, "COVID-19", "Viral Pneumonia", "Bacterial Pneumonia")))
 
 SYNONYMS = {
-    "Effusion": "Pleural Effusion",
-    "Pulmonary Edema": "Edema",
-    "Pulmonary Fibrosis": "Fibrosis",
-    "Enlarged PA": "Enlarged Pulmonary Artery",
-    "ILD": "Interstitial Lung Disease",
-    "Other Diseases": "Other Disease",
+    "Effusion": "Pleural Effusion",  # NIH
+    "Pulmonary Edema": "Edema",  # PadChest
+    "Pulmonary Fibrosis": "Fibrosis",  # VinDr, PadChest
+    "Enlarged PA": "Enlarged Pulmonary Artery",  # VinDr
+    "ILD": "Interstitial Lung Disease",  # VinDr
+    "Other Diseases": "Other Disease",  # VinDr
     "No Findings": "No Finding",
     "COVID": "COVID-19",
     "COVID19": "COVID-19",

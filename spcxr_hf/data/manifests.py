@@ -33,6 +33,7 @@ from spcxr_hf.data.labels import (
 )
 from spcxr_hf.data.shards import ShardIndex, read_index
 from spcxr_hf.data.table import (
+    IMAGE,
     PICTURE_SUFFIXES,
     RadiographTable,
     check_paths,
@@ -45,7 +46,6 @@ from spcxr_hf.files import as_text, note
 
 Missing = Literal["error", "skip"]
 
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 MASKS = pa.list_(pa.struct([("name", pa.string()), ("path", pa.string()), ("rle", pa.string())]))
 BOXES = pa.list_(pa.struct([("name", pa.string()), *((side, pa.float32()) for side in ("x", "y", "width", "height"))]))
 SCHEMA = {
@@ -115,6 +115,9 @@ def age_of(text: str | None) -> float | None:
     return years if years <= OLDEST else None
 
 
+SPELL: dict[str, Callable] = {"view": view_of, "split": split_of, "sex": sex_of, "age": age_of}
+
+
 # ---- tables of text ----------------------------------------------------------------------------------------------
 
 
@@ -122,7 +125,6 @@ def read_rows(path: str | os.PathLike, required: Sequence[str] = (), delimiter: 
     """A CSV, TSV (also .gz) or Parquet file. The columns of a text file are strings; an empty cell is null.
 
     Args:
-        path: The file.
         required: Columns that must be there.
         delimiter: Between cells; None: by the name, a tab for .tsv and .tab, else a comma.
 
@@ -183,6 +185,14 @@ def texts(table: pa.Table, column: str) -> list[str | None]:
     return [(text and text.strip()) or None for text in values.to_pylist()]
 
 
+def in_one_spelling(table: pa.Table, **columns: str) -> dict[str, list]:
+    """Columns of the schema -> their values, of columns of text that are called as given; None where there is none."""
+    return {
+        own: [SPELL[own](text) for text in texts(table, name)] if own in SPELL else texts(table, name)
+        for own, name in columns.items()
+    }
+
+
 def numbers(table: pa.Table, column: str, path: str | os.PathLike) -> np.ndarray:
     """A column as (n,) float64, NaN where there is none."""
     values = table[column]
@@ -217,8 +227,6 @@ def row_number(path: str | os.PathLike, row: int) -> int:
 
 def check_unique(values: Sequence[str], path: str | os.PathLike, what: str) -> None:
     """Refuse a value that stands twice."""
-    if len(set(values)) == len(values):
-        return
     first: dict[str, int] = {}
     for row, value in enumerate(values):
         if value in first:
@@ -233,10 +241,7 @@ def check_unique(values: Sequence[str], path: str | os.PathLike, what: str) -> N
 def radiographs(name: str, paths: Sequence[str], columns: Mapping[str, Any]) -> RadiographTable:
     """A table in the schema, of image files.
 
-    Args:
-        name: What to call the set in messages.
-        paths: (n,) image files.
-        columns: (n,) values per column; those of SCHEMA that are left out are null. A string counts for every row.
+    `columns` has (n,) values per column; those of SCHEMA that are left out are null, a string counts for every row.
     """
     image = pa.StructArray.from_arrays(
         [pa.nulls(len(paths), pa.binary()), pa.array(paths, pa.string())], fields=list(IMAGE)
@@ -266,7 +271,7 @@ def find_files(paths: Sequence[str], where: Callable[[int], str], missing: Missi
     Args:
         paths: (n,) files; one that is nowhere is "".
         where: row -> how messages name what asks for its file.
-        missing: `error`: all must exist; `skip`: those that do not are left out, and logged as a warning.
+        missing: As for `read_manifest`.
     """
     if missing not in get_args(Missing):
         raise SpcxrError(f"missing must be {' or '.join(get_args(Missing))}; got {missing!r}")
@@ -333,7 +338,7 @@ def read_manifest(
     built = _own_columns(rows, names, base) | _label_columns(rows, labels, uncertain, path)
     used = {*names.values(), *(labels or ()), LABELS_COLUMN, *SCHEMA}
     built |= {name: rows[name] for name in rows.column_names if name not in used}
-    built["id"] = built["id"] or written
+    built.setdefault("id", written)
     table = radiographs(path.name, [str(base / text) for text in written], built)
     check_paths(table.rows["image"], base, str(path), image_root)
     masks = [cell["path"] for cells in table.column("masks") for cell in cells or ()]
@@ -361,15 +366,10 @@ def _find_columns(rows: pa.Table, columns: Mapping[str, str], path: Path) -> dic
 
 def _own_columns(rows: pa.Table, names: Mapping[str, str], base: Path) -> dict[str, Any]:
     """The columns of SCHEMA that a manifest gives."""
-    text = {own: texts(rows, names[own]) if own in names else None for own in OWN_COLUMNS}
-    spell: dict[str, Callable] = {"view": view_of, "split": split_of, "sex": sex_of, "age": age_of}
-    built: dict[str, Any] = {
-        own: values and [spell[own](value) for value in values] if own in spell else values
-        for own, values in text.items()
-        if own not in ("path", "mask")
-    }
-    if text["mask"] is not None:
-        built["masks"] = [mask and [{"name": "mask", "path": str(base / mask), "rle": None}] for mask in text["mask"]]
+    built: dict[str, Any] = in_one_spelling(rows, **{own: name for own, name in names.items() if own != "path"})
+    if "mask" in built:
+        masks = built.pop("mask")
+        built["masks"] = [mask and [{"name": "mask", "path": str(base / mask), "rle": None}] for mask in masks]
     return built
 
 
@@ -386,19 +386,16 @@ def _label_columns(
     elif pa.types.is_struct(rows.schema.field(LABELS_COLUMN).type):
         values = dict(zip(labels_of(rows), label_matrix(rows).T, strict=True))
     else:
-        values = listed_labels(_lists(rows[LABELS_COLUMN], path))
+        cells = rows[LABELS_COLUMN].to_pylist()
+        if not all(cell is None or isinstance(cell, str | list) for cell in cells):
+            kind = rows.schema.field(LABELS_COLUMN).type
+            raise SpcxrError(f"{path}: labels must hold lists, or text as Mass|Nodule; it holds {kind}")
+        split = [cell.split("|") if isinstance(cell, str) and cell.strip() else cell or None for cell in cells]
+        values = listed_labels(split)
     try:
         return {LABELS_COLUMN: label_struct(values, uncertain)} if values else {}
     except SpcxrError as error:
         raise SpcxrError(f"{path}: {error}") from error
-
-
-def _lists(column: pa.ChunkedArray, path: Path) -> list[list[str] | None]:
-    """Lists, of a column of lists or of text as `Mass|Nodule`."""
-    values = column.to_pylist()
-    if not all(value is None or isinstance(value, str | list) for value in values):
-        raise SpcxrError(f"{path}: labels must hold lists, or text as Mass|Nodule; it holds {column.type}")
-    return [value.split("|") if isinstance(value, str) and value.strip() else value or None for value in values]
 
 
 def listed_labels(lists: Sequence[Sequence[str] | None]) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spcxr_hf.data.table import check_paths
+from spcxr_hf.data.table import IMAGE, check_paths
 from spcxr_hf.errors import SpcxrError, one_line
 from spcxr_hf.files import as_text
 
@@ -96,8 +96,7 @@ class ShardIndex:
         with _naming(path):
             rows = read(path, int(record["place"]), int(record["first_row"]), wanted, columns)
         if any(row.image is not None and row.image.get("bytes") is None for row in rows):
-            named = pa.array([row.image for row in rows], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-            check_paths(named, path.parent, str(path), self.image_root)
+            check_paths(pa.array([row.image for row in rows], IMAGE), path.parent, str(path), self.image_root)
         return rows
 
 
@@ -179,21 +178,17 @@ def _shards_in(place: Path) -> list[Path]:
         found = [place]
     elif place.is_dir():
         found = sorted(path for path in place.iterdir() if path.is_file())
-        found = [path for path in found if path.suffix in (".parquet", ".tar") or _is_compressed(path)]
+        found = [path for path in found if path.name.lower().endswith((".parquet", ".tar", *COMPRESSED_SUFFIXES))]
     else:
         raise SpcxrError(f"{place}: no such file or folder")
     for path in found:
-        if _is_compressed(path):
+        if path.name.lower().endswith(COMPRESSED_SUFFIXES):
             raise SpcxrError(f"{path}: a compressed tar cannot be read from its middle; decompress it")
         if path.suffix not in (".parquet", ".tar"):
             raise SpcxrError(f"{path}: neither a Parquet (.parquet) nor a WebDataset (.tar) shard")
     if not found:
         raise SpcxrError(f"{place}: no Parquet (.parquet) and no WebDataset (.tar) shards in this folder")
     return found
-
-
-def _is_compressed(path: Path) -> bool:
-    return path.name.lower().endswith(COMPRESSED_SUFFIXES)
 
 
 @contextmanager
@@ -217,9 +212,7 @@ def _scan_parquet(path: Path, where: tuple[str, Any] | None) -> _Scan:
         units, kept, first_row = [], [], 0
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
-            size = (
-                group.total_byte_size
-            )  # of all columns: asked for one of them, pyarrow ends the process if it is damaged
+            size = group.total_byte_size  # of all columns: asked for one of them, pyarrow may end the process
             if group.num_rows > MAX_GROUP_ROWS:
                 raise SpcxrError(f"{path}: row group {number} has {group.num_rows:,} rows; at most {MAX_GROUP_ROWS:,}")
             if size > LARGEST_ROW_GROUP:

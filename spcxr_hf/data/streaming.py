@@ -9,12 +9,11 @@ An optimiser step has one micro-batch from each stream, and process p of P works
 whatever the number of processes and workers, and a run is resumed by the number of the steps done.
 
 Memory: a stream holds the encoded bytes of at most `window` units, and of them only the rows that it has not given out
-yet (`StreamingRadiographs.most_bytes_held`), whatever the size of the set. The index takes 44 bytes per unit. Row
+yet, whatever the size of the set. The index takes 44 bytes per unit. Row
 groups of 100 to 1000 images are what `datasets` writes; a tar is cut into units of at most 256 samples or 64 MiB.
 
-Start-up: Parquet counts come from the footers (a few milliseconds a file): growing with the files, not their rows.
-A tar has no footer: its headers are walked once, without its data (30 seconds per million members), in every process. A
-filter (`where`) costs more: its column is read once (in a tar, every .json), and 4 bytes are kept per kept row.
+`spcxr_hf.data.shards` says what the start takes. A filter (`where`) costs more: its column is read once (in a tar,
+every .json), and 4 bytes are kept per kept row.
 
 Shards are local files. From a dataset on the Hub they come once, and stay in its cache:
 
@@ -180,9 +179,7 @@ def decode_image(row: Row, size: int) -> np.ndarray:
     """The whole picture at size x size, (size, size) uint8 grey, by the rule of `spcxr_hf.data.table.decode_images`."""
     if row.problem is not None:
         raise SpcxrError(row.problem)
-    if row.image is None:
-        raise SpcxrError(f"{row.name}: no image in this row")
-    cell = {"bytes": None, "path": None, **row.image}
+    cell = {"bytes": None, "path": None, **(row.image or {})}
     if cell["bytes"] is None and cell["path"] is None:
         raise SpcxrError(f"{row.name}: no image in this row")
     try:
@@ -258,16 +255,6 @@ class StreamingRadiographs:
         return deal_streams(self.index, plan.micro_batches, plan.micro_batch_size, plan.seed, self.window)[
             plan.process :: plan.processes
         ]
-
-    def most_bytes_held(self, plan: StepPlan) -> int:
-        """An upper bound of the encoded bytes that this process and its workers hold at a time.
-
-        Beside them there are micro-batches on their way: two decoded ones per worker, and the one in the making.
-        """
-        streams = self.streams(plan)
-        per_stream = (np.sort(self.index.units["bytes"][stream.units])[-stream.window :].sum() for stream in streams)
-        readers_per_stream = self.workers // math.gcd(self.workers, len(streams)) if self.workers else 1
-        return int(sum(per_stream)) * readers_per_stream
 
     def micro_batches(
         self, plan: StepPlan, first_step: int = 0, last_step: int | None = None

@@ -39,6 +39,7 @@ OTHER_IMAGES = {
     ".gif", ".jp2", ".j2k", ".jpf", ".jxl", ".heic", ".heif", ".avif", ".pgm", ".ppm", ".pnm", ".tga", ".jfif", ".ico",
     ".svg", ".img", ".raw", ".nii", ".gz", ".mha", ".mhd", ".nrrd", ".npy", ".npz", ".mat", ".zip", ".rar", ".7z",
 }  # fmt: skip
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the form that `datasets` writes
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".webp"}
 
 
@@ -60,13 +61,11 @@ class RadiographTable:
 
     def where(self, column: str, value: Any) -> RadiographTable:
         """The rows that hold `value` in `column`."""
-        if column not in self.rows.column_names:
-            raise SpcxrError(f"{self.name}: no column {column!r}; there are {', '.join(self.rows.column_names)}")
+        values = self.cells(column)
         try:
-            kept = self.rows.filter(pc.equal(self.rows[column], pa.scalar(value)))
+            kept = self.rows.filter(pc.equal(values, pa.scalar(value)))
         except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-            kind = self.rows[column].type
-            raise SpcxrError(f"{self.name}: column {column!r} holds {kind}, and {value!r} is none") from error
+            raise SpcxrError(f"{self.name}: column {column!r} holds {values.type}, and {value!r} is none") from error
         if not kept.num_rows:
             raise SpcxrError(f"{self.name}: no row has {column} = {value!r}")
         return RadiographTable(kept, f"{self.name}[{column}={value}]")
@@ -89,9 +88,13 @@ class RadiographTable:
 
     def column(self, name: str) -> list:
         """The values of one column."""
+        return self.cells(name).to_pylist()
+
+    def cells(self, name: str) -> pa.ChunkedArray:
+        """One column as Arrow holds it."""
         if name not in self.rows.column_names:
             raise SpcxrError(f"{self.name}: no column {name!r}; there are {', '.join(self.rows.column_names)}")
-        return self.rows[name].to_pylist()
+        return self.rows[name]
 
 
 def read_table(source: str | os.PathLike, image_root: str | os.PathLike | None = None) -> RadiographTable:
@@ -119,8 +122,7 @@ def read_table(source: str | os.PathLike, image_root: str | os.PathLike | None =
         )
     images = [{"bytes": None, "path": as_text(picture)} for picture in pictures]
     names = [as_text(picture.relative_to(path)) for picture in pictures]
-    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return RadiographTable(pa.table({"image": pa.array(images, struct), "id": names}), path.name)
+    return RadiographTable(pa.table({"image": pa.array(images, IMAGE), "id": names}), path.name)
 
 
 def pictures_below(folder: Path, left_out: list[Path] | None = None) -> list[Path]:
@@ -128,11 +130,7 @@ def pictures_below(folder: Path, left_out: list[Path] | None = None) -> list[Pat
 
     A file counts by its suffix, or without one where it begins like a DICOM. Hidden files do not, nor what lies in
     hidden folders: they are an archive tool's own (`._picture.png`). What else is left out is told in a line for each
-    kind: folders that cannot be read, linked folders, files of other kinds that may be images.
-
-    Args:
-        folder: The folder.
-        left_out: Is extended by what was left out.
+    kind, and added to `left_out`: folders that cannot be read, linked folders, files of other kinds that may be images.
     """
     pictures, found = scan_pictures(folder)
     for what, files in found.items():
@@ -250,13 +248,10 @@ def check_paths(
     """Refuse a table whose rows name files elsewhere: a table of unknown origin could name any picture of this machine.
 
     Args:
-        images: Structs of `bytes` and `path`.
+        images: Structs of `bytes` and `path`; a row with bytes may have any path.
         folder: Of the table.
         name: Of the table, in messages.
         image_root: Where the files may lie, with all that is below it; None: in the table's folder.
-
-    Raises:
-        SpcxrError: a row has a path outside, and no bytes.
     """
     root = os.path.abspath(image_root if image_root is not None else folder)  # noqa: PTH100 (links are not followed)
     inside = root.rstrip(os.sep) + os.sep
@@ -422,13 +417,7 @@ def decode_set(
 
 
 def check_broken(name: str, causes: Sequence[str], count: int, on_error: OnError) -> None:
-    """The one rule for broken files: none with "stop", at most half of them with "skip".
-
-    Args:
-        name: What to call the set.
-        causes: Of each broken file; the first is told.
-        count: Files of the set, or of the part of it that was looked at.
-    """
+    """The one rule for broken files, out of `count` that were looked at: none with "stop", at most half with "skip"."""
     if on_error not in get_args(OnError):
         raise SpcxrError(f"on_error must be {' or '.join(get_args(OnError))}; got {on_error!r}")
     if causes and on_error == "stop":
@@ -440,9 +429,8 @@ def check_broken(name: str, causes: Sequence[str], count: int, on_error: OnError
 def decode_images(table: RadiographTable, size: int, cache: str | os.PathLike | None = None) -> torch.Tensor:
     """Decode every image to grey, the whole picture at size x size: (n, 1, size, size) uint8.
 
-    Args:
-        cache: A folder to keep the result in, for the next start: one `.npy` file per set and size, mapped, and a
-            `.json` with its checksum; a damaged one is made anew.
+    `cache` is a folder to keep the result in, for the next start: one `.npy` file per set and size, mapped, and a
+    `.json` with its checksum; a damaged one is made anew.
     """
     return decode_set(table, size, cache).images
 
@@ -472,9 +460,7 @@ def _decode(
     cache: str | os.PathLike | None,
 ) -> tuple[torch.Tensor, dict[int, str]]:
     """Pixels (n, 1, S, S) uint8 of a column, and row -> cause of what cannot be read, which is black."""
-    if column not in table.rows.column_names:
-        raise SpcxrError(f"{table.name}: no column {column!r}; there are {', '.join(table.rows.column_names)}")
-    names = table.ids
+    cells, names = table.cells(column), table.ids
     file = None if cache is None else Path(cache) / f"{cache_key(table)}-{column}-{size}.npy"
     shape = (len(table), 1, size, size)
     kept = None if file is None else read_cache(file, shape)
@@ -484,7 +470,7 @@ def _decode(
 
     def fill(row: int) -> None:
         try:
-            pixels[row, 0] = decode(table.rows[column][row].as_py(), f"{table.name}: {names[row]}", size)
+            pixels[row, 0] = decode(cells[row].as_py(), f"{table.name}: {names[row]}", size)
         except SpcxrError as error:
             broken[row] = str(error)
 
@@ -540,9 +526,8 @@ def cache_key(table: RadiographTable) -> str:
 def fingerprint_rows(table: RadiographTable, columns: Sequence[str] = ()) -> str:
     """Identifies what is learned from a set, wherever it lies: 16 hex digits. No pixel is read.
 
-    Args:
-        table: The set. The order of its rows counts, each row's id, and the size of its encoded image.
-        columns: Labels and whatever else counts; of a column of pictures (masks) the sizes count.
+    The order of the rows counts, each row's id, the size of its encoded image, and the columns that are named; of a
+    column of pictures (masks) the sizes count.
     """
     parts: list[list] = [table.ids]
     for name in ("image", *columns):

@@ -38,6 +38,7 @@ from rich.text import Text
 
 from spcxr_hf.data.sets import is_set, read_set
 from spcxr_hf.data.table import (
+    IMAGE,
     PICTURE_SUFFIXES,
     RadiographTable,
     is_hidden,
@@ -120,9 +121,8 @@ def table_of(
     sources = find_sources(words, left_out)
     if all(source.path.suffix == ".parquet" for source in sources):
         return join_tables([read_table(source.path, image_root) for source in sources])
-    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     cells = [{"bytes": None, "path": str(source.path)} for source in sources]
-    rows = {"image": pa.array(cells, struct), "id": [str(source.path) for source in sources]}
+    rows = {"image": pa.array(cells, IMAGE), "id": [str(source.path) for source in sources]}
     return RadiographTable(pa.table(rows), f"{len(sources)} files")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from spcxr_hf.data.archives.rows import Rows, either, filled, stacked
-from spcxr_hf.data.manifests import age_of, read_rows, sex_of, texts, view_of
+from spcxr_hf.data.manifests import age_of, in_one_spelling, read_rows, sex_of, texts
 from spcxr_hf.data.masks import index_files, jsrt_clinical, jsrt_masks
 from spcxr_hf.errors import SpcxrError
 
@@ -84,16 +84,10 @@ def read_covid_radiography(root: Path) -> Rows:
         folder = root / name / "images" if (root / name / "images").is_dir() else root / name
         files = sorted(folder.glob("*.png"), key=lambda file: (len(file.name), file.name))
         origins = _covid_origins(root / f"{name}.metadata.xlsx")
-        masks = {file.name for file in (root / name / "masks").glob("*.png")}
         columns = {
             "id": [f"{name}/{file.name}" for file in files],
             "label": [name] * len(files),
-            "masks": [
-                [{"name": "lungs", "path": str(root / name / "masks" / file.name), "rle": None}]
-                if file.name in masks
-                else None
-                for file in files
-            ],
+            "masks": [_existing_masks({"lungs": root / name / "masks" / file.name}) or None for file in files],
             "source": [origins.get(file.stem.casefold()) for file in files],
         }
         parts.append(Rows(root, [str(file) for file in files], columns, _class_labels([name] * len(files))))
@@ -267,16 +261,13 @@ def read_cohen(root: Path) -> Rows:
     labels = {name: _cohen_label(terms, name) for name in ("COVID-19", "Pneumonia", "Tuberculosis", "No Finding")}
     columns = {
         "id": names,
-        "patient": texts(rows, "patientid"),
-        "view": [view_of(text) for text in texts(rows, "view")],
-        "sex": [sex_of(text) for text in texts(rows, "sex")],
-        "age": [age_of(text) for text in texts(rows, "age")],
-        "label": texts(rows, "finding"),
         "terms": terms,
-        "report": texts(rows, either(rows, "clinical_notes", "clinical notes")),
-        "source": texts(rows, "location"),
         "licence": [text or OF_EACH_IMAGE for text in texts(rows, "license")],
     }
+    notes = either(rows, "clinical_notes", "clinical notes")
+    columns |= in_one_spelling(
+        rows, patient="patientid", view="view", sex="sex", age="age", label="finding", report=notes, source="location"
+    )
     return Rows(file, [str(root / "images" / name) for name in names], columns, labels)
 
 

@@ -17,10 +17,10 @@ from spcxr_hf.data.labels import CHEXPERT14, NIH14, VINDR28, canonical_name
 from spcxr_hf.data.manifests import (
     age_of,
     check_unique,
+    in_one_spelling,
     numbers,
     read_rows,
     row_number,
-    sex_of,
     split_of,
     texts,
     view_of,
@@ -79,13 +79,12 @@ def read_nih(root: Path) -> Rows:
         "id": names,
         "patient": patients,
         "study": [f"{one}_{visit}" for one, visit in zip(patients, texts(rows, "Follow-up #"), strict=True)],
-        "view": [view_of(text) for text in texts(rows, "View Position")],
-        "sex": [sex_of(text) for text in texts(rows, either(rows, "Patient Gender", "Patient Sex"))],
-        "age": [age_of(text) for text in texts(rows, "Patient Age")],
         "split": [splits.get(name) for name in names],
         "terms": listed,
         "boxes": [boxes.get(name) for name in names],
     }
+    sex = either(rows, "Patient Gender", "Patient Sex")
+    columns |= in_one_spelling(rows, view="View Position", sex=sex, age="Patient Age")
     return Rows(file, [index.get(name, "") for name in names], columns, {key: present(terms, key) for key in known})
 
 
@@ -128,9 +127,8 @@ def _chexpert_part(root: Path, file: Path, split: str) -> Rows:
         "patient": [patient for _, patient, _ in names],
         "study": [f"{patient}/{study}" for _, patient, study in names],
         "view": ["lateral" if plane == "Lateral" else view_of(view) for plane, view in directions],
-        "sex": [sex_of(text) for text in texts(rows, "Sex")],
-        "age": [age_of(text) for text in texts(rows, "Age")],
         "split": [split] * len(names),
+        **in_one_spelling(rows, sex="Sex", age="Age"),
     }
     labels = {name: numbers(rows, name, file).astype(np.float32) for name in CHEXPERT14}
     return Rows(file, [f"{root}{os.sep}{name}" for name, _, _ in names], columns, labels)
@@ -193,14 +191,11 @@ def read_padchest(root: Path) -> Rows:
     dates, births = texts(rows, "StudyDate_DICOM"), texts(rows, "PatientBirth")
     columns = {
         "id": names,
-        "patient": texts(rows, "PatientID"),
-        "study": texts(rows, "StudyID"),
-        "view": [view_of(text) for text in texts(rows, "Projection")],
-        "sex": [sex_of(text) for text in texts(rows, either(rows, "PatientSex_DICOM", "PatientSex"))],
         "age": [_years_between(born, date) for born, date in zip(births, dates, strict=True)],
         "terms": terms,
-        "report": texts(rows, "Report"),
     }
+    sex = either(rows, "PatientSex_DICOM", "PatientSex")
+    columns |= in_one_spelling(rows, patient="PatientID", study="StudyID", view="Projection", sex=sex, report="Report")
     labels = {name: _padchest_label(terms, set(words)) for name, words in PADCHEST_TERMS.items()}
     return Rows(file, [index.get(name, "") for name in names], columns, labels)
 
