@@ -4,6 +4,7 @@ The command `spcxr` is the exception: there torch and transformers, which take s
 that needs them, so that help, completion and a mistyped option answer at once.
 """
 
+import signal
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,8 @@ from .errors import SpcxrError
 
 # The installed command has no suffix; `spcxr.py` is somebody's own script.
 _IS_COMMAND = bool(sys.argv) and Path(sys.argv[0]).name in ("spcxr", "spcxr.exe")
+if _IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `cli.main` runs, Ctrl-C leaves no traceback
 
 if TYPE_CHECKING or not _IS_COMMAND:
     from .images.reader import read_radiograph

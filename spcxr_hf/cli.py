@@ -7,6 +7,7 @@ What a command needs is imported inside it, so that help and a mistyped option a
 """
 
 import inspect
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -508,6 +509,8 @@ def printable_lines(text: object) -> str:
 def main() -> None:
     """Run the command line; what cannot be used is one line on standard error, and the exit status is 1."""
     warnings.showwarning = lambda message, *_: print(f"warning: {printable_lines(message)}", file=sys.stderr)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the package's import leaves it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
     except SpcxrError as error:

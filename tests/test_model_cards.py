@@ -115,6 +115,16 @@ def test_prepare(tmp_path, monkeypatch):
     for name, tensor in trained.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.half().float()), name
 
+    use = {"population": "adults", "ages": [18, None], "views": ["PA"]}
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"intended_use": use}))
+    prepare_checkpoint.main([*flags, "--model", str(source)])  # new weights: whom they are for stays
+    assert SpcxrConfig.from_pretrained(folder).intended_use == use
+    trained.config.intended_use = use | {"population": "children"}
+    trained.save_pretrained(source)
+    prepare_checkpoint.main([*flags, "--model", str(source)])
+    assert SpcxrConfig.from_pretrained(folder).intended_use["population"] == "children"
+
     (tmp_path / "toy.md").write_text("{{ probe/auroc | .1f }}, {{ probe/ci | .0% }}, {{ probe/a / b/c }}")
     (tmp_path / "probe.json").write_text(json.dumps({"auroc": 0.75, "ci": [0.7, 0.8], "a / b": {"c": 3}, "none": None}))
     (tmp_path / "roc.png").write_bytes(b"png")

@@ -19,11 +19,15 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported leaves no traceback
 
 import numpy as np
 import torch
@@ -37,6 +41,7 @@ from spcxr_hf.evaluation.calibration import (
     JOIN,
     POINTS,
     Calibration,
+    count_cases,
     decision_figures,
     fit_calibration,
     fold_into_head,
@@ -97,6 +102,9 @@ class Arguments(SetArguments):
     splits: list[str] = field(
         default_factory=lambda: ["val", "test"], metadata={"help": "splits to report; the fitted one is always there"}
     )
+    min_cases: int = field(
+        default=50, metadata={"help": "positives, and negatives, that a target needs on fit_on to get thresholds"}
+    )
     operating_point: str = field(default="youden", metadata={"help": f"the default one: {', '.join(POINTS)}"})
     bins: int = field(default=15, metadata={"help": "bins of the reliability diagram and the calibration error"})
     batch_size: int = field(default=32, metadata={"help": "images per forward pass"})
@@ -133,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         to_probabilities(calibration(fitted.logits), multi_label).numpy(), fitted.targets, list(classes), arguments.sums
     )
     fold_into_head(model, calibration)
-    set_operating_points(model.config, points, arguments.operating_point)
+    set_operating_points(model.config, reliable(arguments, points, fitted, list(classes)), arguments.operating_point)
 
     result = describe(arguments, model, classes, calibration)
     for name, split in splits.items():
@@ -149,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 def check(arguments: Arguments) -> None:
     """Refuse a command line that would fail late; fill in what the model's recipe says."""
-    for name in ("batch_size", "resamples", "bins"):
+    for name in ("batch_size", "resamples", "bins", "min_cases"):
         if getattr(arguments, name) < 1:
             raise SpcxrError(f"{name} must be at least 1; got {getattr(arguments, name)}")
     if arguments.operating_point not in POINTS:
@@ -207,6 +215,21 @@ def predict(
     }
 
 
+def reliable(
+    arguments: Arguments, points: dict[str, dict[str, float]], fitted: Split, names: list[str]
+) -> dict[str, dict[str, float]]:
+    """The points of the targets that the fitted split has enough cases of; the others are listed."""
+    kept = {}
+    for target, values in points.items():
+        positives, negatives = count_cases(fitted.targets, target, names)
+        if min(positives, negatives) >= arguments.min_cases:
+            kept[target] = values
+        else:
+            cases = f"{arguments.fit_on} has {positives} positives and {negatives} negatives of it"
+            print(f"no thresholds for {target!r}: {cases}, --min-cases is {arguments.min_cases}", flush=True)
+    return kept
+
+
 def describe(
     arguments: Arguments, model: PreTrainedModel, classes: dict[str, list[str]], calibration: Calibration
 ) -> dict:
@@ -226,6 +249,7 @@ def describe(
         entry["bias"] = dict(zip(classes, biases, strict=True))
     else:
         entry["temperature"] = 1 / scales[0]
+    entry["min_cases"] = arguments.min_cases
     entry["operating_points"] = model.config.operating_points
     entry["operating_point"] = model.config.operating_point
     return entry | {"resamples": arguments.resamples, "seed": arguments.seed, "splits": {}}
@@ -361,9 +385,8 @@ def draw(
         title: (split, to_probabilities(calibration(split.logits), multi_label).numpy())
         for title, split in list(splits.items())[: len(STYLES)]
     }
-    targets = list(result["operating_points"] or ())  # none where no target has both sides
-    if curves := roc_panels(arguments, shown, targets, names):
-        chosen = result["splits"][arguments.fit_on]["operating_points"]
+    chosen = result["splits"][arguments.fit_on]["operating_points"]  # none where no target has both sides
+    if curves := roc_panels(arguments, shown, list(chosen), names):
         marks = {
             target: {name: (1 - at[name]["specificity"], at[name]["sensitivity"]) for name in POINTS}
             for target, at in chosen.items()

@@ -13,10 +13,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported leaves no traceback
 
 import torch
 import yaml
@@ -70,10 +74,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def copy_model(source: Path, folder: Path) -> None:
-    """Weights in float16, loaded as float32 again, with the image processor and the code that loads both."""
+    """Weights in float16, loaded as float32 again, with the image processor and the code that loads both.
+
+    `intended_use` is written by hand into the folder's config.json; where the trained model states none, it stays.
+    """
+    before = folder / "config.json"
+    stated = json.loads(before.read_text(encoding="utf-8")).get("intended_use") if before.is_file() else None
     model, _ = load_network(own_class(load_config(str(source), any_family=False)), str(source), dtype=torch.float16)
     model.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if stated is not None and saved.get("intended_use") is None:
+        saved["intended_use"] = stated
     saved["dtype"] = "float32"  # half precision is for the way; to compute in it is the user's choice
     (folder / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     load_processor(str(source)).save_pretrained(folder)

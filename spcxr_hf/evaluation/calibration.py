@@ -179,6 +179,12 @@ def operating_points(
     return found
 
 
+def count_cases(targets: np.ndarray, target: str, names: Sequence[str]) -> tuple[int, int]:
+    """Positives and negatives of a target among (n, classes) of 1, 0 and NaN."""
+    truth = target_values(targets, target, names)
+    return int((truth > 0.5).sum()), int((truth <= 0.5).sum())
+
+
 def thresholds(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """The three operating points of one target; a score at or above the threshold is positive.
 

@@ -10,11 +10,13 @@ import difflib
 import logging
 import math
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import torch
 import yaml
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 Arguments = TypeVar("Arguments")
 
 MAX_RECIPE_BYTES = 1_000_000
+FIRST_TO_SAY = 10.0  # seconds that the other processes of a machine give the first to report the same error
 # accelerate's launch modes in which every process holds the whole model, or `--fsdp` divides it.
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # Flags that may change between the starts of one run. (A stream has another order of images than a set in memory; where
@@ -89,7 +92,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None
         SystemExit: a flag is unknown or its value of the wrong type, as in every command line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(cast(Any, arguments_class), description=(arguments_class.__doc__ or "").strip())
+    parser = _Parser(cast(Any, arguments_class), description=(arguments_class.__doc__ or "").strip())
     parser.usage = "%(prog)s [RECIPE.yaml] [--flag value ...]"
     for action in parser._actions:  # shown with hyphens; underscores are accepted too
         action.option_strings = [one for one in action.option_strings if "_" not in one] or action.option_strings
@@ -114,6 +117,18 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None
                       f"{arguments.steps}; --warmup-steps N overrides it", file=sys.stderr)  # fmt: skip
             arguments.warmup_steps = scaled
     return arguments
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _let_the_first_say_it()
+        super().error(message)
+
+
+def _let_the_first_say_it() -> None:
+    """Wait, in any process but a machine's first: where that one fails too, the launcher ends this one meanwhile."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(FIRST_TO_SAY)
 
 
 def _meant(name: str, known: Sequence[str], dashes: str = "") -> str:
@@ -200,10 +215,16 @@ def fill_from_recipe(arguments: Any, recipe: Path, **otherwise: Any) -> None:
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Run the `main` of a script: errors of the input end it with one line, Ctrl-C with status 130."""
+    """Run the `main` of a script: errors of the input end it with one line, Ctrl-C with status 130.
+
+    Of several processes that fail alike, one prints the line.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as scripts have it while they import
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
     except SpcxrError as error:
+        _let_the_first_say_it()
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what was saved", file=sys.stderr)

@@ -25,6 +25,7 @@ LABELS = {0: "normal", 1: "bacterial pneumonia", 2: "viral pneumonia"}
 CLASSES = ["normal", "bacterial pneumonia=bacterial", "viral pneumonia=viral"]
 SUM = "bacterial pneumonia + viral pneumonia"
 FINDINGS = ("Edema", "Effusion")
+ALL_POINTS = ["--min_cases", "1"]
 MULTI_CLASSES = ["abnormal=Edema+Effusion", "oedema=Edema", "effusion=Effusion"]
 
 
@@ -55,7 +56,7 @@ def calibrated(shard, tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
     model = checkpoint(folder / "final", LABELS, multi_label=False)
     flags = ["--label_column", "pneumonia_label", "--split_column", "pneumonia_split", "--classes", *CLASSES]
-    flags += ["--sums", SUM, "--resamples", "40", "--output", str(folder / "calibrated")]
+    flags += ["--sums", SUM, *ALL_POINTS, "--resamples", "40", "--output", str(folder / "calibrated")]
     result = calibrate.main(["--model", str(model), "--data", shard, *flags])
     return model, folder / "calibrated", json.loads(json.dumps(result, default=float))
 
@@ -149,21 +150,55 @@ def test_labels_that_hold_together_by_the_recipe(shard, tmp_path):
     recipe = f"label_column: findings\nsplit_column: pneumonia_split\nclasses: {json.dumps(MULTI_CLASSES)}\n"
     model = checkpoint(tmp_path / "final", names, multi_label=True, recipe=recipe)
     output = str(tmp_path / "calibrated")
-    result = calibrate.main(["--model", str(model), "--data", shard, "--output", output, "--resamples", "20"])
+    result = calibrate.main(
+        ["--model", str(model), "--data", shard, "--output", output, *ALL_POINTS, "--resamples", "20"]
+    )
     assert set(result["scale"]) == set(names.values()) and all(value > 0 for value in result["scale"].values())
     entry = result["splits"]["val"]
     assert entry["images"] == 23 and list(entry["after"]["labels"]) == list(names.values())
     assert entry["after"]["mean_brier"] < entry["before"]["mean_brier"]
     points = AutoModelForImageClassification.from_pretrained(output).config.operating_points
     assert points == result["operating_points"] and set(points) == set(names.values())
-    again = calibrate.main(["--model", str(model), "--data", shard, "--output", output, "--resamples", "20"])
+    again = calibrate.main(
+        ["--model", str(model), "--data", shard, "--output", output, *ALL_POINTS, "--resamples", "20"]
+    )
     assert again["operating_points"] == result["operating_points"]
+
+
+def test_a_target_with_few_cases_has_thresholds_in_the_report_alone(calibrated, shard, tmp_path, capsys):
+    """`val` has 8 images of each class: 8 of one and 16 of the others are too few where 10 are asked for."""
+    model, _, every = calibrated
+    flags = ["--label_column", "pneumonia_label", "--split_column", "pneumonia_split", "--classes", *CLASSES]
+    flags += ["--sums", SUM, "--splits", "val", "--resamples", "5", "--output", str(tmp_path / "out")]
+    words = ["--model", str(model), "--data", shard, *flags, "--min_cases"]
+    result = calibrate.main([*words, "10"])
+    assert result["operating_points"] is None and "operating_points" not in config_of(tmp_path / "out")
+    assert set(result["splits"]["val"]["operating_points"]) == {*LABELS.values(), SUM}
+    said = capsys.readouterr().out
+    assert "no thresholds for 'normal': val has 8 positives and 16 negatives of it, --min-cases is 10\n" in said
+    assert calibrate.main([*words, "8"])["operating_points"] == every["operating_points"]
+    assert "no thresholds" not in capsys.readouterr().out
+
+
+def config_of(folder: Path) -> dict:
+    return {key: value for key, value in json.loads((folder / "config.json").read_text()).items() if value is not None}
 
 
 def test_thresholds_do_not_depend_on_what_is_reported(calibrated, shard, tmp_path):
     model, _, result = calibrated
     flags = ["--label_column", "pneumonia_label", "--split_column", "pneumonia_split", "--classes", *CLASSES]
-    flags += ["--splits", "val", "--resamples", "5", "--output", str(tmp_path / "out"), "--sums", SUM]
+    flags += [
+        "--splits",
+        "val",
+        "--resamples",
+        "5",
+        "--output",
+        str(tmp_path / "out"),
+        "--sums",
+        SUM,
+        "--min_cases",
+        "1",
+    ]
     again = calibrate.main(["--model", str(model), "--data", shard, *flags])
     assert again["operating_points"] == result["operating_points"] and list(again["splits"]) == ["val"]
 
@@ -235,7 +270,9 @@ def test_intervals_are_by_patient(calibrated, shard, tmp_path):
     pq.write_table(table.set_column(place, "patient", people), tmp_path / "two.parquet")
     flags = ["--label_column", "pneumonia_label", "--split_column", "pneumonia_split", "--classes", *CLASSES]
     words = ["--model", str(model), "--data", str(tmp_path / "two.parquet"), *flags, "--sums", SUM]
-    entry = calibrate.main([*words, "--resamples", "40", "--output", str(tmp_path / "out")])["splits"]["test"]
+    entry = calibrate.main([*words, *ALL_POINTS, "--resamples", "40", "--output", str(tmp_path / "out")])["splits"][
+        "test"
+    ]
     assert entry["patients"] == 2
     assert entry["after"]["brier"] == pytest.approx(apart["splits"]["test"]["after"]["brier"])
     rows = select_rows(read_table(shard), "pneumonia_label", "pneumonia_split", "test", parse_classes(CLASSES), False)

@@ -239,6 +239,8 @@ def test_two_processes(shard, tmp_path):
     assert done.stdout.count("saved ") == 1  # one main process, not two that know nothing of each other
     assert "| processes | 2 |" in (tmp_path / "run" / "report.md").read_text()
     assert torch.isfinite(AutoModel.from_pretrained(tmp_path / "run" / "final").layernorm.weight).all()
+    wrong = subprocess.run([*command, "--stepz", "3"], capture_output=True, text=True, env=environment)
+    assert wrong.returncode == 1 and wrong.stderr.count("did you mean --steps?") == 1
 
 
 @pytest.mark.slow

@@ -2,7 +2,13 @@
 
 import dataclasses
 import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -164,6 +170,45 @@ def test_how_scripts_end(capsys):
         assert end.value.code == code
     assert capsys.readouterr().err == "stopped; the same command goes on from what was saved\n"
     run_script(lambda: {"a result": 1})
+
+
+def test_of_several_processes_the_first_reports_an_error(recipe, monkeypatch, capsys):
+    """The launcher ends the others while they wait; one that fails alone reports it after the wait."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+
+    def fail():
+        raise SpcxrError("set.parquet: no such file")
+
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit, match=r"error: set\.parquet: no such file"):
+            run_script(fail)
+        with pytest.raises(SystemExit):
+            parse_arguments(Arguments, [recipe("data: x\n"), "--typo", "3"])
+        assert capsys.readouterr().err.count("unrecognized arguments: --typo") == 1
+        assert len(waited) == 2 * int(rank)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT for another process")
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback():
+    scripts = Path(__file__).parents[2] / "training_scripts"
+    command = str(Path(sys.executable).with_name("spcxr"))
+    for words in ([str(scripts / "calibrate.py"), "--help"], [command, "predict", "none.png", "--model", "none"]):
+        watched = [sys.executable, "-X", "importtime", *words]
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+        process = subprocess.Popen(
+            watched, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heard
+        )
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.rstrip().endswith((" numpy.exceptions", " typer.core")):
+                process.send_signal(signal.SIGINT)
+                break
+        said += process.stderr.readlines()
+        assert process.wait() == -signal.SIGINT and "Traceback" not in "".join(said), words
 
 
 def test_wrong_types_in_a_recipe_are_refused_as_flags_are(recipe, capsys):
