@@ -41,7 +41,7 @@ from spcxr_hf.data.table import (
     pictures_below,
     read_parquet,
 )
-from spcxr_hf.errors import SpcxrError
+from spcxr_hf.errors import SpcxrError, one_line
 from spcxr_hf.files import as_text, note
 
 Missing = Literal["error", "skip"]
@@ -69,6 +69,7 @@ SCHEMA = {
 OWN_COLUMNS = ("path", "id", "patient", "study", "view", "sex", "age", "split", "label", "mask", "report", "source")
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 LARGEST_TABLE = 2**33  # bytes of encoded images that `read_shards` takes into memory
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 OVERRIDE = "read_as (--read-as) overrides it"
 OLDEST = 120  # years; NIH has patients of 411
 VIEWS = {
@@ -122,24 +123,41 @@ SPELL: dict[str, Callable] = {"view": view_of, "split": split_of, "sex": sex_of,
 
 
 def read_rows(path: str | os.PathLike, required: Sequence[str] = (), delimiter: str | None = None) -> pa.Table:
-    """A CSV, TSV (also .gz) or Parquet file. The columns of a text file are strings; an empty cell is null.
+    """A CSV, TSV (also .gz), JSON Lines or Parquet file. A cell of a CSV or TSV is a string; an empty one is null.
 
     Args:
         required: Columns that must be there.
         delimiter: Between cells; None: by the name, a tab for .tsv and .tab, else a comma.
 
     Raises:
-        SpcxrError: no such file, not UTF-8, a row of another length, two columns of one name, or a column that is not
-            there; the message names the file, and the row (the header is row 1).
+        SpcxrError: no such file, not UTF-8, a row of another length, a line that is no JSON object, two columns of one
+            name, or a column that is not there; the message names the file, and the row (the header is row 1).
     """
     path = Path(path)
     if not path.is_file():
         raise SpcxrError(f"{path}: no such file")
-    table = read_parquet(path) if path.suffix.lower() == ".parquet" else _read_text(path, delimiter)
+    readers: dict[str, Callable[[Path], pa.Table]] = {".parquet": read_parquet, ".jsonl": _read_json_lines}
+    reader = readers.get(path.suffix.lower())
+    table = reader(path) if reader else _read_text(path, delimiter)
     absent = [name for name in required if name not in table.column_names]
     if absent:
         raise SpcxrError(f"{path}: no column {', '.join(map(repr, absent))}; there are {', '.join(table.column_names)}")
     return table
+
+
+def _read_json_lines(path: Path) -> pa.Table:
+    number, rows = 0, []
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+                    if not isinstance(rows[-1], dict):
+                        raise SpcxrError(f"{path}: row {number}: no JSON object with a value per column")
+        columns = dict.fromkeys(name for row in rows for name in row)
+        return pa.table({name: pa.array([row.get(name) for row in rows]) for name in columns})
+    except (OSError, ValueError, RecursionError, TypeError, pa.ArrowException) as error:
+        raise SpcxrError(f"{path}: not readable as JSON Lines in UTF-8: row {number}: {one_line(error)}") from error
 
 
 def _read_text(path: Path, delimiter: str | None) -> pa.Table:
@@ -222,7 +240,7 @@ def _is_number(text: str | None) -> bool:
 
 def row_number(path: str | os.PathLike, row: int) -> int:
     """What an editor calls a row, counted from 0 here: from 1, after the header that a text file has."""
-    return row + (1 if Path(path).suffix.lower() == ".parquet" else 2)
+    return row + (1 if Path(path).suffix.lower() in (".parquet", ".jsonl") else 2)
 
 
 def check_unique(values: Sequence[str], path: str | os.PathLike, what: str) -> None:
@@ -429,7 +447,7 @@ def _with_files(table: RadiographTable, path: Path, missing: Missing) -> Radiogr
 def read_folder(folder: str | os.PathLike, classes: bool | None = None) -> RadiographTable:
     """Read a folder of pictures: `[train|val|test/][class/]...picture`, `images/` beside `masks/`, or an ImageFolder.
 
-    * An ImageFolder (as `datasets` has it): `metadata.csv` or `metadata.parquet`, in the folder or in those of the
+    * An ImageFolder (as `datasets` has it): `metadata.csv`, `.jsonl` or `.parquet`, in the folder or in those of the
       splits, with the column `file_name`. Its other columns are taken as those of a manifest.
     * `[split/]images/` and `[split/]masks/`: a picture and its mask have the same path and name, up to the suffix. The
       masks become the column `lung_mask`.
@@ -506,9 +524,9 @@ def _with_mask_folders(root: Path, files: Sequence[tuple[str, Path]], splits: Se
 
 
 def _metadata_files(root: Path) -> list[Path]:
-    """The `metadata.csv` or `.parquet` with a column `file_name`, of the folder or else of its subfolders."""
+    """The `metadata.csv`, `.jsonl` or `.parquet` with a column `file_name`, of the folder or else of its subfolders."""
     for places in ([root], sorted(place for place in root.iterdir() if place.is_dir())):
-        found = [place / name for place in places for name in ("metadata.csv", "metadata.parquet")]
+        found = [place / name for place in places for name in METADATA_FILES]
         named = [file for file in found if file.is_file() and "file_name" in read_rows(file).column_names]
         if named:
             return named

@@ -350,6 +350,27 @@ def test_a_saved_dict_keeps_its_splits(dataset, tmp_path):
         read_dataset(tmp_path / "set", split="test")
 
 
+def test_a_saved_set_names_files_of_its_own_folder_only(dataset, tmp_path):
+    folder = tmp_path / "saved"
+    dataset.remove_columns(["label", "age"]).select([0]).save_to_disk(folder)
+    (shard,) = folder.glob("*.arrow")
+    schema = pa.ipc.open_stream(shard.read_bytes()).schema
+    inside, outside = write_picture(folder / "images" / "a.png"), write_picture(tmp_path / "private.png")
+
+    def name(path: Path) -> None:  # `save_to_disk` puts bytes into a set; one of a stranger may have names
+        cell = pa.array([{"bytes": None, "path": str(path)}], schema.field("image").type)
+        with pa.ipc.new_stream(shard, schema) as stream:
+            stream.write_table(pa.table({"image": cell}, schema=schema))
+
+    for path in (outside, folder / ".." / "private.png"):
+        name(path)
+        with pytest.raises(SpcxrError, match=r"row 0: .*private\.png lies outside .*saved; image_root"):
+            read_set(folder)
+        assert decode_images(read_set(folder, image_root=tmp_path), 16).shape == (1, 1, 16, 16)
+    name(inside)
+    assert decode_images(read_set(folder), 16).shape == (1, 1, 16, 16)
+
+
 def test_datasets_that_cannot_be_read(dataset, tmp_path):
     with pytest.raises(SpcxrError, match="not a set that save_to_disk wrote"):
         read_dataset(tmp_path)
@@ -410,6 +431,30 @@ def test_an_image_folder_of_datasets_keeps_its_columns(tmp_path, capsys):
         {"id": "train/1.png", "split": "train", "label": "viral"}
     ]
     assert len(read_set(tmp_path, read_as="pictures")) == 4
+
+
+def test_an_image_folder_with_json_lines(tmp_path):
+    for number in range(3):
+        write_picture(tmp_path / "train" / f"{number}.png", number)
+    rows = [
+        {"file_name": "0.png", "label": "normal", "age": 64, "patient": "007"},
+        {"file_name": "1.png", "label": "viral", "age": None, "objects": {"bbox": [[1.0, 2.0, 3.0, 4.0]]}},
+    ]
+    file = tmp_path / "train" / "metadata.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    table = read_set(tmp_path)
+    found = table.rows.select(["id", "split", "label", "age", "patient"]).to_pylist()
+    assert found[0] == {"id": "train/0.png", "split": "train", "label": "normal", "age": 64.0, "patient": "007"}
+    assert found[1] == {"id": "train/1.png", "split": "train", "label": "viral", "age": None, "patient": None}
+    for damage, message in (
+        ('{"file_name": "0.png"', "not readable as JSON Lines in UTF-8: row 1: "),
+        ('{"file_name": "0.png"}\n[1]', "row 2: no JSON object with a value per column"),
+        ('{"file_name": "0.png", "age": 3}\n{"file_name": "1.png", "age": [3]}', "not readable as JSON Lines"),
+        ('{"file_name": "0.png"}\n{"file_name": "9.png"}', r"row 2: .*9\.png: no such file"),
+    ):
+        file.write_text(damage)
+        with pytest.raises(SpcxrError, match=rf"metadata\.jsonl: {message}"):
+            read_set(tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["{kind}/{name}", "{split}/{kind}/{name}", "{kind}/{split}/{name}"])

@@ -25,9 +25,10 @@ from PIL import Image
 
 from spcxr_hf.data import shards
 from spcxr_hf.data.batches import StepPlan, step_seed
+from spcxr_hf.data.manifests import read_shards
 from spcxr_hf.data.shards import ShardIndex, read_index
 from spcxr_hf.data.streaming import MicroBatchStream, StreamingRadiographs, deal_streams
-from spcxr_hf.data.table import RadiographTable, decode_images, read_table
+from spcxr_hf.data.table import RadiographTable, decode_images, decode_set, read_table
 from spcxr_hf.errors import SpcxrError
 from tests.made_up import STRUCT, encoded, picture
 
@@ -184,6 +185,23 @@ def test_names_of_every_length(tmp_path, kind):
     with tarfile.open(path) as tar:
         picture_bytes = tar.extractfile(f"{prefix}row-8.png").read()
     assert index.read(0, 8, 9, [])[0].image["bytes"] == picture_bytes
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+def test_names_in_a_tar_that_are_no_utf_8(tmp_path, kind):
+    odd = os.fsdecode(b"caf\xe9/row-1")
+    members = tar_members(0, 3)
+    members = [(name.replace("row-1", odd), content) for name, content in members]
+    path = write_tar(tmp_path / "a.tar", members, kind)
+    assert b"caf\xe9" in path.read_bytes()
+    assert read_index(path).units["rows"].sum() == 3
+    table = read_shards(path)
+    assert table.ids == ["row-0", r"caf\xe9/row-1", "row-2"]
+    table.rows.validate(full=True)
+    assert len(decode_set(table, 16).table) == 3
+    members[next(n for n, (name, _) in enumerate(members) if name == f"{odd}.png")] = (f"{odd}.png", b"no picture")
+    found = decode_set(read_shards(write_tar(path, members, kind)), 16, on_error="skip")
+    assert found.table.ids == ["row-0", "row-2"] and list(found.skipped) == [r"caf\xe9/row-1"]
 
 
 def test_what_else_lies_in_a_tar(tmp_path):
@@ -656,6 +674,10 @@ def test_parquet_with_nothing_in_it(tmp_path):
 def test_row_groups_that_are_too_large(folders, monkeypatch):
     monkeypatch.setattr(shards, "LARGEST_ROW_GROUP", 100)
     with pytest.raises(SpcxrError, match=r"0\.parquet: row group 0 holds .* smaller row groups"):
+        read_index(folders / "parquet")
+    monkeypatch.undo()
+    monkeypatch.setattr(shards, "MAX_GROUP_ROWS", 2)
+    with pytest.raises(SpcxrError, match=r"0\.parquet: row group 0 has 5 rows; at most 2"):
         read_index(folders / "parquet")
 
 

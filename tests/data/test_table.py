@@ -492,6 +492,17 @@ def test_a_table_of_zeros_is_refused_before_it_takes_the_memory(tmp_path):
         read_table(tmp_path / "zeros.parquet")
 
 
+def test_a_row_group_that_takes_too_much_is_refused_unread(tmp_path, monkeypatch):
+    file = tmp_path / "zeros.parquet"
+    zeros = pa.table({"zeros": pa.array(np.zeros(2**16, np.int64))})
+    pq.write_table(zeros, file, compression="zstd", use_dictionary=False)
+    monkeypatch.setattr("spcxr_hf.data.table.MAX_TABLE_BYTES", 2**18)
+    assert file.stat().st_size < 2**18
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_: pytest.fail("read"))
+    with pytest.raises(SpcxrError, match=r"zeros\.parquet: row group 0 is too large"):
+        read_table(file)
+
+
 def test_rows_that_name_files_elsewhere_are_refused(tmp_path):
     (tmp_path / "set").mkdir()
     Image.fromarray(picture(0)[0]).save(tmp_path / "private.png")
