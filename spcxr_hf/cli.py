@@ -2,6 +2,7 @@
 
 predict, segment, embed, explain, reconstruct   many files through a model: `pipeline.Job` with a function of `tasks`
 audit, install, publish, export, demo           one function each
+pretrain, finetune, evaluate, ...               a script of `training_scripts/`, by accelerate's launcher
 
 What a command needs is imported inside it, so that help and a mistyped option answer at once.
 """
@@ -20,6 +21,17 @@ from spcxr_hf.errors import SpcxrError, printable
 
 BASE, LUNGS, PNEUMONIA = "spcxr/base", "spcxr/lung-segmentation", "spcxr/pneumonia"
 IDS = (BASE, LUNGS, PNEUMONIA, "spcxr/screening", "spcxr/covid")
+
+# Command -> its script in training_scripts/, and what that does.
+SCRIPTS = {
+    "pretrain": ("pretrain", "Pretrain an encoder on radiographs without labels."),
+    "finetune": ("finetune_classification", "Fine-tune an encoder to classify radiographs."),
+    "finetune-segmentation": ("finetune_segmentation", "Fine-tune an encoder to segment the lungs."),
+    "probe": ("linear_probe", "Linear probe or k-NN on frozen features."),
+    "evaluate": ("evaluate", "Figures of a model with 95 % intervals."),
+    "calibrate": ("calibrate", "Calibrate a classifier and set its thresholds."),
+    "shortcuts": ("shortcuts", "What a classifier reads besides the lungs."),
+}
 
 HELP = """SPCXR: a chest X-ray foundation model. Research use only, not for clinical use.
 
@@ -483,6 +495,51 @@ def publish(
     _register_quietly()
     for publication in send(checkpoints, namespace, private, dry_run, tag=tag, only=only or None):
         typer.echo(publication.describe())
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def _script_command(name: str, script: str, what: str) -> None:
+    """A command that starts a script of `training_scripts/`; it has the script's arguments and help."""
+
+    def start(
+        context: typer.Context,
+        processes: Annotated[int | None, typer.Option("--processes", min=1)] = None,
+        config_file: Annotated[str | None, typer.Option("--config-file")] = None,
+    ) -> None:
+        from spcxr_hf.training.launch import launch
+
+        launch(script, context.args, processes, config_file)
+
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    app.command(name, short_help=what, context_settings=settings)(start)
+
+
+for _name, (_script, _what) in SCRIPTS.items():
+    _script_command(_name, _script, _what)
+
+
+@app.command(
+    short_help="List the recipes, or show one.", epilog=_example("spcxr recipes", "spcxr recipes covid_cpu_112")
+)
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to show.")] = None,
+) -> None:
+    """List the recipes with the command that takes each, or show one."""
+    from spcxr_hf.training.launch import list_recipes
+
+    every = list_recipes()
+    if name is not None:
+        found = [one.path for one in every if name in (one.name, one.path.stem, one.path.name)]
+        if not found:
+            raise SpcxrError(f"{name}: no such recipe; `spcxr recipes` lists them")
+        for path in found:
+            typer.echo(path.read_text(encoding="utf-8"), nl=False)
+        return
+    width = max(len(f"{one.command} {one.name}") for one in every)
+    for one in every:
+        typer.echo(f"spcxr {one.command} {one.name}".ljust(width + 7) + f" {one.title}")
 
 
 def _register_quietly() -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,6 +234,25 @@ def sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def recipe_folder() -> Path:
+    """The folder `training_scripts/recipes` of the tree or, where a wheel is installed, of the package."""
+    return Path(str(files("spcxr_hf.training_scripts"))) / "recipes"
+
+
+def installed_recipe(name: str | os.PathLike, folder: str = "") -> Path:
+    """The path of a recipe or list of ids.
+
+    Args:
+        name: A path. A bare name, or `training_scripts/recipes/...` as recipes have it, that is not there is
+            looked for among the package's own recipes.
+        folder: A folder below these.
+    """
+    path, place = Path(name), Path("training_scripts/recipes") / folder
+    if not path.exists() and path.parent in (Path(), place):
+        return recipe_folder() / folder / path.name
+    return path
 
 
 def software_versions() -> str:

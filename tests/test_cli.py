@@ -465,7 +465,7 @@ def test_publish_hands_everything_on(tmp_path, monkeypatch):
 # Help
 
 
-@pytest.mark.parametrize("command", [command.callback.__name__ for command in cli.app.registered_commands])
+@pytest.mark.parametrize("command", [one.callback.__name__ for one in cli.app.registered_commands if not one.name])
 def test_every_command_shows_an_example(command):
     found = CliRunner().invoke(cli.app, [command, "--help"])
     assert found.exit_code == 0

@@ -26,6 +26,7 @@ from accelerate.commands.launch import launch_command_parser
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForImageClassification, SpcxrImageProcessor, cli
 from spcxr_hf.hub.install import install_checkpoints
 from spcxr_hf.training.arguments import check_run, parse_arguments, read_recipe
+from spcxr_hf.training.launch import launch_command
 from tests.common import TINY
 from tests.made_up import picture
 from tests.phantom import draw_chest
@@ -118,8 +119,8 @@ def check_command(words: list[str]) -> None:
 def check_script(words: list[str]) -> None:
     """`SCRIPT.py ...`, or `-m MODULE ...`."""
     if words[0] == "-m":
-        name, words = words[1], words[1:]
-        assert name.startswith("training_scripts.benchmarks."), name
+        name, words = words[1].removeprefix("spcxr_hf."), words[1:]
+        assert name.startswith("training_scripts.benchmarks.") or words[0].startswith("spcxr_hf."), name
     else:
         script = Path(words[0])
         assert script.is_file() and script.parent.name == "training_scripts", script
@@ -134,7 +135,10 @@ def check_script(words: list[str]) -> None:
 def check_spcxr(words: list[str]) -> None:
     command = typer.main.get_command(cli.app).get_command(None, words[0])
     assert command is not None, f"spcxr {words[0]}: no such command"
-    command.make_context(words[0], words[1:])
+    context = command.make_context(words[0], words[1:])
+    if words[0] in cli.SCRIPTS:
+        start, _ = launch_command(cli.SCRIPTS[words[0]][0], context.args, **context.params)
+        check_command(start)
 
 
 def check_make(words: list[str]) -> None:
@@ -198,6 +202,8 @@ class TestPage:
         ("python training_scripts/finetune_segmentation.py --data d --output o", "give --init-from"),
         ("accelerate launch training_scripts/pretrain.py training_scripts/recipes/none.yaml --data d", "none.yaml"),
         ("spcxr embed a.png --model spcxr/large", "no such checkpoint"),
+        ("spcxr finetune small_225 --data d", "small_225"),
+        ("spcxr evaluate --model m --data d --spits val --processes 2", "spits|2"),
         ("make tea", "tea"),
         ('pip install "spcxr-hf[moon]"', "moon"),
         ("rm -r runs", "does not know"),

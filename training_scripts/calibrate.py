@@ -1,6 +1,6 @@
 """Calibrate a classifier on `val` and give it decision thresholds; both become part of the checkpoint.
 
-    python training_scripts/calibrate.py --model runs/finetune_classification/final --data ../shared/data \
+    spcxr calibrate --model runs/finetune_classification/final --data ../shared/data \
         --label_column pneumonia_label --split_column pneumonia_split \
         --classes normal "bacterial pneumonia=bacterial" "viral pneumonia=viral" \
         --sums "bacterial pneumonia + viral pneumonia" --output runs/pneumonia_calibrated

@@ -1,12 +1,12 @@
 """Report a model on splits of a set: every figure with its 95 % interval by patient, as JSON, and as a page.
 
-    python training_scripts/evaluate.py --model runs/finetune_classification/final --data ../shared/data \
+    spcxr evaluate --model runs/finetune_classification/final --data ../shared/data \
         --label_column pneumonia_label --split_column pneumonia_split --splits val test --output results.json
 
 A classifier is any model that AutoModelForImageClassification loads, through its own image processor. Columns and
-classes that are left out are those of the recipe in the model's folder. Several processes (on a CPU
-`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`) share the images, and none is counted
-twice. `--temperature_from val` divides the logits by one number that was fitted there (temperature scaling).
+classes that are left out are those of the recipe in the model's folder. `--processes 2` shares the images among them;
+none is counted twice. `--temperature_from val` divides the logits by one number that was fitted there (temperature
+scaling).
 
 `--html FOLDER` writes a page with ROC and precision-recall curves, reliability diagrams, confusion matrices and the
 most confident errors. These show radiographs: keep the folder where the images may be, or say `--worst 0`.

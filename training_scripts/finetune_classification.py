@@ -1,7 +1,6 @@
 """Fine-tune an encoder to classify radiographs, by one label each or by several that may hold at once (multi-label).
 
-    python training_scripts/finetune_classification.py \
-        training_scripts/recipes/finetune_classification.yaml --init-from CHECKPOINT --data ../shared/data
+    spcxr finetune small_224 --init-from CHECKPOINT --data ../shared/data
 
 The same command resumes from the newest checkpoint. `--from-scratch true` trains the same network without pretraining,
 `--freeze-encoder true` the head alone, `--lora-rank 8` LoRA adapters and the head. `--init-from` takes SPCXR and any

@@ -1,7 +1,6 @@
 """Fine-tune a pretrained encoder to segment the lungs: `SpcxrForSemanticSegmentation`, labels background and lung.
 
-    python training_scripts/finetune_segmentation.py training_scripts/recipes/finetune_segmentation.yaml \
-        --init-from model_cards/CHECKPOINT --data ../shared/data
+    spcxr finetune-segmentation small_224 --init-from CHECKPOINT --data ../shared/data
 
 `--data` may be a folder with `images/` and `masks/`, a picture and its mask under one name. Where the set has no column
 `lung_split`, its column `split` counts; where it has no split at all, one is drawn by patient (`with_splits`).

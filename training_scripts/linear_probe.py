@@ -1,7 +1,6 @@
 """Linear probe and k-NN on frozen features, for any vision model that transformers loads.
 
-    python training_scripts/linear_probe.py training_scripts/recipes/linear_probe.yaml --model CHECKPOINT \
-        --data ../shared/data --output probe.json
+    spcxr probe pneumonia --model CHECKPOINT --data ../shared/data --output probe.json
 
 A classifier is fitted on a share of the labels of the split `train`; its one setting (the regularisation of the
 logistic regression, the number of neighbours of k-NN) is chosen on `val`; `test`, and `shift` where a task has images

@@ -33,7 +33,6 @@ from spcxr_hf.models.loading import load_config, load_network, load_processor, o
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 from spcxr_hf.training.run_report import read_cost
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CARDS = Path(__file__).resolve().parent / "cards"
 LARGEST_FILE = 50_000_000  # bytes
 # Where things lay on the machine that trained; the card gives the command with names in their place.
@@ -51,7 +50,7 @@ class Arguments:
         default_factory=list, metadata={"help": "folders of the trainings' runs, for results/training_cost.json"}
     )
     pictures: list[str] = field(default_factory=list, metadata={"help": "PNG files that the card shows"})
-    cards: str = field(default=str(REPOSITORY / "model_cards"), metadata={"help": "where the folder is made"})
+    cards: str = field(default="model_cards", metadata={"help": "where the folder is made"})
     card_only: bool = field(default=False, metadata={"help": "renew the card, the code and these results alone"})
 
 

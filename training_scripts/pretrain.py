@@ -1,6 +1,6 @@
 """Pretrain the encoder by group-masked model learning (GMML): reconstruct radiographs from their corrupted versions.
 
-    python training_scripts/pretrain.py training_scripts/recipes/pretrain_small_224.yaml --data DATA
+    spcxr pretrain small_224 --data DATA
 
 The same command resumes from the newest checkpoint.
 

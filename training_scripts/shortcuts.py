@@ -1,6 +1,6 @@
 """What a classifier may be reading besides the lungs: its figures beside thumbnails, borders and masked images.
 
-    python training_scripts/shortcuts.py --model model_cards/pneumonia --data ../shared/data \
+    spcxr shortcuts --model model_cards/pneumonia --data ../shared/data \
         --label_column pneumonia_label --split_column pneumonia_split \
         --classes normal "bacterial pneumonia=bacterial" "viral pneumonia=viral" \
         --targets "bacterial pneumonia + viral pneumonia" --output shortcuts.json
@@ -68,7 +68,7 @@ from spcxr_hf.quality.checks import SetArguments, write_skipped
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
 
 AGAINST = " / "  # between two classes whose images alone are compared
-LUNGS = Path(__file__).resolve().parent.parent / "model_cards" / "lung-segmentation"
+LUNGS = "spcxr/lung-segmentation"
 VARIANTS = {
     "model": "the model on whole images",
     "thumbnail_16": "logistic regression on 16 x 16 grey values",
@@ -108,7 +108,7 @@ class Arguments(SetArguments):
         default_factory=list, metadata={"help": "columns, as view or source: AUROC within each of their values too"}
     )
     splits: list[str] = field(default_factory=lambda: ["test"], metadata={"help": "splits to report"})
-    lungs: str = field(default=str(LUNGS), metadata={"help": "folder of a segmentation model with a label `lung`"})
+    lungs: str = field(default=LUNGS, metadata={"help": "folder or Hub id of a segmentation model with a label `lung`"})
     stored_size: int = field(default=256, metadata={"help": "images are decoded to this size, in pixels"})
     cache_folder: str | None = field(
         default=None, metadata={"help": "folder that keeps the decoded images between starts"}

@@ -36,7 +36,7 @@ from spcxr_hf.data.manifests import (
 )
 from spcxr_hf.data.table import RadiographTable, check_paths, read_table
 from spcxr_hf.errors import SpcxrError, one_line
-from spcxr_hf.files import note
+from spcxr_hf.files import installed_recipe, note
 
 
 def read_set(
@@ -142,7 +142,7 @@ def _reader_of_folder(path: Path) -> Callable[..., RadiographTable]:
 def read_ids(path: str | os.PathLike) -> set[str]:
     """The ids in a text file, one a line; a line that begins with `#` is a comment."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = installed_recipe(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SpcxrError(f"{path}: no list of ids ({getattr(error, 'strerror', None) or error})") from error
     ids = {name for line in lines if (name := line.strip()) and not name.startswith("#")}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import logging
 import math
 import os
@@ -26,6 +27,7 @@ from transformers import HfArgumentParser
 from spcxr_hf.errors import SpcxrError, one_line
 from spcxr_hf.files import atomic_file, check_regular_file, os_errors
 from spcxr_hf.training.checkpoints import list_checkpoints
+from spcxr_hf.training.launch import find_recipe
 from spcxr_hf.training.optim import CosineSchedule
 
 logger = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ def flag(default: Any = dataclasses.MISSING, help_text: str = "") -> Any:
 
 
 def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
-    """Parse a command line: an optional recipe first, then flags, which win over the recipe.
+    """Parse a command line: an optional recipe (a file, or a name of `spcxr recipes`), then flags, which win over it.
 
     The recipe's values go through the same parser as the flags, so both are typed and refused alike. Where `--steps`
     makes a run shorter than its recipe (or the default), the warm-up shrinks in proportion, unless it is given too.
@@ -93,12 +95,13 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(cast(Any, arguments_class), description=(arguments_class.__doc__ or "").strip())
-    parser.usage = "%(prog)s [RECIPE.yaml] [--flag value ...]"
+    parser.usage = "%(prog)s [RECIPE] [--flag value ...]"
     for action in parser._actions:  # shown with hyphens; underscores are accepted too
         action.option_strings = [one for one in action.option_strings if "_" not in one] or action.option_strings
     recipe: list[str] = []
     if words and not words[0].startswith("-"):
-        recipe = _recipe_words(arguments_class, Path(words.pop(0)))
+        script = Path(inspect.getfile(arguments_class)).stem
+        recipe = _recipe_words(arguments_class, find_recipe(words.pop(0), script))
     # The recipe's flags go first: of two equal flags, argparse keeps the last.
     arguments, unknown = parser.parse_args_into_dataclasses([*recipe, *words], return_remaining_strings=True)
     if unknown:  # their values are not repeated: they may be secrets
