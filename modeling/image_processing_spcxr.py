@@ -73,7 +73,9 @@ FLOAT_TOLERANCE = 1e-3  # what resampling and rounding may leave outside 0..1
 LARGEST_LABEL = 2**24  # labels are resized as float32, which holds whole numbers up to here
 # Of an image, as `spcxr_hf.read_radiograph` has them; more would fill the memory when it is resized.
 MAX_PIXELS, MAX_SIDE, MAX_ASPECT = 50_000_000, 32_768, 50
-MAX_BLACK_AND_WHITE = 0.95  # share of pixels at the ends of the range, of a picture that may have lost its greys
+# Shares of pixels at the ends of the range, and at its upper end, of a picture that may have lost its greys. A tenth of
+# a radiograph at most is white, and at least half of one of 10 to 16 bits that is cut off at 255.
+MAX_BLACK_AND_WHITE, MAX_WHITE = 0.95, 0.4
 
 
 class SpcxrImageProcessorKwargs(ImagesKwargs, total=False):
@@ -275,11 +277,11 @@ def _radiograph(
     grey = _to_grey(_to_unit(values, do_rescale, rescale_factor, value_range))
     sample = grey[:, :: max(1, grey.shape[1] // 128), :: max(1, grey.shape[2] // 128)]
     low, high = (bound.item() for bound in sample.aminmax())
-    extremes = ((sample <= 0) | (sample >= 1)).float().mean().item()
-    if low == high or (high >= 1 and extremes > MAX_BLACK_AND_WHITE):
+    black, white = (end.float().mean().item() for end in (sample <= 0, sample >= 1))
+    if low == high or white > MAX_WHITE or (high >= 1 and black + white > MAX_BLACK_AND_WHITE):
         logger.warning_once(
-            "An image is constant, or black and white without greys: no radiograph. The pipelines of transformers make "
-            "such pictures of 16-bit and DICOM files whose path they are given: read the file with "
+            "An image is constant, largely white, or black and white without greys: no radiograph. The pipelines of "
+            "transformers make such pictures of 16-bit and DICOM files whose path they are given: read the file with "
             "spcxr_hf.read_radiograph, and give them the image that it returns."
         )
     return grey.expand(num_output_channels, -1, -1).contiguous()

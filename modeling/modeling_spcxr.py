@@ -676,6 +676,8 @@ class SpcxrForImageClassification(SpcxrPreTrainedModel):
                 raise ValueError(f"labels must lie in [0, 1], a missing one being NaN; got {wrong:g}")
             loss = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         else:
+            if not torch.compiler.is_compiling() and not targets.isfinite().all():
+                raise ValueError("labels must be finite, a missing one being NaN")
             loss = nn.functional.mse_loss(logits, targets, reduction="none")
         return torch.where(known, loss, 0.0).sum() / known.sum().clamp(min=1)
 

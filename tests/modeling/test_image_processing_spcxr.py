@@ -26,6 +26,7 @@ from spcxr_hf.modeling.modeling_spcxr import (
     SpcxrForSemanticSegmentation,
     SpcxrModel,
 )
+from tests.phantom import draw_chest
 
 BACKENDS = [Torchvision, Pillow]
 HEIGHT, WIDTH = 300, 260
@@ -327,11 +328,12 @@ def test_dark_16_bit_images_are_warned_of(warned):
         assert ["rescale_factor=1/4095" in text for text in warned] == [True] * expected
 
 
+@pytest.mark.parametrize("bits", [10, 12, 16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_picture_that_lost_its_greys_is_warned_of(backend, warned, tmp_path):
+def test_a_picture_that_lost_its_greys_is_warned_of(backend, bits, warned, tmp_path):
     """The pipelines of transformers cut a 16-bit file off at 255."""
     path = tmp_path / "chest.png"
-    Image.fromarray(GREY.astype(np.uint16) * 257).save(path)
+    Image.fromarray(np.asarray(draw_chest(128)).astype(np.uint16) * ((2**bits - 1) // 255)).save(path)
     config = SpcxrConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32
     )

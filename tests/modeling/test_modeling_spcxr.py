@@ -458,6 +458,7 @@ class TestSpcxrForImageClassification(ModelContract):
             ("multi_label_classification", [[0, 1, -100.0], [1, NAN, 0]], "got -100"),
             ("multi_label_classification", [[0, 2.0, 0], [1, 0, 0]], "got 2"),
             ("multi_label_classification", [[0, float("inf"), 0], [1, 0, 0]], "got inf"),
+            ("regression", [[0, float("-inf"), 0], [NAN, 0, 0]], "must be finite"),
             ("single_label_classification", [3, 0], r"must lie in 0 \.\. 2, or be -100 where missing; got 3"),
             ("single_label_classification", [-1, 0], "got -1"),
             ("single_label_classification", [[0, 1, 0], [1, 0, 0]], r"shape \(2, 3\); expected \(2,\)"),
