@@ -99,9 +99,9 @@ def _draw_curves(
     area: str,
     place: Any,
 ) -> Figure:
-    figure, grid = _panels(list(panels), extra_height=0.0)
+    figure, grid = panels(list(panels), extra_height=0.0)
     for (title, curves), axes in zip(panels.items(), grid, strict=True):
-        for style, (name, curve) in zip(_styles(len(curves)), curves.items(), strict=True):
+        for style, (name, curve) in zip(styles(len(curves)), curves.items(), strict=True):
             low, high = curve.interval
             label = f"{name}: {area} {curve.area:.3f}\n[{low:.3f}, {high:.3f}]"
             axes.fill_between(curve.grid, curve.low, curve.high, color=style.colour, alpha=0.15, linewidth=0)
@@ -134,7 +134,7 @@ def draw_reliability(panels: Mapping[str, Reliability]) -> Figure:
     Args:
         panels: Title -> its diagram.
     """
-    figure, grid = _panels(list(panels), extra_height=0.6)
+    figure, grid = panels(list(panels), extra_height=0.6)
     for (title, found), axes in zip(panels.items(), grid, strict=True):
         axes.plot([0, 1], [0, 1], color=BASE, linestyle=(0, (1, 2)), linewidth=1, label="perfect")
         errors = np.clip([found.observed - found.low, found.high - found.observed], 0, 1)
@@ -156,7 +156,7 @@ def draw_confusion(panels: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> Fi
         panels: Title -> counts (classes, classes), rows the true class, and the classes' names.
     """
     largest = max((len(names) for _, names in panels.values()), default=1)
-    figure, grid = _panels(list(panels), side=max(PANEL, 0.75 * largest + 1.2), extra_height=-0.2)
+    figure, grid = panels(list(panels), side=max(PANEL, 0.75 * largest + 1.2), extra_height=-0.2)
     for (_, (counts, names)), axes in zip(panels.items(), grid, strict=True):
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
@@ -172,27 +172,6 @@ def draw_confusion(panels: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> Fi
                 label.set_verticalalignment("top")
         axes.set_xlabel("predicted", fontsize=FONT_SIZE)
         axes.set_ylabel("true", fontsize=FONT_SIZE)
-    return figure
-
-
-def draw_perturbation(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], fractions: np.ndarray) -> Figure:
-    """Deletion and insertion curves, the mean over the images, one line for each kind of map.
-
-    Args:
-        curves: Name -> mean deletion and mean insertion curve, (steps + 1,) each.
-        fractions: (steps + 1,) share of the patches.
-    """
-    figure, grid = _panels(["deletion (lower is better)", "insertion (higher is better)"], side=3.6, extra_height=-0.3)
-    for number, axes in enumerate(grid):
-        for style, (name, pair) in zip(_styles(len(curves)), curves.items(), strict=True):
-            axes.plot(fractions, pair[number], color=style.colour, linestyle=style.line, marker=style.marker,
-                      markersize=4, linewidth=1.5, label=name)  # fmt: skip
-        axes.set_xlabel(f"share of the patches that are {('deleted', 'inserted')[number]}", fontsize=FONT_SIZE)
-        axes.set_ylabel("probability of the target", fontsize=FONT_SIZE)
-        axes.set_ylim(-0.02, 1.02)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, framealpha=0.85, handlelength=3)
     return figure
 
 
@@ -212,7 +191,7 @@ def draw_contact_sheet(tiles: Sequence[tuple[np.ndarray, str]], columns: int = 4
     lines = max(words.count("\n") + 1 for _, words in tiles)
     tallest = max(np.shape(picture)[0] / np.shape(picture)[1] for picture, _ in tiles)
     height = 2.2 * (tallest - 1) + 0.19 * lines  # beyond a square of 2.2 inches
-    figure, grid = _panels([""] * len(tiles), side=2.2, columns=columns, extra_height=height)
+    figure, grid = panels([""] * len(tiles), side=2.2, columns=columns, extra_height=height)
     for axes, (picture, words) in zip(grid, tiles, strict=True):
         axes.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=1)
         axes.set_xticks([])
@@ -242,7 +221,7 @@ def _figure_class() -> Callable[..., Figure]:
     return Figure
 
 
-def _panels(
+def panels(
     titles: Sequence[str], side: float = PANEL, columns: int = MOST_COLUMNS, extra_height: float = 0.3
 ) -> tuple[Figure, list[Axes]]:
     """A figure with one square panel for each title; places of the last row that are left over stay empty."""
@@ -259,7 +238,8 @@ def _panels(
     return figure, grid[: len(titles)]
 
 
-def _styles(count: int) -> list[Style]:
+def styles(count: int) -> list[Style]:
+    """The styles of so many lines."""
     if count > len(STYLES):
         raise SpcxrError(f"a panel takes at most {len(STYLES)} lines; got {count}")
     return list(STYLES[:count])

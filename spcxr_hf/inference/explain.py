@@ -1,25 +1,20 @@
-"""Saliency maps over the patches, and their faithfulness.
+"""Saliency maps over the patches.
 
 `rollout` (Abnar and Zuidema, ACL 2020, arXiv 2005.00928, section 3) multiplies attention through the blocks and is the
 same for every class. `relevance` (Chefer, Gur and Wolf, ICCV 2021, arXiv 2103.15679, section 3) weighs attention by the
 gradient of the answer, so it is a map of one class. A map shows what a model used, not where a disease is.
-
-Faithfulness: the answer falls fast when the patches that a map ranks first are deleted, and rises fast when they are
-inserted (Petsiuk, Das and Saenko, BMVC 2018, arXiv 1806.07421, section 4.1): `deletion_insertion`.
 
 Shapes: B images, T = 1 + N tokens (CLS, then N = rows x columns patches), L labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
-from torchvision.transforms.v2.functional import gaussian_blur
 from transformers import PreTrainedModel
 
 from spcxr_hf.errors import SpcxrError
@@ -81,8 +76,8 @@ def explain(
     """
     if method not in METHODS:
         raise SpcxrError(f"method must be relevance or rollout; got {method!r}")
-    _check_model(model, pixel_values)
-    with torch.inference_mode(False), torch.enable_grad(), _evaluating(model):
+    check_model(model, pixel_values)
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
         # A leaf with a gradient, so that there is a graph even where the parameters are frozen.
         pixels = pixel_values.to(model.device).detach().clone().requires_grad_(method == "relevance")
         if method == "rollout":
@@ -203,7 +198,7 @@ def _run(model: torch.nn.Module, pixels: torch.Tensor) -> Any:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, and each module's own mode again afterwards: a frozen part may be in another than the rest."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -214,7 +209,8 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = mode
 
 
-def _check_model(model: PreTrainedModel, pixel_values: torch.Tensor) -> None:
+def check_model(model: PreTrainedModel, pixel_values: torch.Tensor) -> None:
+    """Refuse a model of another family, and images that it does not take."""
     if getattr(model.config, "model_type", None) != "spcxr" or not hasattr(model.base_model, "encoder"):
         raise SpcxrError(f"{type(model).__name__} is no SPCXR model with an encoder")
     patch, channels = model.config.patch_size, model.config.num_channels
@@ -293,103 +289,3 @@ def outline(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     padded = functional.pad(1 - resized, [reach] * 4, value=1.0)
     near_outside = functional.max_pool2d(padded, 2 * reach + 1, stride=1)
     return (resized * near_outside)[0, 0] > 0
-
-
-# ---- deletion and insertion --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PerturbationCurves:
-    """How the answer changes while patches are taken away, or put back, in the order of a map.
-
-    Attributes:
-        fractions: (steps + 1,) share of the patches that were deleted or inserted, 0 .. 1.
-        deletion: (B, steps + 1) the answer, 0 .. 1 for a class: it falls fast where the map is right.
-        insertion: (B, steps + 1): it rises fast where the map is right.
-    """
-
-    fractions: torch.Tensor
-    deletion: torch.Tensor
-    insertion: torch.Tensor
-
-    @property
-    def deletion_auc(self) -> torch.Tensor:
-        """(B,) area under the deletion curve, by trapezia; lower is better."""
-        return torch.trapezoid(self.deletion, self.fractions)
-
-    @property
-    def insertion_auc(self) -> torch.Tensor:
-        """(B,) area under the insertion curve, by trapezia; higher is better."""
-        return torch.trapezoid(self.insertion, self.fractions)
-
-
-@torch.no_grad()
-def deletion_insertion(
-    model: PreTrainedModel,
-    pixel_values: torch.Tensor,
-    relevance: torch.Tensor,
-    target: Target = None,
-    steps: int = 16,
-    blur: float = 0.1,
-    batch_size: int = 64,
-) -> PerturbationCurves:
-    """Deletion and insertion curves of maps (arXiv 1806.07421, section 4.1), by whole patches.
-
-    Deletion paints patches grey (0, the mean after normalisation), the most relevant first. Insertion begins with a
-    blurred picture, which has no edges that a grey patch would make, and puts the sharp patches back.
-
-    Args:
-        model: As for `explain`.
-        pixel_values: (B, C, H, W).
-        relevance: (B, rows, columns) maps; any other ranking of patches too. Equal values go row by row.
-        target: As for `explain`; of None the answer is the cosine of the embedding with that of the whole picture.
-        steps: Number of steps from nothing to everything, at least 1; more than there are patches is of no use.
-        blur: Standard deviation of the Gaussian blur as a share of the longer side.
-        batch_size: Images per forward pass.
-
-    Returns:
-        The curves, float32 on the CPU; the answer for a class is its probability.
-
-    Raises:
-        SpcxrError: as `explain`; or the maps do not fit the images, or a number is out of range.
-    """
-    _check_model(model, pixel_values)
-    batch, _, height, width = pixel_values.shape
-    if tuple(relevance.shape) != (expected := (batch, *grid_of(model, pixel_values))):
-        raise SpcxrError(f"the maps have shape {tuple(relevance.shape)}; expected {expected}")
-    if steps < 1 or blur <= 0:
-        raise SpcxrError(f"steps must be at least 1 and blur above 0; got {steps}, {blur}")
-    pixels = pixel_values.to(model.device)
-    sigma = blur * max(height, width)
-    reach = max(1, min(round(2 * sigma), min(height, width) - 1))  # at most the pixels that can be reflected
-    blurred = gaussian_blur(pixels, kernel_size=[2 * reach + 1, 2 * reach + 1], sigma=[sigma, sigma])
-    ranks = relevance.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: the most relevant
-    fractions = torch.linspace(0, 1, steps + 1)
-    counts = (fractions * ranks.shape[1]).round()
-    with _evaluating(model):
-        answer = _answerer(model, pixels, target, batch_size)
-        deletion, insertion = [], []
-        for count in counts.tolist():
-            chosen = (ranks < count).reshape(batch, 1, *grid_of(model, pixels)).to(pixels)
-            chosen = functional.interpolate(chosen, size=(height, width), mode="nearest").bool()
-            deletion.append(answer(pixels.masked_fill(chosen, 0.0)))
-            insertion.append(answer(torch.where(chosen, pixels, blurred)))
-    return PerturbationCurves(fractions, torch.stack(deletion, dim=1), torch.stack(insertion, dim=1))
-
-
-def _answerer(
-    model: PreTrainedModel, pixels: torch.Tensor, target: Target, batch_size: int
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from images (B, C, H, W), perturbed ones of `pixels`, to the answers (B,)."""
-    if target is not None:
-        wanted = target_matrix(model, target, len(pixels)).split(batch_size)
-        return lambda images: torch.cat([
-            target_probability(model, model(part).logits, rows).cpu()
-            for part, rows in zip(images.split(batch_size), wanted, strict=True)
-        ])  # fmt: skip
-
-    def embed(images: torch.Tensor) -> torch.Tensor:
-        return torch.cat([model.base_model(part).pooler_output.float().cpu() for part in images.split(batch_size)])
-
-    whole = embed(pixels)
-    return lambda images: functional.cosine_similarity(embed(images), whole, dim=1)

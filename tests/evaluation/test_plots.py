@@ -25,7 +25,6 @@ from spcxr_hf.evaluation.plots import (
     STYLES,
     draw_confusion,
     draw_contact_sheet,
-    draw_perturbation,
     draw_precision_recall,
     draw_reliability,
     draw_roc,
@@ -33,6 +32,7 @@ from spcxr_hf.evaluation.plots import (
     save_figure,
     to_png,
 )
+from training_scripts.benchmarks.lib.faithfulness import draw_perturbation
 
 
 def scored(count=200, seed=0, digits=2):

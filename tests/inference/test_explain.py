@@ -14,7 +14,6 @@ from spcxr_hf import (
     SpcxrModel,
 )
 from spcxr_hf.inference.explain import (
-    deletion_insertion,
     draw_explanation,
     explain,
     outline,
@@ -25,6 +24,7 @@ from spcxr_hf.inference.explain import (
 from tests.common import build, pixels, tiny_config
 from tests.made_up import write_set
 from training_scripts.benchmarks import explanations
+from training_scripts.benchmarks.lib.faithfulness import deletion_insertion
 
 SQUARE = 16  # patches; one of them is bright in class 1
 

@@ -35,7 +35,7 @@ from spcxr_hf.data.labels import parse_classes
 from spcxr_hf.data.sets import read_set
 from spcxr_hf.drawing import to_grey
 from spcxr_hf.evaluation.bootstrap import bootstrap_interval, patient_groups
-from spcxr_hf.evaluation.plots import draw_contact_sheet, draw_perturbation, save_figure
+from spcxr_hf.evaluation.plots import draw_contact_sheet, save_figure
 from spcxr_hf.evaluation.predict import (
     LabelledRows,
     load_classifier,
@@ -46,8 +46,6 @@ from spcxr_hf.evaluation.predict import (
 from spcxr_hf.files import read_json, software_versions, write_json
 from spcxr_hf.inference.explain import (
     METHODS,
-    PerturbationCurves,
-    deletion_insertion,
     draw_explanation,
     explain,
     share_inside,
@@ -55,6 +53,7 @@ from spcxr_hf.inference.explain import (
 from spcxr_hf.models.loading import is_multi_label, label_names, to_pixel_values
 from spcxr_hf.models.lungs import Segmenter, load_segmenter, segment_lungs
 from spcxr_hf.training.arguments import fill_from_recipe, parse_arguments, run_script
+from training_scripts.benchmarks.lib.faithfulness import PerturbationCurves, deletion_insertion, draw_perturbation
 from training_scripts.benchmarks.lib.timing import replace_block
 
 RESULTS = Path(__file__).resolve().parent / "results" / "explain.json"
