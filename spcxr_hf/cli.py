@@ -460,7 +460,7 @@ def export(
         raise SpcxrError("--reduce-range belongs to --quantize")
     _register_quietly()
     if to == "vit":
-        from spcxr_hf.hub.export_vit import export_vit
+        from spcxr_hf.hub.export import export_vit
 
         typer.echo(str(export_vit(model, output, num_channels=num_channels)))
     else:

@@ -425,7 +425,7 @@ def test_audit_takes_single_files(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("flag", ["--to", "--format"])
 def test_export_hands_everything_on(tmp_path, monkeypatch, flag):
     calls = []
-    monkeypatch.setattr("spcxr_hf.hub.export_vit.export_vit", lambda *given, **named: calls.append((given, named)))
+    monkeypatch.setattr("spcxr_hf.hub.export.export_vit", lambda *given, **named: calls.append((given, named)))
     assert run_main(monkeypatch, "export", "spcxr/base", flag, "vit", "--output", tmp_path, "--channels", 1) == 0
     assert calls == [(("spcxr/base", tmp_path), {"num_channels": 1})]
     assert run_main(monkeypatch, "export", "spcxr/base", flag, "pdf", "--output", tmp_path) == 1

@@ -28,13 +28,13 @@ from spcxr_hf.files import RESEARCH_NOTICE, atomic_folder, write_json
 from spcxr_hf.hub.export import (
     Source,
     check_channels,
+    check_target,
     load_source,
     patch_weight,
     picture_processor,
     plain_config,
     problem_type,
 )
-from spcxr_hf.hub.export_vit import check_target
 from spcxr_hf.models.loading import label_names
 
 MODEL_FILE = "onnx/model.onnx"  # where Transformers.js looks; the 8-bit one is model_quantized.onnx (its dtype "q8")
@@ -118,7 +118,7 @@ def export_onnx(
     The metadata of the file hold task, labels, thresholds, mean, deviation, size and purpose, as JSON strings. The
     configuration calls encoder and classifier "vit", since that is how Transformers.js knows what to run: the graph has
     the pooling inside, so this holds for mean pooling too. That configuration has no weights for transformers itself:
-    for that there is `export_vit`.
+    for that there is `spcxr_hf.hub.export.export_vit`.
 
     Args:
         model: Folder or Hub id of a checkpoint of this family, or a model in memory (float32, CPU).
@@ -467,6 +467,3 @@ def _run(graph: bytes | str, images: np.ndarray) -> np.ndarray:
     options.add_session_config_entry(*EXACT_SUMS)
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(["logits"], {"pixel_values": image[None]})[0] for image in images])
-
-
-__all__ = ["EXACT_SUMS", "INT8_FILE", "MODEL_FILE", "export_onnx", "lacks_vnni", "quantize_int8", "read_metadata"]

@@ -27,7 +27,6 @@ from huggingface_hub.file_download import repo_folder_name
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import atomic_file, sha256
 from spcxr_hf.hub.folder import (
-    BUNDLED,
     Checkpoint,
     checkpoint_folders,
     content_revision,
@@ -139,6 +138,3 @@ def _add_file(source: Path, blob: Path, pointer: Path) -> None:
             partial.symlink_to(os.path.relpath(blob, pointer.parent))
         except OSError:  # Windows, without the right to make links: the cache then keeps the file itself there
             blob.replace(partial)
-
-
-__all__ = ["BUNDLED", "Installed", "install_checkpoints"]

@@ -49,7 +49,8 @@ from spcxr_hf.data.table import (
 )
 from spcxr_hf.errors import SpcxrError, printable
 from spcxr_hf.files import RESEARCH_NOTICE, locked, read_json, worker_count
-from spcxr_hf.hub.install import BUNDLED, install_checkpoints
+from spcxr_hf.hub.folder import BUNDLED
+from spcxr_hf.hub.install import install_checkpoints
 from spcxr_hf.images.reader import read_with_quality_warnings
 from spcxr_hf.inference.intended_use import read_age_and_view, use_warnings
 from spcxr_hf.inference.writers import check_output, choose_format, finished, open_writer

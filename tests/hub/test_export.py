@@ -25,9 +25,8 @@ from spcxr_hf import (
 )
 from spcxr_hf.data.table import open_image, read_table
 from spcxr_hf.files import RESEARCH_NOTICE
-from spcxr_hf.hub.export import load_source, patch_weight, problem_type
+from spcxr_hf.hub.export import export_vit, load_source, patch_weight, problem_type
 from spcxr_hf.hub.export_onnx import EXACT_SUMS, TORCH_EXPORTS
-from spcxr_hf.hub.export_vit import export_vit
 from spcxr_hf.models.loading import probabilities
 from tests.common import LAYERS, SIDE, build, pixels, tiny_config
 from tests.made_up import picture
@@ -212,7 +211,7 @@ with torch.no_grad():
         assert (tmp_path / "vit" / "notes.txt").is_file() and sorted((tmp_path / "own").iterdir()) == before
 
     def test_what_is_apart_is_not_written(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("spcxr_hf.hub.export_vit.patch_weight", lambda *args: 1.01 * patch_weight(*args))
+        monkeypatch.setattr("spcxr_hf.hub.export.patch_weight", lambda *args: 1.01 * patch_weight(*args))
         with pytest.raises(SpcxrError, match="apart from the model; nothing was written"):
             export_vit(build(SpcxrModel), tmp_path / "vit")
         assert not (tmp_path / "vit").exists()
