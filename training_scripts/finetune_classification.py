@@ -54,12 +54,14 @@ from spcxr_hf.training.classifiers import (
     ClassifierArguments,
     Pixels,
     build_classifier,
+    choose_linear_head,
     classifier_groups,
+    head_input,
     merge_adapters,
+    put_head,
     set_training,
 )
 from spcxr_hf.training.engine import Run
-from spcxr_hf.training.head_init import choose_linear_head, head_input, put_head
 from spcxr_hf.training.losses import METRICS, MULTI_LABEL_METRICS, class_weights, classification_loss, measure
 from spcxr_hf.training.run_report import write_card
 from spcxr_hf.transforms.augment import AugmentationArguments, mix, resize

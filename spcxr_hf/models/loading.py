@@ -18,6 +18,7 @@ import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -42,7 +43,8 @@ from spcxr_hf.errors import SpcxrError, one_line
 from spcxr_hf.images.reader import to_8_bit
 from spcxr_hf.modeling.modeling_spcxr import check_weight_files
 from spcxr_hf.models.auto import MODEL_CLASSES, register
-from spcxr_hf.models.precision import bf16_autocast
+
+logger = logging.get_logger(__name__)
 
 AUTO_CLASSES: dict[str, Any] = {
     "embedding": AutoModel,
@@ -341,3 +343,25 @@ def is_multi_label(config: PreTrainedConfig) -> bool:
 def probabilities(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Tensor:
     """Logits (B, labels) -> probabilities (B, labels), as the pipelines of transformers have them."""
     return logits.float().sigmoid() if is_multi_label(config) else logits.float().softmax(dim=-1)
+
+
+# ---- precision ---------------------------------------------------------------------------------------------------
+
+
+def bf16_autocast(device: torch.device | str, enabled: bool = True) -> torch.autocast:
+    """Autocast to bfloat16; on a CPU that has no fast matrix product in it, float32 as it is, and a warning, once."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled and has_fast_bf16(kind))
+
+
+@cache
+def has_fast_bf16(kind: str) -> bool:
+    """Whether a kind of device ("cpu", "cuda", ...) computes in bfloat16 at least as fast as in float32.
+
+    Non-CPU devices are assumed to. A CPU without it (x86 without AVX-512, Arm without BF16) is many times slower in
+    bfloat16: `training_scripts/benchmarks/speed.py --precision fp32 bf16` shows by how much.
+    """
+    if kind != "cpu" or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return True
+    logger.warning("this CPU has no fast bfloat16: computing in float32, which is faster here")
+    return False

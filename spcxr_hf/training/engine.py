@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 from spcxr_hf.data.batches import MicroBatch, StepPlan
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import atomic_folder, locked
-from spcxr_hf.models.precision import bf16_autocast, has_fast_bf16
+from spcxr_hf.models.loading import bf16_autocast, has_fast_bf16
 from spcxr_hf.training.arguments import RunArguments, check_launch, check_run, keep_recipe
 from spcxr_hf.training.checkpoints import resume, save_checkpoint
 from spcxr_hf.training.optim import StepLog, set_schedule

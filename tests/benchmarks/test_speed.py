@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining
-from spcxr_hf.models.precision import has_fast_bf16
+from spcxr_hf.models.loading import has_fast_bf16
 from tests.made_up import write_set
 from training_scripts.benchmarks import scale, speed
 from training_scripts.benchmarks.lib import baselines, timing

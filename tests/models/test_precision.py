@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from spcxr_hf.models import precision
+from spcxr_hf.models import loading
 
 SAID = "this CPU has no fast bfloat16: computing in float32"
 ONES = torch.ones(2, 2)
@@ -14,15 +14,15 @@ ONES = torch.ones(2, 2)
 @pytest.fixture(params=[True, False], ids=["fast", "slow"])
 def fast(request, monkeypatch):
     """A CPU of either kind."""
-    precision.has_fast_bf16.cache_clear()
+    loading.has_fast_bf16.cache_clear()
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: request.param)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     yield request.param
-    precision.has_fast_bf16.cache_clear()
+    loading.has_fast_bf16.cache_clear()
 
 
 def product(**options) -> torch.dtype:
-    with precision.bf16_autocast(torch.device("cpu"), **options):
+    with loading.bf16_autocast(torch.device("cpu"), **options):
         return (ONES @ ONES).dtype
 
 
@@ -40,11 +40,11 @@ def test_nothing_is_said_where_it_was_not_asked_for(fast, caplog):
 
 
 def test_a_card_is_taken_at_its_word(fast):
-    assert precision.has_fast_bf16("cuda")
+    assert loading.has_fast_bf16("cuda")
 
 
 def test_without_onednn_bfloat16_is_slow(monkeypatch):
-    precision.has_fast_bf16.cache_clear()
+    loading.has_fast_bf16.cache_clear()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not precision.has_fast_bf16("cpu")
-    precision.has_fast_bf16.cache_clear()
+    assert not loading.has_fast_bf16("cpu")
+    loading.has_fast_bf16.cache_clear()

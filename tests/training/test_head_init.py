@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from spcxr_hf import SpcxrError, SpcxrForImageClassification
-from spcxr_hf.training.head_init import choose_linear_head, final_layer, fit_linear_head, head_input, put_head
+from spcxr_hf.training.classifiers import choose_linear_head, final_layer, fit_linear_head, head_input, put_head
 from tests.common import tiny_config
 
 ONES = torch.ones(3)
