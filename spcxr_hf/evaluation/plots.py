@@ -99,7 +99,7 @@ def _draw_curves(
     area: str,
     place: Any,
 ) -> Figure:
-    figure, grid = panels(list(panels), extra_height=0.0)
+    figure, grid = panel_grid(list(panels), extra_height=0.0)
     for (title, curves), axes in zip(panels.items(), grid, strict=True):
         for style, (name, curve) in zip(styles(len(curves)), curves.items(), strict=True):
             low, high = curve.interval
@@ -134,7 +134,7 @@ def draw_reliability(panels: Mapping[str, Reliability]) -> Figure:
     Args:
         panels: Title -> its diagram.
     """
-    figure, grid = panels(list(panels), extra_height=0.6)
+    figure, grid = panel_grid(list(panels), extra_height=0.6)
     for (title, found), axes in zip(panels.items(), grid, strict=True):
         axes.plot([0, 1], [0, 1], color=BASE, linestyle=(0, (1, 2)), linewidth=1, label="perfect")
         errors = np.clip([found.observed - found.low, found.high - found.observed], 0, 1)
@@ -156,7 +156,7 @@ def draw_confusion(panels: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> Fi
         panels: Title -> counts (classes, classes), rows the true class, and the classes' names.
     """
     largest = max((len(names) for _, names in panels.values()), default=1)
-    figure, grid = panels(list(panels), side=max(PANEL, 0.75 * largest + 1.2), extra_height=-0.2)
+    figure, grid = panel_grid(list(panels), side=max(PANEL, 0.75 * largest + 1.2), extra_height=-0.2)
     for (_, (counts, names)), axes in zip(panels.items(), grid, strict=True):
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
@@ -191,7 +191,7 @@ def draw_contact_sheet(tiles: Sequence[tuple[np.ndarray, str]], columns: int = 4
     lines = max(words.count("\n") + 1 for _, words in tiles)
     tallest = max(np.shape(picture)[0] / np.shape(picture)[1] for picture, _ in tiles)
     height = 2.2 * (tallest - 1) + 0.19 * lines  # beyond a square of 2.2 inches
-    figure, grid = panels([""] * len(tiles), side=2.2, columns=columns, extra_height=height)
+    figure, grid = panel_grid([""] * len(tiles), side=2.2, columns=columns, extra_height=height)
     for axes, (picture, words) in zip(grid, tiles, strict=True):
         axes.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=1)
         axes.set_xticks([])
@@ -221,7 +221,7 @@ def _figure_class() -> Callable[..., Figure]:
     return Figure
 
 
-def panels(
+def panel_grid(
     titles: Sequence[str], side: float = PANEL, columns: int = MOST_COLUMNS, extra_height: float = 0.3
 ) -> tuple[Figure, list[Axes]]:
     """A figure with one square panel for each title; places of the last row that are left over stay empty."""

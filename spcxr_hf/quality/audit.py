@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from spcxr_hf.data.sets import write_ids
@@ -97,16 +97,11 @@ def audit(
         workers: Threads that decode; by default one for each processor, at most 8.
         on_error: "skip": a broken image is listed with its cause, however many there are, since an audit is what finds
             them; "stop": the first ends the audit, and nothing is written.
-
         copies_list: A text file to write: ids of images to leave out (`exclude` of `read_set`, `--exclude` of the
             scripts) so that no image is on two sides of the split; of two copies that in `train` goes first.
 
     Returns:
         What `audit.json` holds.
-
-    Raises:
-        SpcxrError: the set is empty, there is no such column, an image is broken (with "stop"), or the folder cannot be
-            written to.
     """
     if not len(table):
         raise SpcxrError(f"{table.name}: no rows to audit")
@@ -160,41 +155,27 @@ def _survey(table: RadiographTable, workers: int, on_error: OnError) -> _Survey:
     )
 
     def look(row: int) -> None:
+        cell, name = table.rows["image"][row].as_py(), f"{table.name}: row {row}"
         try:
-            _look(table, row, survey)
+            if cell is None or (cell["bytes"] is None and cell["path"] is None):
+                raise SpcxrError(f"{name}: no image in this row")
+            image, survey.warnings[row] = open_with_warnings(cell, name)
         except SpcxrError as error:
             if on_error == "stop":
                 raise
             survey.broken[row] = str(error)
+            return
+        survey.thumbnails[row] = thumbnail(image)
+        survey.tiles[row] = np.asarray(ImageOps.pad(image, (TILE, TILE), Image.Resampling.BILINEAR))
+        survey.histograms[row] = np.bincount(np.asarray(image).ravel(), minlength=256) / (image.width * image.height)
+        survey.sizes[row] = image.size
+        survey.modes[row] = _mode_of(cell)
 
     with ThreadPoolExecutor(workers) as pool:
         for _ in tqdm(pool.map(look, range(count)), total=count, desc=f"reading {table.name}", unit="image"):
             pass
     survey.broken = dict(sorted(survey.broken.items()))
     return survey
-
-
-def _look(table: RadiographTable, row: int, survey: _Survey) -> None:
-    cell = table.rows["image"][row].as_py()
-    if cell is None or (cell["bytes"] is None and cell["path"] is None):
-        raise SpcxrError(f"{table.name}: row {row}: no image in this row")
-    image, survey.warnings[row] = open_with_warnings(cell, f"{table.name}: row {row}")
-    survey.thumbnails[row] = thumbnail(image)
-    survey.tiles[row] = np.asarray(_fit_square(image))
-    survey.histograms[row] = np.bincount(np.asarray(image).ravel(), minlength=256) / (image.width * image.height)
-    survey.sizes[row] = image.size
-    survey.modes[row] = _mode_of(cell)
-
-
-def _fit_square(grey: Image.Image) -> Image.Image:
-    """The picture in its own shape on a black square."""
-    scale = TILE / max(grey.size)
-    size = [max(1, round(side * scale)) for side in grey.size]
-    tile = Image.new("L", (TILE, TILE))
-    tile.paste(
-        grey.resize((size[0], size[1]), Image.Resampling.BILINEAR), ((TILE - size[0]) // 2, (TILE - size[1]) // 2)
-    )
-    return tile
 
 
 def _mode_of(cell: Mapping[str, Any]) -> str:

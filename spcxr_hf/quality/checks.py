@@ -93,12 +93,9 @@ def check_split(
 ) -> None:
     """Refuse a split that leaks; the first of several processes looks, the others hear of it.
 
-    Images of held-out sides are opened for this alone. One that is broken is like no other.
-
     Args:
         allow: What `refuse_leaks` takes; where images may leak, they are not compared.
         sides: The splits in use; by default all values of the column.
-        processes: Those that were started together.
         cache: A folder to keep the verdict in where no image leaks, so that the next start need not compare them.
 
     Raises:
@@ -158,7 +155,6 @@ def write_skipped(target: str | os.PathLike | None, skipped: Mapping[str, str], 
     Args:
         target: The folder of a run, or a results file beside which it goes; None: the files are printed.
         skipped: Id -> cause, of this process.
-        processes: Those that were started together.
     """
     together = processes is not None and processes.num_processes > 1
     shares = gather_object([dict(skipped)]) if together else [dict(skipped)]

@@ -141,15 +141,6 @@ class LeakReport:
 # ---- sides -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Rows:
-    """The rows of all tables, one after the other: names, sides (None: on no side), patients (None: unknown)."""
-
-    ids: list[str]
-    sides: list[str | None]
-    patients: list[str | None]
-
-
 def check_leaks(
     tables: RadiographTable | Mapping[str, RadiographTable],
     split_column: str | None = None,
@@ -177,19 +168,32 @@ def check_leaks(
         SpcxrError: there is nothing to compare, no such column, or a side without rows.
     """
     named = {tables.name: tables} if isinstance(tables, RadiographTable) else dict(tables)
-    rows = _gather(named, split_column, patient_column)
-    wanted = _wanted_sides(rows, sides, "/".join(named))
-    rows.sides = [side if side in wanted else None for side in rows.sides]
-    counts = {side: rows.sides.count(side) for side in wanted}
-    unknown = sum(patient is None for patient, side in zip(rows.patients, rows.sides, strict=True) if side is not None)
-    patients = find_patient_leaks(rows.patients, rows.sides, rows.ids)
+    names: list[str] = []  # of the rows of all tables, one after the other, as the next two
+    places: list[str | None] = []
+    patients: list[str | None] = []
+    for name, table in named.items():
+        splits = [name] * len(table) if split_column is None else table.column(split_column)
+        places += [None if split is None else str(split) for split in splits]
+        names += table.ids if len(named) == 1 else [f"{name}: {row}" for row in table.ids]
+        patients += known_patients(table, patient_column)
+    wanted = _wanted_sides(places, sides, "/".join(named))
+    places = [side if side in wanted else None for side in places]
+    counts = {side: places.count(side) for side in wanted}
+    unknown = sum(patient is None for patient, side in zip(patients, places, strict=True) if side is not None)
+    shared = find_patient_leaks(patients, places, names)
     if not images:
-        return LeakReport(counts, unknown, patients)
-    kept = np.flatnonzero([side is not None for side in rows.sides])
-    thumbnails, broken = _read_thumbnails(list(named.values()), kept, workers)
-    pairs = find_duplicates(thumbnails, sides=[rows.sides[row] for row in kept], flips=flips)
-    found = [_image_leak(pair, [rows.ids[row] for row in kept], [rows.sides[row] for row in kept]) for pair in pairs]
-    return LeakReport(counts, unknown, patients, found, {rows.ids[kept[row]]: cause for row, cause in broken.items()})
+        return LeakReport(counts, unknown, shared)
+    kept = [row for row, side in enumerate(places) if side is not None]
+    thumbnails, broken = read_thumbnails(named.values(), kept, workers)
+    found = [
+        ImageLeak(
+            str(places[kept[pair.first]]), names[kept[pair.first]],
+            str(places[kept[pair.second]]), names[kept[pair.second]],
+            round(pair.similarity, 4), pair.flipped,
+        )
+        for pair in find_duplicates(thumbnails, sides=[places[row] for row in kept], flips=flips)
+    ]  # fmt: skip
+    return LeakReport(counts, unknown, shared, found, {names[kept[row]]: cause for row, cause in broken.items()})
 
 
 class LeakError(SpcxrError):
@@ -242,9 +246,8 @@ def copies_to_leave_out(pairs: Iterable[tuple[str, str]], side_of: Mapping[str, 
     A copy leaves `train` before `val`, `val` before `test`, `test` before `shift`; sides of other names stay before
     these, of two such the one that comes first in the alphabet goes.
 
-    Args:
-        pairs: Ids of two images that are nearly the same; those on one side, or on none, are no leak.
-        side_of: Id -> side, None for none.
+    `pairs` are ids of two images that are nearly the same; those on one side, or on none (None in `side_of`), are no
+    leak.
     """
 
     def importance(name: str) -> tuple[int, str]:
@@ -275,18 +278,8 @@ def known_patients(table: RadiographTable, column: str = "patient") -> list[str 
     return [None if value is None or value != value or value == "" else str(value) for value in table.column(column)]
 
 
-def _gather(named: Mapping[str, RadiographTable], split_column: str | None, patient_column: str) -> _Rows:
-    rows = _Rows([], [], [])
-    for name, table in named.items():
-        splits = [name] * len(table) if split_column is None else table.column(split_column)
-        rows.sides += [None if split is None else str(split) for split in splits]
-        rows.ids += table.ids if len(named) == 1 else [f"{name}: {row}" for row in table.ids]
-        rows.patients += known_patients(table, patient_column)
-    return rows
-
-
-def _wanted_sides(rows: _Rows, sides: Sequence[str] | None, name: str) -> list[str]:
-    there = list(dict.fromkeys(side for side in rows.sides if side is not None))
+def _wanted_sides(places: Sequence[str | None], sides: Sequence[str] | None, name: str) -> list[str]:
+    there = list(dict.fromkeys(side for side in places if side is not None))
     wanted = there if sides is None else list(dict.fromkeys(sides))
     missing = [side for side in wanted if side not in there]
     if missing:
@@ -294,13 +287,6 @@ def _wanted_sides(rows: _Rows, sides: Sequence[str] | None, name: str) -> list[s
     if len(wanted) < 2:
         raise SpcxrError(f"{name}: a leak needs two sides; there is {', '.join(wanted) or 'none'}")
     return wanted
-
-
-def _image_leak(pair: Pair, ids: Sequence[str], sides: Sequence[str | None]) -> ImageLeak:
-    first, second = pair.first, pair.second
-    return ImageLeak(
-        str(sides[first]), ids[first], str(sides[second]), ids[second], round(pair.similarity, 4), pair.flipped
-    )
 
 
 # ---- thumbnails ------------------------------------------------------------------------------------------------
@@ -311,16 +297,16 @@ def thumbnail(image: Image.Image) -> np.ndarray:
     return np.asarray(to_8_bit(image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR))
 
 
-def read_thumbnails(table: RadiographTable, workers: int | None = None) -> tuple[np.ndarray, dict[int, str]]:
-    """Thumbnails (n, 64, 64) uint8 of a set, and row -> cause for images that cannot be read (black thumbnails)."""
-    return _read_thumbnails([table], np.arange(len(table)), workers)
-
-
-def _read_thumbnails(
-    tables: Sequence[RadiographTable], kept: np.ndarray, workers: int | None
+def read_thumbnails(
+    tables: Iterable[RadiographTable], kept: Sequence[int] | None = None, workers: int | None = None
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Thumbnails of these rows of the tables laid one after the other."""
+    """Thumbnails (n, 64, 64) uint8, and place -> cause for images that cannot be read, whose thumbnails are black.
+
+    `kept` are row numbers of the tables laid one after the other; by default all.
+    """
+    tables = list(tables)
     starts = np.cumsum([0] + [len(table) for table in tables])
+    kept = range(starts[-1]) if kept is None else kept
     thumbnails = np.zeros((len(kept), THUMBNAIL, THUMBNAIL), dtype=np.uint8)
     broken: dict[int, str] = {}
 

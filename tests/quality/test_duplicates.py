@@ -229,7 +229,7 @@ def test_a_broken_image_is_listed(leaking):
     report = check_leaks(RadiographTable(rows, "made-up"), "split")
     assert list(report.broken) == ["image-7"]
     assert "not a PNG, JPEG" in report.broken["image-7"] or "image-7" in report.broken
-    thumbnails, broken = read_thumbnails(leaking, workers=1)
+    thumbnails, broken = read_thumbnails([leaking], workers=1)
     assert thumbnails.shape == (8, 64, 64) and list(broken) == [7] and not thumbnails[7].any()
 
 

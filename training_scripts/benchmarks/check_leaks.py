@@ -97,7 +97,7 @@ def measure_search(arguments: Arguments) -> None:
         rows = np.sort(generator.choice(len(table), min(arguments.rows, len(table)), replace=False))
         table = RadiographTable(table.rows.take(rows), table.name)
     start = time.perf_counter()
-    thumbnails, broken = read_thumbnails(table)
+    thumbnails, broken = read_thumbnails([table])
     decoded = time.perf_counter()
     halves = generator.permutation(len(table)) % 2
     sources, copies = seed_copies(table, halves, arguments.copies, generator)

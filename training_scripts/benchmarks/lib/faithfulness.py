@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from transformers import PreTrainedModel
 
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.evaluation.plots import FONT_SIZE, panels, styles
+from spcxr_hf.evaluation.plots import FONT_SIZE, panel_grid, styles
 from spcxr_hf.inference.explain import Target, check_model, evaluating, grid_of, target_matrix, target_probability
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ def draw_perturbation(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], fract
         curves: Name -> mean deletion and mean insertion curve, (steps + 1,) each.
         fractions: (steps + 1,) share of the patches.
     """
-    figure, grid = panels(["deletion (lower is better)", "insertion (higher is better)"], side=3.6, extra_height=-0.3)
+    figure, grid = panel_grid(
+        ["deletion (lower is better)", "insertion (higher is better)"], side=3.6, extra_height=-0.3
+    )
     for number, axes in enumerate(grid):
         for style, (name, pair) in zip(styles(len(curves)), curves.items(), strict=True):
             axes.plot(fractions, pair[number], color=style.colour, linestyle=style.line, marker=style.marker,
