@@ -47,7 +47,7 @@ def to_probabilities(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
 def fit_temperature(logits: torch.Tensor, targets: torch.Tensor, multi_label: bool = False) -> float:
     """The number to divide logits by: temperature scaling (Guo et al., ICML 2017, arXiv 1706.04599, section 4.2).
 
-    It has the least cross-entropy on these rows. That is convex in its inverse, whose slope is bisected.
+    It has the least cross-entropy on these rows, which is convex in its inverse, whose slope is bisected.
 
     Args:
         logits: (n, classes).
@@ -192,11 +192,8 @@ def thresholds(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     * "sensitivity 0.90": the highest threshold whose sensitivity is at least 0.90 (to rule out).
     * "specificity 0.90": the lowest threshold whose specificity is at least 0.90 (to rule in).
 
-    A threshold lies half-way between the two neighbouring scores that it parts.
-
-    Args:
-        scores: (n,) in 0 .. 1.
-        truth: (n,) 0 or 1, both there.
+    A threshold lies half-way between the two neighbouring scores that it parts. `scores` are (n,) in 0 .. 1, `truth`
+    (n,) 0 or 1, both there.
 
     Raises:
         SpcxrError: more than a tenth of the negatives score 1, so that no threshold parts them from the rest.
@@ -237,7 +234,6 @@ def reliability_bins(confidence: np.ndarray, hits: np.ndarray, bins: int = 15) -
     Args:
         confidence: (n,) probability of the label, or of the most probable class.
         hits: (n,) whether the label holds, or that class is right; NaN where the label is missing.
-        bins: As those of `metrics.expected_calibration_error`, which is the mean gap of these, weighted by `images`.
 
     Returns:
         "low" and "high" (the bin's ends), "images", "confidence" (mean) and "share" (of hits) for each bin.

@@ -161,11 +161,7 @@ def reliability(
     """Compare probabilities with what came true (Guo et al., ICML 2017, arXiv 1706.04599, section 2).
 
     The intervals are Wilson's (1927): unlike the bootstrap's they have a width where every row of a bin agrees.
-
-    Args:
-        probabilities: (n,) of one label; for classes that exclude each other, of the most probable one.
-        targets: (n,) 1, 0 or NaN (left out): whether the label holds, or the most probable class is right.
-        bins: Number of bins of equal width.
+    Arguments are those of `calibration.reliability_bins`.
     """
     error = expected_calibration_error(probabilities, targets, bins)
     values, truth = np.asarray(probabilities, dtype=np.float64), np.asarray(targets, dtype=np.float64)

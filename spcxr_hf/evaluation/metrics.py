@@ -66,12 +66,11 @@ def hausdorff95(prediction: Mask, target: Mask, spacing: Sequence[float] = (1.0,
 
     The surface of a mask: its pixels that have one of their four neighbours outside it, or outside the picture. From
     each of them the distance to the nearest surface pixel of the other mask is taken, between the pixels' centres.
-    (Huttenlocher et al., IEEE TPAMI 15, 1993, section II, with the
-    95th percentile in the place of the maximum. Programs that pool both directions first give a smaller one as a rule.)
+    (Huttenlocher et al., IEEE TPAMI 15, 1993, section II, with the 95th percentile in the place of the maximum.
+    Programs that pool both directions first give a smaller one as a rule.)
 
     Args:
-        prediction: (H, W) booleans.
-        target: (H, W) booleans, the same shape.
+        prediction, target: (H, W) booleans, one shape.
         spacing: Height and width of a pixel, in mm as a rule; by default the distance is in pixels.
 
     Returns:
@@ -362,17 +361,15 @@ def classification_report(
         patients: (n,) whose image each row is; None, NaN or "" where unknown, then the row is a patient of its own.
         specificity: See `sensitivity_at_specificity`.
         bins: See `expected_calibration_error`.
-        resamples: Draws of the bootstrap.
-        seed: Of the bootstrap.
+        resamples, seed: Of the bootstrap.
 
     Returns:
-        "images", "patients", "specificity", "resamples"; "accuracy", "balanced_accuracy" (mean of the classes'
-        accuracies), "macro_auroc", "macro_average_precision", "macro_sensitivity_at_specificity" (means over the
-        classes, each against the rest), "brier", "ece"; and "classes", which maps each name to its "images", "accuracy"
-        (its recall, or sensitivity, where the most probable class is the answer), "auroc", "average_precision" and
-        "sensitivity_at_specificity". Each `<figure>` has a `<figure>_ci95`, [low, high]. A figure that is not defined,
-        as for a class with no image, is None and left out of the means. "undefined_resamples" counts, by figure, the
-        resamples that were skipped because a class was missing from them.
+        "images", "patients", "specificity", "resamples"; "accuracy", "balanced_accuracy", "macro_auroc",
+        "macro_average_precision", "macro_sensitivity_at_specificity" (means over the classes, each against the rest),
+        "brier", "ece"; and "classes", which maps each name to its "images", "accuracy" (its recall, where the most
+        probable class is the answer), "auroc", "average_precision" and "sensitivity_at_specificity". Each `<figure>`
+        has a `<figure>_ci95`, [low, high]. A figure that is not defined, as for a class with no image, is None and left
+        out of the means. "undefined_resamples" counts, by figure, the resamples in which a class was missing.
     """
     values, truth = _class_inputs(probabilities, labels, class_names)
     groups = patient_groups(patients, len(values))
@@ -442,9 +439,7 @@ def multilabel_report(
         "images", "patients", "specificity", "resamples"; "labels_in_mean", the names of the labels that have both
         classes, and "mean_<figure>" over these; and "labels", which maps each name to its counts ("positives",
         "negatives", "missing") and its figures "auroc", "average_precision", "sensitivity_at_specificity", "brier" and
-        "ece". Each `<figure>` has a `<figure>_ci95`, [low, high]. A figure that is not defined, as the AUROC of a label
-        with one class, is None. "undefined_resamples" counts, by figure, the resamples that were skipped because they
-        hold one class only; a mean skips those in which one of its labels does.
+        "ece". Intervals, undefined figures and "undefined_resamples" as in `classification_report`.
     """
     values, truth = _label_inputs(probabilities, targets, names)
     groups = patient_groups(patients, len(values))

@@ -115,7 +115,7 @@ def write_evaluation_report(
     options: ReportOptions | None = None,
     images: Callable[[str, int], np.ndarray] | None = None,
 ) -> Path:
-    """Write `report.html`, its pictures as PNG, and `results.json`.
+    """Write `report.html`, its pictures as PNG, and `results.json`; returns the first, which loads nothing.
 
     Args:
         folder: Where to; made if need be, files of these names are replaced.
@@ -124,12 +124,6 @@ def write_evaluation_report(
         splits: At least one; curves of several stand in one panel.
         options: See there.
         images: Gives the picture (H, W) in 0 .. 1 of a split's row, for the worst cases; None leaves those out.
-
-    Returns:
-        The HTML file. It loads nothing: pictures and style are in it.
-
-    Raises:
-        SpcxrError: there are no splits, a shape or a value is refused, or a file cannot be written.
     """
     options = options or ReportOptions()
     _check(names, splits, options.multi_label)

@@ -45,15 +45,13 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported.
+    """What is exported: the model in evaluation mode, float32, on the CPU, and how its image processor makes its input.
 
     Attributes:
         name: What to call it in messages.
-        model: In evaluation mode, float32, on the CPU.
         task: "embedding", "classification" or "segmentation".
-        size: (height, width) in pixels that the image processor makes.
-        mean: Grey level that it takes off, on the scale 0..1.
-        std: What it divides by.
+        size: (height, width) in pixels.
+        mean, std: Grey level that is taken off, and what is divided by, on the scale 0..1.
     """
 
     name: str
@@ -179,11 +177,9 @@ def export_vit(
 
     A classifier with CLS pooling becomes a `ViTForImageClassification`, anything else a `ViTModel`:
     `last_hidden_state` is that of the original. `pooler_output` is too with CLS pooling (its dense layer is the
-    identity); with mean pooling no ViT can compute it, and it is all zeros rather than something that looks like it:
-    take `last_hidden_state[:, 1:].mean(dim=1)`. The decoder or reconstruction head of another task is left out.
-
-    Other image sizes than the native one need `interpolate_pos_encoding=True` in the call. Stochastic depth is training
-    only and is not exported. The folder is read again, and its outputs compared, before it takes its place.
+    identity); with mean pooling no ViT can compute it, and it is all zeros: take `last_hidden_state[:,
+    1:].mean(dim=1)`. The decoder or reconstruction head of another task is left out. Other image sizes than the native
+    one need `interpolate_pos_encoding=True` in the call.
 
     Args:
         model: Folder or Hub id of a checkpoint of this family, or a model in memory (float32, CPU).
@@ -193,12 +189,9 @@ def export_vit(
             by its share of the luminance); or 1, for pictures of mode L given to the image processor itself.
         processor: Image processor of a model in memory; by default one of its native size.
 
-    Returns:
-        The folder.
-
     Raises:
-        SpcxrError: it is a classifier with mean pooling (see the message for what to do instead); it cannot be loaded
-            or written; or the exported model does not compute the same within 1e-5.
+        SpcxrError: it is a classifier with mean pooling (the message says what to do instead); it cannot be loaded or
+            written; or the exported model, which is read again, does not compute the same within 1e-5.
     """
     source = load_source(model, processor)
     check_channels(source, num_channels)

@@ -106,7 +106,7 @@ def export_onnx(
     num_channels: int = 3,
     processor: Any = None,
 ) -> Path:
-    """Write a folder with `onnx/model.onnx`, `config.json` and `preprocessor_config.json`.
+    """Write a folder with `onnx/model.onnx`, `config.json` and `preprocessor_config.json`; returns the first.
 
     The graph takes `pixel_values` (B, num_channels, H, W), normalised, H and W multiples of the patch size (a rest at
     the right and at the bottom is cut off, not refused), and gives, float32:
@@ -116,22 +116,15 @@ def export_onnx(
     - segmentation: `logits` (B, labels, H, W).
 
     The metadata of the file hold task, labels, thresholds, mean, deviation, size and purpose, as JSON strings. The
-    configuration calls encoder and classifier "vit", since that is how Transformers.js knows what to run: the graph has
-    the pooling inside, so this holds for mean pooling too. That configuration has no weights for transformers itself:
-    for that there is `spcxr_hf.hub.export.export_vit`.
+    configuration calls encoder and classifier "vit", by which Transformers.js knows what to run.
 
     Args:
         model: Folder or Hub id of a checkpoint of this family, or a model in memory (float32, CPU).
         output: The folder to write. One that is there already is replaced if it is an earlier export or empty.
-        opset: ONNX operator set, at least 18. Newer ones have operators for GELU and attention; ONNX Runtime fuses the
-            older ones to the same and is no faster with them (see `training_scripts/benchmarks/speed_onnx.py`).
+        opset: ONNX operator set, at least 18; newer ones are no faster (`training_scripts/benchmarks/speed_onnx.py`).
         dynamic: Whether batch, height and width are free. Otherwise the batch is 1 and the size the image processor's.
-        num_channels: 3 for RGB pictures, as browsers and most tools hand them over (exact: each channel is weighed by
-            its share of the luminance), or 1.
+        num_channels: 3 for RGB pictures (exact: each channel is weighed by its share of the luminance), or 1.
         processor: Image processor of a model in memory; by default one of its native size.
-
-    Returns:
-        The file `model.onnx`.
 
     Raises:
         SpcxrError: ONNX is not installed; the model cannot be loaded or exported; or the folder cannot be written.
@@ -271,22 +264,16 @@ def quantize_int8(
     """Write an 8-bit version of an exported file: a quarter of the size, faster, slightly less exact.
 
     Dynamic quantisation: the weights of linear layers are stored in 8 bits, one scale per output channel, and their
-    inputs quantised as they come, one scale per tensor; those of each MLP's second layer are centred first
-    (`centre_hidden_units`), which takes off up to a third of the logits' error, and a classifier's bias is corrected by
-    the mean of what is left (`correct_bias`), which takes seconds. Attention, norms, convolutions and the classifier
-    stay in float32; the latter is a hundredth of a percent of the weights, and in 8 bits it cost most of the accuracy.
-    On `val` of pneumonia and COVID-19, ONNX Runtime's dynamic quantisation alone lost 0.87 and 0.65 points of accuracy;
-    its static one lost none, but its logits were 2.5 and 3.4 times as far off, and it was a quarter slower.
+    inputs quantised as they come, one scale per tensor. The inputs of each MLP's second layer are centred first
+    (`centre_hidden_units`), and a classifier's bias is corrected by the mean of what is left (`correct_bias`).
+    Attention,
+    norms, convolutions and the classifier stay in float32: in 8 bits the latter cost most of the accuracy.
 
     Args:
         path: `model.onnx`, as `export_onnx` wrote it.
         output: The file to write; by default `model_quantized.onnx` beside it, which Transformers.js calls "q8".
         reduce_range: Use 7 bits for the weights. For x86 processors without VNNI (`lacks_vnni`), on which the sum of
-            two products of 8 bits can overflow 16, where a session cannot be told to sum exactly (`EXACT_SUMS`); a
-            little less exact than 8 bits on others, no slower.
-
-    Returns:
-        The new file.
+            two products of 8 bits can overflow 16, where a session cannot be told to sum exactly (`EXACT_SUMS`).
 
     Raises:
         SpcxrError: ONNX Runtime is not installed, or the file cannot be read or written.
@@ -340,13 +327,9 @@ def lacks_vnni() -> bool:
 
 
 def centre_hidden_units(proto: Any) -> int:
-    """Centre the input of every linear layer that follows LayerNorm, linear layer and GELU, in place.
+    """Centre the input of every linear layer after LayerNorm, linear layer and GELU, in place; how many there were.
 
-    Args:
-        proto: An `onnx.ModelProto` as torch's exporter writes it: `MatMul` and `Add` with initializers.
-
-    Returns:
-        How many layers there were.
+    `proto` is an `onnx.ModelProto` as torch's exporter writes it: `MatMul` and `Add` with initializers.
     """
     from onnx import helper, numpy_helper
 
@@ -437,8 +420,8 @@ def correct_bias(rounded: Any, exact: Path, size: tuple[int, int]) -> np.ndarray
     """Move the bias of a rounded graph's classifier, in place, until its logits and the exact ones agree in mean.
 
     Args:
-        rounded: An `onnx.ModelProto` in 8 bits, from `pixel_values` (B, channels, H, W) to `logits` (B, labels), whose
-            last step adds a bias.
+        rounded: An `onnx.ModelProto` in 8 bits, from `pixel_values` to `logits` (B, labels), whose last step adds a
+            bias.
         exact: The file of the same graph in float32.
         size: Height and width of the images that are made up, in pixels.
 

@@ -56,21 +56,16 @@ def install_checkpoints(
 ) -> list[Installed]:
     """Put every checkpoint of a folder into the local Hub cache, where `from_pretrained("spcxr/<name>")` finds it.
 
-    In offline mode (`HF_HUB_OFFLINE=1`), with `local_files_only=True`, and without a connection. As long as the id is
-    not on the Hub and the Hub is there to say so, models load without any of these, but image processors do not.
-
-    All checkpoints are checked before the first is copied; the folder is not needed afterwards. The code beside the
-    weights is the installed package's, whether or not the folder has a copy of it.
+    In offline mode (`HF_HUB_OFFLINE=1`), with `local_files_only=True`, and without a connection. All checkpoints are
+    checked before the first is copied; the folder is not needed afterwards. The code beside the weights is the
+    installed package's, whether or not the folder has a copy of it.
 
     Args:
-        folder: holds one folder per checkpoint, each with `config.json` and `model.safetensors`; hidden files are left
+        folder: Holds one folder per checkpoint, each with `config.json` and `model.safetensors`; hidden files are left
             out. By default the source tree's `model_cards`.
-        cache_dir: the cache; by default the Hub's own, which follows `HF_HOME` and `HF_HUB_CACHE`.
-        namespace: what stands before the `/` of the ids.
-        force: point `main` at the checkpoint even where it stands at a revision that was downloaded from the Hub.
-
-    Returns:
-        One entry per checkpoint, by name.
+        cache_dir: The cache; by default the Hub's own, which follows `HF_HOME` and `HF_HUB_CACHE`.
+        namespace: What stands before the `/` of the ids.
+        force: Point `main` at the checkpoint even where it stands at a revision that was downloaded from the Hub.
 
     Raises:
         SpcxrError: the folder has no checkpoints; one of them lacks a file, is damaged, holds a pickle, or has a name

@@ -205,13 +205,7 @@ def save_recipe(arguments: Any, path: Path) -> None:
 
 
 def fill_from_recipe(arguments: Any, recipe: Path, **otherwise: Any) -> None:
-    """Fill empty flags from the recipe beside a trained model.
-
-    Args:
-        arguments: A dataclass; its fields are changed in place.
-        recipe: The recipe; it need not exist.
-        otherwise: Field -> value where the recipe has none either.
-    """
+    """Fill empty flags, in place, from the recipe beside a trained model, if there is one, or else from `otherwise`."""
     known = read_recipe(recipe) if recipe.is_file() else {}
     for name, value in otherwise.items():
         setattr(arguments, name, getattr(arguments, name) or known.get(name) or value)
@@ -243,9 +237,7 @@ def check_values(
 ) -> None:
     """Refuse values of flags that are not among the choices, or out of range; None passes.
 
-    Args:
-        choices: Flag -> its values.
-        ranges: Flag -> an interval, as "[0, 1)" or "[1, inf)"; every item of a list must lie in it.
+    `choices` maps a flag to its values, `ranges` to an interval, as "[0, 1)" or "[1, inf)", for every item of a list.
     """
     for name, allowed in (choices or {}).items():
         if (value := getattr(arguments, name)) is not None and value not in allowed:

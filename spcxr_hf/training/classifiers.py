@@ -120,10 +120,7 @@ def _build_other(arguments: ClassifierArguments, source: str, config: Any, value
 def add_adapters(model: PreTrainedModel, rank: int, alpha: float) -> None:
     """Put LoRA (arXiv 2106.09685) into every linear layer of the encoder, as QLoRA (arXiv 2305.14314) found it best.
 
-    Args:
-        model: Changed in place.
-        rank: Of every adapter, at least 1.
-        alpha: An adapter's output is scaled by this / rank.
+    The model is changed in place; an adapter's output is scaled by `alpha` / `rank`.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -263,13 +260,8 @@ def fit_linear_head(
 ) -> LinearHead:
     """Logistic regression on standardised features: mean loss + `penalty` / 2 x squared norm of the weights.
 
-    Args:
-        features: (n, D), finite.
-        targets: (n, classes) in 0 .. 1; NaN where a label is missing (`multi_label`).
-        multi_label: A sigmoid for each label instead of one softmax.
-        class_weights: (classes,), of `losses.class_weights`.
-        penalty: At least 0.
-        steps: At most so many iterations of L-BFGS.
+    `features` are (n, D), `targets` and `class_weights` as for `losses.classification_loss`; L-BFGS takes at most
+    `steps` iterations.
     """
     mean, deviation = features.mean(dim=0), features.std(dim=0, unbiased=False).clamp(min=1e-6)
     standard = (features - mean) / deviation

@@ -72,8 +72,6 @@ def teacher_targets(
         images: (n, 1, S, S) uint8.
         components: K, principal components of the map's features and, by themselves, of the pooled ones.
         cache: A folder to keep the targets in.
-        device: Where the teacher runs.
-        batch_size: Images at a time.
 
     Returns:
         `teacher_local` (n, N, K) float16, row by row, and `teacher_pooled` (n, K) float32.

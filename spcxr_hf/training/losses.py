@@ -19,11 +19,7 @@ def class_weights(targets: torch.Tensor, balanced: bool, multi_label: bool) -> t
     """Weight of each class, (classes,), or of each label's positives (multi-label); 1 unless balanced.
 
     Balanced, a class has the weight images / (classes * images of it), as in scikit-learn; a label's positives have
-    negatives / positives.
-
-    Args:
-        targets: (n, classes) of the whole set: 1, 0, or NaN where a label is missing; a 1 in every column.
-        multi_label: Whether several labels may hold at once.
+    negatives / positives. `targets` are (n, classes) of the whole set, with a 1 in every column.
     """
     positives, known = (targets == 1).sum(dim=0), (~targets.isnan()).sum(dim=0)
     if not balanced:

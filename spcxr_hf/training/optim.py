@@ -68,15 +68,10 @@ def layerwise_groups(
     """The groups of `parameter_groups`, split by depth: a block learns `layer_decay` times as fast as the one above.
 
     Layer-wise learning-rate decay as BEiT (arXiv 2106.08254) fine-tunes with it. The final norm and the head have the
-    scale 1, block i of L has `layer_decay ** (L - i)` for i = 0 .. L - 1, the embeddings `layer_decay ** (L + 1)`.
+    scale 1, block i of L has `layer_decay ** (L - i)` for i = 0 .. L - 1, the embeddings `layer_decay ** (L + 1)`:
+    each group's "scale", which `set_schedule` multiplies the learning rate by.
 
-    Args:
-        model: A model of the family, with or without a head.
-        layer_decay: In (0, 1]; 1 is one learning rate for all.
-        rename: Parameter name of another family -> its name here, `encoder.layers.<n>.` for blocks.
-
-    Returns:
-        Groups for AdamW, each with its "scale", which `set_schedule` multiplies the learning rate by.
+    `rename` maps a parameter's name of another family to its name here, `encoder.layers.<n>.` for blocks.
     """
     if not 0 < layer_decay <= 1:
         raise SpcxrError(f"layer_decay must lie in (0, 1]; got {layer_decay}")

@@ -49,9 +49,6 @@ class HubPusher:
         timeout: Seconds after which a push is killed and counts as failed.
         retry_after: Seconds after a failure in which saves are not pushed.
 
-    Attributes:
-        pushed: Name of the last state that is on the Hub.
-
     Raises:
         SpcxrError: the id is not valid, or there is no token.
     """

@@ -80,13 +80,8 @@ def write_card(
 ) -> None:
     """Write a model card to fill in, `folder/README.md`: front matter, figures, population, thresholds.
 
-    `spcxr publish` refuses it until a licence is in its front matter.
-
-    Args:
-        pipeline_tag: The task, in the Hub's words.
-        base_model: What the run started from; a Hub id goes into the front matter, a local folder does not.
-        figures: On val, by name.
-        images: Number of images by split or class.
+    `spcxr publish` refuses it until a licence is in its front matter. `figures` are those on val, `images` their number
+    by split or class; a Hub id of the `base_model` goes into the front matter, a local folder does not.
     """
     is_id = base_model is not None and not Path(base_model).exists()
     data = ModelCardData(
