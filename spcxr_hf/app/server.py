@@ -106,9 +106,6 @@ def running(session: Session, host: str | None = HOST, port: int | None = None) 
 
     On a loopback address, a request whose Host header names another host is refused: otherwise a web page could read
     the demo's answers through a name that resolves to this machine (DNS rebinding).
-
-    Raises:
-        SpcxrError: Gradio is missing, or the port is taken.
     """
     named = host or os.environ.get("GRADIO_SERVER_NAME") or HOST
     hosts = [*LOOPBACK] if named in LOOPBACK else ["*"]
@@ -162,11 +159,7 @@ def _import_gradio() -> Any:
 
 
 def build_page(session: Session) -> Any:
-    """The page, as `gradio.Blocks`; it opens with an example and its answer.
-
-    Raises:
-        SpcxrError: Gradio is missing.
-    """
+    """The page, as `gradio.Blocks`; it opens with an example and its answer."""
     gradio = _import_gradio()
     choices = [(f"{choice.title} ({choice.population})" if choice.population else choice.title, name)
                for name, choice in session.choices.items()]  # fmt: skip

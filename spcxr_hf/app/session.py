@@ -95,9 +95,6 @@ def list_choices(checkpoints: Path | None = None, models: Sequence[str] = ()) ->
     Args:
         checkpoints: A folder that holds a folder per checkpoint; by default the source tree's own.
         models: Hub ids instead. Those that cannot be found are left out.
-
-    Raises:
-        SpcxrError: there are none, or a folder's `config.json` cannot be read.
     """
     choices = []
     if models:
@@ -129,11 +126,7 @@ def list_choices(checkpoints: Path | None = None, models: Sequence[str] = ()) ->
 
 
 def load_index(place: Path) -> NeighborIndex:
-    """The index in a file, or in the only safetensors file of a folder.
-
-    Raises:
-        SpcxrError: there is none, there are several, or it cannot be used.
-    """
+    """The index in a file, or in the only safetensors file of a folder."""
     files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
     if len(files) != 1:
         raise SpcxrError(f"{place}: {len(files)} safetensors files in this folder; one index of neighbors is needed")
@@ -301,11 +294,7 @@ class Session:
         return found
 
     def answer(self, radiograph: Radiograph, name: str) -> Answer:
-        """The chosen checkpoint's answer.
-
-        Raises:
-            SpcxrError: there is no such choice, the file could not be read, or the checkpoint cannot be used.
-        """
+        """The chosen checkpoint's answer."""
         if radiograph.image is None:
             raise SpcxrError(f"{radiograph.name}: {radiograph.cause}")
         if name not in self.choices:

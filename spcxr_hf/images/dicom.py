@@ -517,11 +517,7 @@ class _Lut(NamedTuple):
 
     @classmethod
     def read(cls, item: "Dataset", dataset: "Dataset") -> "_Lut":
-        """One item of a modality or VOI LUT sequence.
-
-        Raises:
-            SpcxrError: descriptor and data do not fit together.
-        """
+        """One item of a modality or VOI LUT sequence."""
         little = dataset.file_meta.TransferSyntaxUID.is_little_endian
         descriptor = _values(item, "LUTDescriptor", little)
         if len(descriptor) != 3 or descriptor[2] not in LUT_BITS:

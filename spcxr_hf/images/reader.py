@@ -86,11 +86,7 @@ def read_radiograph(
 def read_with_quality_warnings(
     source: "str | os.PathLike | bytes | BinaryIO | Dataset", *, full_depth: bool = False, window: int = 0
 ) -> tuple[Image.Image, list[str]]:
-    """The image of `read_radiograph`, and the texts of its warnings: Python's filters of warnings are not thread-safe.
-
-    Raises:
-        SpcxrError: as `read_radiograph` does.
-    """
+    """The image of `read_radiograph`, and the texts of its warnings (Python's warning filters are not thread-safe)."""
     _, image, colour, header = _read(source, full_depth, window)
     return image, quality_warnings(image, colour, header)
 

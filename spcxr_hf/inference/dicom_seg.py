@@ -34,11 +34,7 @@ class SourceError(SpcxrError):
 
 
 def check_highdicom() -> None:
-    """Refuse early where the packages are missing.
-
-    Raises:
-        SpcxrError: `highdicom` is not installed.
-    """
+    """Refuse early where the packages are missing."""
     try:
         import highdicom  # noqa: F401
     except ImportError as error:

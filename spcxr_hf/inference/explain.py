@@ -242,9 +242,6 @@ def share_inside(relevance: torch.Tensor, mask: torch.Tensor) -> float:
     Returns:
         0 .. 1; NaN for a map that is all 0. The mask's own share of the picture is what a map without any preference
         would give.
-
-    Raises:
-        SpcxrError: the mask or the map is no (height, width).
     """
     if relevance.dim() != 2 or mask.dim() != 2 or not mask.numel():
         raise SpcxrError(f"map and mask must be (rows, columns); got {tuple(relevance.shape)}, {tuple(mask.shape)}")
@@ -265,9 +262,6 @@ def draw_explanation(grey: torch.Tensor, relevance: torch.Tensor, lungs: torch.T
     Returns:
         (H, W, 3) in 0 .. 1 on the CPU: what has more than an even share is coloured, the brighter and the less
         transparent the more it has, from vermillion to yellow; the outline in sky blue.
-
-    Raises:
-        SpcxrError: the radiograph is no (H, W).
     """
     if grey.dim() != 2:
         raise SpcxrError(f"the radiograph must be (H, W); got {tuple(grey.shape)}")

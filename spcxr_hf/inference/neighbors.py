@@ -74,9 +74,6 @@ class NeighborIndex:
             features: (queries, D).
             k: How many; fewer come back where the index holds no more.
             exclude: An id for each query that is not to be found, its own as a rule; None excludes nothing.
-
-        Raises:
-            SpcxrError: the features have another width or no direction, or a number is refused.
         """
         if k < 1:
             raise SpcxrError(f"k must be at least 1; got {k}")
@@ -93,11 +90,7 @@ class NeighborIndex:
         return found
 
     def neighbors_of(self, name: str, k: int = 5) -> list[Neighbor]:
-        """The nearest images of one that is in the index, without itself.
-
-        Raises:
-            SpcxrError: it is not in the index, or `k` is refused.
-        """
+        """The nearest images of one that is in the index, without itself."""
         if name not in self.ids:
             raise SpcxrError(f"{name!r} is not in this index of {len(self)} images")
         row = self.ids.index(name)
@@ -109,11 +102,7 @@ class NeighborIndex:
         return [Neighbor(self.ids[row], max(-1.0, min(1.0, similarities[row].item()))) for row in kept]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file, whole or not at all: the features, and ids and model as JSON in its header.
-
-        Raises:
-            SpcxrError: the file cannot be written.
-        """
+        """Write one safetensors file, whole or not at all: the features, and ids and model as JSON in its header."""
         header = {"format": FORMAT, "ids": json.dumps(list(self.ids)), "model": self.model}
         try:
             with atomic_file(path) as partial:
@@ -168,9 +157,6 @@ def build_index(
         batch_size: Images per forward pass.
         pooling: As of `Encoder.embed`.
         image_size: Side of the input in pixels; by default the encoder's own.
-
-    Raises:
-        SpcxrError: an image cannot be read, two rows have the same id, or the encoder refuses the images.
     """
     size = image_size or encoder.image_size
     parts = []

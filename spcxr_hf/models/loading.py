@@ -93,9 +93,6 @@ def load_config(source: str, any_family: bool = True, **values: Any) -> Any:
         source: A folder or Hub id.
         any_family: Whether other families than SPCXR are taken too.
         values: Fields to change.
-
-    Raises:
-        SpcxrError: there is none, it is impossible, or of another family.
     """
     register()  # a fresh process may have imported this module alone
     if not Path(source).is_dir():
@@ -161,11 +158,7 @@ def load_network(
 
 
 def load_processor(source: str, required: bool = True) -> Any:
-    """The image processor of a checkpoint; None where there is none and none is required.
-
-    Raises:
-        SpcxrError: there is none though one is required, or it is damaged.
-    """
+    """The image processor of a checkpoint; None where there is none and none is required."""
     with loading_errors(source, "no image processor"):
         names = ("preprocessor_config.json", "processor_config.json")
         if not required and not any(_has_file(source, name) for name in names):
@@ -178,11 +171,7 @@ def load_processor(source: str, required: bool = True) -> Any:
 
 
 def own_class(config: PreTrainedConfig) -> Any:
-    """The class of this family that a configuration names.
-
-    Raises:
-        SpcxrError: it names none.
-    """
+    """The class of this family that a configuration names."""
     name = (config.architectures or ["none"])[0]
     if name not in SPCXR_CLASSES:
         raise SpcxrError(f"config.json: its architecture {name} is none of {', '.join(SPCXR_CLASSES)}")
@@ -190,11 +179,7 @@ def own_class(config: PreTrainedConfig) -> Any:
 
 
 def choose_device(name: str | torch.device = "auto") -> torch.device:
-    """The device of that name; "auto" is a GPU where there is one.
-
-    Raises:
-        SpcxrError: there is none.
-    """
+    """The device of that name; "auto" is a GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -206,11 +191,7 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:
-    """Choose the attention implementation; eager where a family has no fused one.
-
-    Raises:
-        SpcxrError: the model, or this machine, has no such implementation.
-    """
+    """Choose the attention implementation; eager where a family has no fused one."""
     try:
         model.set_attn_implementation(implementation)
     except (ValueError, ImportError) as error:

@@ -79,11 +79,7 @@ class Segmenter:
 
 
 def load_segmenter(source: str, device: torch.device | str = "cpu") -> Segmenter:
-    """A segmentation model of any family by its folder or Hub id.
-
-    Raises:
-        SpcxrError: as `load_checkpoint`, or it has no label `lung`.
-    """
+    """A segmentation model of any family by its folder or Hub id."""
     loaded = load_checkpoint("segmentation", source, device, any_family=True)
     if "lung" not in (labels := loaded.model.config.label2id or {}):
         raise SpcxrError(f"{source}: its labels are {', '.join(labels)}; there is no 'lung' among them")

@@ -33,9 +33,6 @@ class Views:
         blur_sigma: Least and largest standard deviation of the blur in pixels of the view.
         processing: Changes of the whole image's processing before it is cropped. The crop, the flip and the jitter are
             drawn first: they are the same with and without these changes.
-
-    Raises:
-        SpcxrError: a value out of range; the message names it.
     """
 
     size: int = 224
@@ -120,11 +117,7 @@ class AugmentationArguments:
     )
 
     def views(self, size: int) -> Views:
-        """The augmentation to views of size x size pixels.
-
-        Raises:
-            SpcxrError: a value is out of range; the message names it.
-        """
+        """The augmentation to views of size x size pixels."""
         if len(self.crop_scale) != 2:
             raise SpcxrError(f"crop_scale is the least and the largest area; got {self.crop_scale}")
         scale = (self.crop_scale[0], self.crop_scale[1])

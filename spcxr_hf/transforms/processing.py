@@ -42,9 +42,6 @@ class ProcessingChanges:
 
     Attributes:
         changes: Which of `CHANGES` to draw from; their order here does not matter.
-
-    Raises:
-        SpcxrError: an unknown change.
     """
 
     changes: tuple[str, ...]
@@ -72,11 +69,7 @@ class ProcessingChanges:
 
 
 def parse_changes(names: list[str]) -> ProcessingChanges | None:
-    """Changes from the names on a command line: "all", or some of `CHANGES`; None where there are no names.
-
-    Raises:
-        SpcxrError: an unknown name.
-    """
+    """Changes from the names on a command line: "all", or some of `CHANGES`; None where there are no names."""
     if not names:
         return None
     return ProcessingChanges(tuple(CHANGES) if names == ["all"] else tuple(names))
