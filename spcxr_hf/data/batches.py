@@ -33,7 +33,6 @@ class StepPlan:
         micro_batch_size: Images per forward pass; more than a batch counts as a batch.
         seed: The order of the images follows from it.
         process: This process's number, in 0 .. processes - 1.
-        processes: How many there are.
 
     Raises:
         SpcxrError: the batch is no whole number of micro-batches, or these do not share out among the processes.
@@ -155,12 +154,9 @@ def strata(targets: torch.Tensor) -> torch.Tensor:
 
 
 def draw_rows(targets: torch.Tensor, fraction: float, seed: int) -> torch.Tensor:
-    """Row numbers, rising: a share of the images, as large of each class (`strata`), rounded.
+    """Row numbers, rising: a share `fraction` in (0, 1] of the images, as large of each class (`strata`), rounded.
 
-    Args:
-        targets: (n, classes): 1, 0, or NaN where a label is missing.
-        fraction: The share, in (0, 1].
-        seed: The draw follows from it.
+    `targets` are (n, classes): 1, 0, or NaN where a label is missing.
     """
     generator = np.random.default_rng(seed)
     groups = strata(targets).numpy()

@@ -75,15 +75,12 @@ def canonical_name(name: str) -> str:
 
 
 def resolve(values: Sequence | np.ndarray, uncertain: Uncertain = "ignore", name: str = "labels") -> np.ndarray:
-    """Labels as a set writes them -> labels as they are trained on.
+    """Labels as a set writes them -> labels as they are trained on: the same shape, float32, 1, 0 or NaN.
 
     Args:
         values: Any shape: 1 present, 0 absent, -1 uncertain, NaN or None missing.
         uncertain: What becomes of -1: `ignore` missing, `zero` absent, `one` present.
         name: What to call them in messages.
-
-    Returns:
-        The same shape, float32: 1, 0 or NaN.
     """
     if uncertain not in get_args(Uncertain):
         raise SpcxrError(f"uncertain must be {', '.join(get_args(Uncertain))}; got {uncertain!r}")
@@ -102,12 +99,7 @@ def resolve(values: Sequence | np.ndarray, uncertain: Uncertain = "ignore", name
 def label_struct(labels: Mapping[str, Sequence | np.ndarray], uncertain: Uncertain = "ignore") -> pa.StructArray:
     """A column of labels: a struct with a field per label, null where it is missing.
 
-    Args:
-        labels: name -> (n,) values for `resolve`; names become canonical.
-        uncertain: As for `resolve`.
-
-    Raises:
-        SpcxrError: two names mean the same label, there are none, or `resolve` refuses the values.
+    `labels` maps names, which become canonical, to (n,) values for `resolve`.
     """
     names = [canonical_name(name) for name in labels]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -153,9 +145,6 @@ def targets_of(cell: Any, classes: Mapping[str, Sequence[str]], multi_label: boo
     Args:
         classes: Class -> the labels that count as it. A class of several labels holds where one of them does.
         multi_label: Whether labels may hold together; where not, a cell that names none of the classes is not known.
-
-    Raises:
-        SpcxrError: as `names_in`; or a field of a struct is none of 1, 0, -1 (uncertain: not known) and missing.
     """
     if cell is None or cell != cell:  # NaN
         return [math.nan] * len(classes)
@@ -184,11 +173,7 @@ def _joined(values: list[bool | None]) -> float:
 
 
 def labels_of(tables: Any) -> list[str]:
-    """The labels that any of the tables has, in the order of their first appearance.
-
-    Args:
-        tables: As for `label_matrix`.
-    """
+    """The labels that any of the tables (as of `label_matrix`) has, in the order of their first appearance."""
     return list(dict.fromkeys(name for rows in _tables(tables) for name in _fields(rows)))
 
 

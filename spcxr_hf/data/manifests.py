@@ -452,13 +452,12 @@ def read_folder(folder: str | os.PathLike, classes: bool | None = None) -> Radio
     * `[split/]images/` and `[split/]masks/`: a picture and its mask have the same path and name, up to the suffix. The
       masks become the column `lung_mask`.
 
+    The rows are in the schema of `data.archives.registry`, in the order of their paths; `id` is the path in the folder.
+
     Args:
         folder: Its pictures, and those of its subfolders.
         classes: True: the first subfolder (below that of the split) is the class; False: it is not, and nothing else is
             recognised either; None: it is, if every picture has one and there are at least two of them.
-
-    Returns:
-        The rows in the schema of `data.archives.registry`, in the order of their paths; `id` is the path in the folder.
 
     Raises:
         SpcxrError: no such folder, no pictures, a picture without a class where `classes` asks for one, or a mask

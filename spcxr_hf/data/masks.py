@@ -63,12 +63,7 @@ def rle_mask(rle: str, size: int = SIIM_SIZE) -> np.ndarray:
 def read_mask(masks: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> Image.Image | None:
     """The union of the masks in one cell of the column `masks`, mode L: 255 in them, 0 elsewhere.
 
-    Args:
-        masks: The cell.
-        names: Only these; None: all.
-
-    Returns:
-        None where the cell has none of them.
+    Only those of these names; None: all. None is returned where the cell has none of them.
     """
     union: np.ndarray | None = None
     for cell in masks:
@@ -103,9 +98,6 @@ def with_masks(
 
     Returns:
         Only the rows that have such a mask.
-
-    Raises:
-        SpcxrError: no row has one, or one cannot be read.
     """
     cells: list[dict | None] = []
     for masks in table.column("masks"):

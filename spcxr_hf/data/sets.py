@@ -61,9 +61,6 @@ def read_set(
         image_root: Where the files may lie that a table names; None: in the table's folder, and below.
         **options: For the reader that it comes to: `read_manifest`, `read_archive`, `read_folder`, `read_shards` or
             `read_dataset`.
-
-    Raises:
-        SpcxrError: nothing is there, the reader refuses it, or the list of ids is of another set.
     """
     if read_as is not None:
         known = {"folder": None, "classes": True, "pictures": False}
@@ -173,17 +170,13 @@ def read_dataset(
 ) -> RadiographTable:
     """Read a `datasets.Dataset` or `DatasetDict`, a folder that `save_to_disk` wrote, or a set of the Hub by its id.
 
+    Features called as a column of the schema are taken for it, others stay; a `ClassLabel` becomes its name.
+
     Args:
         source: The object, the folder, or the id (`owner/name`).
         split: Only this split; None: all, named in the column `split` where there are several.
         image_column: The feature of type `Image`; it is not decoded.
         image_root: Where files may lie that a saved set names in place of holding their bytes; None: in its folder.
-
-    Returns:
-        Features called as a column of the schema are taken for it, others stay; a `ClassLabel` becomes its name.
-
-    Raises:
-        SpcxrError: `datasets` is not installed, the set cannot be read or reached, or has no such split or images.
     """
     try:
         import datasets
@@ -333,12 +326,8 @@ def _png(dataset: Any, row: int, name: str) -> bytes:
 def unite(tables: Sequence[RadiographTable], name: str | None = None) -> RadiographTable:
     """Several sets as one: what a set did not label, or has no column for, is missing (null) in its rows.
 
-    Args:
-        tables: Sets; their patients and ids stay as they are (readers of archives put the set's name before them).
-        name: What to call the union in messages; None: their names.
-
-    Raises:
-        SpcxrError: there are none, or a column has types that do not go together.
+    Patients and ids stay as they are (readers of archives put the set's name before them). `name` is what to call the
+    union in messages; None: their names.
     """
     if not tables:
         raise SpcxrError("there are no sets to unite")

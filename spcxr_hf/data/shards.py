@@ -65,7 +65,7 @@ class ShardIndex:
         units: (n,) records of the type `UNIT`.
         columns: The columns that Parquet shards have besides `image`; None for tars, which do not say.
         kept: With a filter, (rows,) uint32: each kept row's number within its unit. None: every row is kept.
-        image_root: Where files may lie that Parquet rows name, as `spcxr_hf.data.table.check_paths` has it.
+        image_root: As for `read_index`.
     """
 
     name: str

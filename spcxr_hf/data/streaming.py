@@ -70,15 +70,8 @@ class MicroBatchStream:
     """A fixed share of the rows, and an endless order of them: each row once per epoch of the stream.
 
     In every epoch the stream's units are shuffled and cut into blocks of at most `window`, and the rows of a block are
-    shuffled together.
-
-    Attributes:
-        number: Which stream this is.
-        seed: The order follows from it, the stream's number and the epoch.
-        window: The most units in a block.
-        units: (n,) numbers of units in the index.
-        starts: (n,) the stream's first row in each of them.
-        stops: (n,) the row after the stream's last.
+    shuffled together. `units` (n,) are numbers of units in the index; of each of them the stream has the rows `starts`
+    (n,) up to `stops` (n,), excluded.
     """
 
     number: int
@@ -156,11 +149,9 @@ def _permutation(count: int, seed: int, *numbers: int) -> np.ndarray:
 
 
 class StreamedBatch(NamedTuple):
-    """What one process works on at a time: a stream's part of a step.
+    """What one process works on at a time: a stream's part of a step, both counted from 0.
 
     Attributes:
-        step: Number of the optimiser step, from 0.
-        stream: Number of the stream, from 0.
         images: (micro_batch_size, 1, stored_size, stored_size) uint8; fewer where some were skipped.
         ids: The column `id`, or shard and row number; the key in a tar.
         columns: The columns asked for, a list of one value per image each; None where a row has none.
@@ -193,12 +184,11 @@ def decode_image(row: Row, size: int) -> np.ndarray:
 class StreamingRadiographs:
     """Micro-batches from shards of any size: what `RadiographSet` is to a set that fits in memory.
 
-    What a step sees depends on the batch's size, its cut into micro-batches, the seed and `window`; it does not depend
-    on the number of processes or workers, and a run that goes on at step n gets what it would have got unbroken.
+    What a step sees depends on the batch's size, its cut into micro-batches, the seed and `window`, not on the number
+    of processes or workers; a run that goes on at step n gets what it would have got unbroken.
 
-    With `on_error="skip"` a broken image is left out and named in `StreamedBatch.skipped`, and `skipped` here: the
-    micro-batch is smaller, its stream goes on by as many rows as ever (or the position would not follow from the step).
-    Where more than half are broken, of the first 1,000 images or of all there are, it ends in any case.
+    With `on_error="skip"` a broken image is left out and named in `StreamedBatch.skipped`, and `skipped` here. Where
+    more than half are broken, of the first 1,000 images or of all there are, it ends in any case.
 
     Workers take the micro-batches in turn. Where their number does not divide the process's streams, several workers
     read the same units (each decodes its own images only): choose a divisor where reading is slow or memory scarce.
@@ -212,10 +202,6 @@ class StreamingRadiographs:
         window: Units that are shuffled together, and held in memory per stream.
         on_error: "stop" raises on a broken image, "skip" leaves it out.
         image_root: As for `read_index`.
-
-    Attributes:
-        index: What lies where.
-        skipped: Id -> cause, for the broken images left out so far.
 
     Raises:
         SpcxrError: a setting is out of range, or what `read_index` raises.

@@ -81,14 +81,9 @@ class Encoder:
         return self.embed_pixels(self.normalise(images), pooling, layer)
 
     def patch_tokens(self, images: torch.Tensor, layer: int | None = None) -> torch.Tensor:
-        """The features of each patch, row by row from the top left corner; those of a feature map in the same order.
+        """The features of each patch, row by row from the top left corner: (B, N, D) float32 on the CPU.
 
-        Args:
-            images: (B, 1, S, S) uint8, grey.
-            layer: An entry of `hidden_states`, 0 being the embeddings; by default the last hidden state.
-
-        Returns:
-            (B, N, D) float32 on the CPU, without CLS, distillation and register tokens.
+        CLS, distillation and register tokens are left out. `images` and `layer` are as for `embed`.
         """
         outputs = self._run(self.normalise(images), layer is not None)
         return self._hidden_state(outputs, layer)[:, self.num_prefix_tokens :].float().cpu()

@@ -87,13 +87,7 @@ def load_checkpoint(
 
 
 def load_config(source: str, any_family: bool = True, **values: Any) -> Any:
-    """The configuration of a checkpoint.
-
-    Args:
-        source: A folder or Hub id.
-        any_family: Whether other families than SPCXR are taken too.
-        values: Fields to change.
-    """
+    """The configuration of a checkpoint in a folder or on the Hub, with some of its fields changed to `values`."""
     register()  # a fresh process may have imported this module alone
     if not Path(source).is_dir():
         try:
@@ -286,13 +280,9 @@ def to_pixel_values(processor: Any, images: Sequence[Image.Image], image_size: i
 
 
 def forward(model: PreTrainedModel, pixel_values: torch.Tensor, bf16: bool = False, **options: Any) -> Any:
-    """The outputs of a model of any family on one batch; gradients are the caller's affair.
+    """The outputs of a model of any family on one batch, on any device; gradients are the caller's affair.
 
-    Args:
-        model: On its device.
-        pixel_values: (B, C, H, W), on any device.
-        bf16: Compute in bfloat16 autocast.
-        options: What the model's forward takes besides.
+    `bf16` computes in bfloat16 autocast; `options` are what the model's forward takes besides.
     """
     with bf16_autocast(model.device, bf16):
         return model(pixel_values=pixel_values.to(model.device), **forward_options(model), **options)

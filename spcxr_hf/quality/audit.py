@@ -56,7 +56,6 @@ class _Survey:
         modes: How each file keeps its pixels.
         histograms: (n, 256) share of each grey value.
         warnings: Of each image, as `spcxr_hf.images.plausibility.quality_warnings` words them.
-        broken: Row -> cause.
     """
 
     tiles: np.ndarray

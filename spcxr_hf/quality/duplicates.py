@@ -349,9 +349,6 @@ def find_duplicates(
         flips: Compare mirrored images too.
         threshold: Correlation of the aligned images above which they count as one, in -1 .. 1.
         candidate_threshold: Cosine of two descriptors above which a pair is looked at.
-
-    Raises:
-        SpcxrError: the thumbnails have another shape or type, or the number of sides is another.
     """
     thumbs = torch.as_tensor(np.asarray(thumbnails))
     if thumbs.dtype != torch.uint8 or thumbs.shape[1:] != (THUMBNAIL, THUMBNAIL):

@@ -92,7 +92,7 @@ def read_archive(
     uncertain: Uncertain = "ignore",
     missing: Missing = "error",
 ) -> RadiographTable:
-    """Read a public archive in its published layout.
+    """Read a public archive in its published layout: a row per image, in the order of the archive's tables.
 
     Args:
         folder: Where it lies: its own folder, or the one above.
@@ -100,9 +100,6 @@ def read_archive(
         uncertain: What becomes of labels that are uncertain: `ignore` (missing), `zero`, `one`.
         missing: `error`: every image that the archive's tables name must be there; `skip`: those that are not are left
             out with a warning, as after a partial download.
-
-    Returns:
-        A row per image, in the order of the archive's tables.
 
     Raises:
         SpcxrError: it is none of the archives, or not the named one (the message says what was expected); a table

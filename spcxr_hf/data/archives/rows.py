@@ -1,7 +1,4 @@
-"""What the tables of a public archive say, a row per image, and what its readers share.
-
-archives_findings, archives_classes -> Rows -> `archives.read_archive` -> RadiographTable
-"""
+"""What the tables of a public archive say, a row per image, and what its readers share."""
 
 from __future__ import annotations
 
