@@ -1,5 +1,8 @@
 """The one public error type of the package."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SpcxrError(ValueError):
     """Input that cannot be used. The message names the file or the value, and the cause.
@@ -21,3 +24,12 @@ def one_line(error: Exception | str) -> str:
 def printable(text: str) -> str:
     """For a terminal: what a file's name may hold besides text (line ends, escape sequences) is shown, not done."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+@contextmanager
+def needs(extra: str, package: str) -> Iterator[None]:
+    """Imports of what an extra installs; where it is missing, the error says how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        raise SpcxrError(f'{package} is missing: pip install "spcxr-hf[{extra}]"') from error

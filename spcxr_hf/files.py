@@ -12,7 +12,8 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.resources import files
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from spcxr_hf.errors import SpcxrError, printable
 
@@ -258,6 +260,22 @@ def installed_recipe(name: str | os.PathLike, folder: str = "") -> Path:
 def software_versions() -> str:
     """The versions that a result depends on."""
     return f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}"
+
+
+def in_threads(function: Callable[[Any], Any], items: Sequence, what: str, workers: int | None = None) -> None:
+    """Call a function for each item, with a progress bar; Pillow decodes outside the interpreter's lock."""
+    with ThreadPoolExecutor(worker_count(workers)) as pool:
+        for _ in tqdm(pool.map(function, items), total=len(items), desc=what, unit="image"):
+            pass
+
+
+def render_page(package: str, template: str, **values: Any) -> str:
+    """A page of `templates/` of a package, with everything in it escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader(package)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    return environment.get_template(template).render(values)
 
 
 def worker_count(workers: int | None = None) -> int:

@@ -35,7 +35,7 @@ from spcxr_hf.data.manifests import (
     view_of,
 )
 from spcxr_hf.data.table import RadiographTable, check_paths, read_table
-from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.errors import SpcxrError, needs, one_line
 from spcxr_hf.files import installed_recipe, note
 
 
@@ -178,10 +178,8 @@ def read_dataset(
         image_column: The feature of type `Image`; it is not decoded.
         image_root: Where files may lie that a saved set names in place of holding their bytes; None: in its folder.
     """
-    try:
+    with needs("train", "datasets"):
         import datasets
-    except ImportError as error:
-        raise SpcxrError(f'{source}: reading it needs datasets: pip install "spcxr-hf[train]"') from error
     is_loaded = isinstance(source, datasets.Dataset | datasets.DatasetDict)
     name = "the dataset" if is_loaded else str(source)
     loaded = source if is_loaded else _load_dataset(name)

@@ -171,8 +171,6 @@ def decode_image(row: Row, size: int) -> np.ndarray:
     if row.problem is not None:
         raise SpcxrError(row.problem)
     cell = {"bytes": None, "path": None, **(row.image or {})}
-    if cell["bytes"] is None and cell["path"] is None:
-        raise SpcxrError(f"{row.name}: no image in this row")
     try:
         image = open_image(cell, row.name)
     except SpcxrError as error:

@@ -13,7 +13,6 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -24,10 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from spcxr_hf.errors import SpcxrError, one_line, printable
-from spcxr_hf.files import as_text, atomic_file, check_regular_file, note, read_json, worker_count, write_json
+from spcxr_hf.files import as_text, atomic_file, check_regular_file, in_threads, note, read_json, write_json
 from spcxr_hf.images.limits import MAX_FILE_BYTES, check_size
 from spcxr_hf.images.plausibility import SIDE, count_doubtful, set_warning
 from spcxr_hf.images.reader import DICOM_PREFIX, read_radiograph, read_with_quality_warnings
@@ -282,17 +280,19 @@ def _holds_pictures(kind: pa.DataType) -> bool:
     return is_content and (pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path))
 
 
-def open_image(cell: dict, name: str) -> Image.Image:
+def open_image(cell: dict | None, name: str) -> Image.Image:
     """The radiograph in one cell of the column `image`, mode L, as `read_radiograph` reads it, whatever it shows."""
     return read_radiograph(_source_of(cell, name), strict=None)
 
 
-def open_with_warnings(cell: dict, name: str) -> tuple[Image.Image, list[str]]:
+def open_with_warnings(cell: dict | None, name: str) -> tuple[Image.Image, list[str]]:
     """As `open_image`, with the texts of `spcxr_hf.images.plausibility.quality_warnings`."""
     return read_with_quality_warnings(_source_of(cell, name))
 
 
-def _source_of(cell: dict, name: str) -> str | io.BytesIO:
+def _source_of(cell: dict | None, name: str) -> str | io.BytesIO:
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        raise SpcxrError(f"{name}: no image in this row")
     if cell["bytes"] is None:
         check_name(cell["path"])
         return cell["path"]
@@ -443,8 +443,6 @@ def decode_masks(table: RadiographTable, size: int) -> torch.Tensor:
 
 
 def _decode_image(cell: dict | None, name: str, size: int) -> np.ndarray:
-    if cell is None or (cell["bytes"] is None and cell["path"] is None):
-        raise SpcxrError(f"{name}: no image in this row")
     return np.asarray(open_image(cell, name).resize((size, size), Image.Resampling.BILINEAR))
 
 
@@ -474,10 +472,7 @@ def _decode(
         except SpcxrError as error:
             broken[row] = str(error)
 
-    # Threads, not processes: Pillow decodes and resizes outside the interpreter's lock.
-    with ThreadPoolExecutor(worker_count()) as pool:
-        for _ in tqdm(pool.map(fill, rows), total=len(rows), desc=f"decoding {table.name}", unit="image"):
-            pass
+    in_threads(fill, rows, f"decoding {table.name}")
     if file is not None and kept is None:
         write_cache(file, pixels, broken=sorted(broken))
     return torch.from_numpy(pixels), broken

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spcxr_hf.errors import SpcxrError
+from spcxr_hf.errors import SpcxrError, needs
 from spcxr_hf.evaluation.bootstrap import bootstrap_draws, patient_groups, percentiles
 
 Values = Sequence | np.ndarray | torch.Tensor
@@ -86,10 +86,8 @@ def hausdorff95(prediction: Mask, target: Mask, spacing: Sequence[float] = (1.0,
         raise SpcxrError(f"spacing must be the height and the width of a pixel, both positive; got {spacing}")
     if not a.any() or not b.any():
         return 0.0 if a.any() == b.any() else math.inf
-    try:
+    with needs("train", "SciPy"):
         from scipy import ndimage
-    except ImportError as error:
-        raise SpcxrError('SciPy is missing: pip install "spcxr-hf[train]"') from error
     box = ndimage.find_objects((a | b).astype(np.uint8))[0]  # nothing outside it matters
     surfaces = [mask[box] & ~ndimage.binary_erosion(mask[box]) for mask in (a, b)]
     directed = [
@@ -186,10 +184,8 @@ def check_packages() -> None:
 
 
 def _sklearn() -> Any:
-    try:
+    with needs("train", "scikit-learn"):
         from sklearn import metrics
-    except ImportError as error:
-        raise SpcxrError('scikit-learn is missing: pip install "spcxr-hf[train]"') from error
     return metrics
 
 

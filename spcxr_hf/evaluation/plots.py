@@ -11,14 +11,14 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from spcxr_hf.errors import SpcxrError
+from spcxr_hf.errors import SpcxrError, needs
 from spcxr_hf.evaluation.curves import Curve, Reliability
 from spcxr_hf.files import RESEARCH_NOTICE
 
@@ -213,14 +213,6 @@ def grey_picture(image: Image.Image, side: int = 256) -> np.ndarray:
 # ---- common --------------------------------------------------------------------------------------------------------
 
 
-def _figure_class() -> Callable[..., Figure]:
-    try:
-        from matplotlib.figure import Figure  # a figure of its own touches no global state
-    except ImportError as error:
-        raise SpcxrError('figures need matplotlib: pip install "spcxr-hf[demo]"') from error
-    return Figure
-
-
 def panel_grid(
     titles: Sequence[str], side: float = PANEL, columns: int = MOST_COLUMNS, extra_height: float = 0.3
 ) -> tuple[Figure, list[Axes]]:
@@ -229,7 +221,9 @@ def panel_grid(
         raise SpcxrError("a figure needs at least one panel")
     columns = min(columns, len(titles))
     rows = math.ceil(len(titles) / columns)
-    figure = _figure_class()(figsize=(side * columns, (side + extra_height) * rows + 0.3), layout="constrained")
+    with needs("demo", "matplotlib"):
+        from matplotlib.figure import Figure  # a figure of its own touches no global state
+    figure = Figure(figsize=(side * columns, (side + extra_height) * rows + 0.3), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[len(titles) :]:
         axes.set_visible(False)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.evaluation.calibration import decision_figures, target_columns, target_values
@@ -35,7 +34,7 @@ from spcxr_hf.evaluation.plots import (
     draw_roc,
     save_figure,
 )
-from spcxr_hf.files import atomic_file, software_versions, write_json
+from spcxr_hf.files import atomic_file, render_page, software_versions, write_json
 
 NOTICE = "For research use only, not for clinical use."
 WORST = 12
@@ -137,12 +136,9 @@ def write_evaluation_report(
         _add_worst(page, names, splits, options, images)
     page.add_table("What was run", ("setting", "value"), [*options.settings.items(), ("software", software_versions())])
     write_json(page.folder / "results.json", {"title": title, "notice": NOTICE, **page.results})
-    environment = Environment(
-        loader=PackageLoader("spcxr_hf.evaluation"), autoescape=True, trim_blocks=True, undefined=StrictUndefined
-    )
-    template = environment.get_template("report.html")
+    text = render_page("spcxr_hf.evaluation", "report.html", title=title, notice=NOTICE, sections=page.sections)
     with atomic_file(page.folder / "report.html") as partial:
-        partial.write_text(template.render(title=title, notice=NOTICE, sections=page.sections), encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
     return page.folder / "report.html"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spcxr_hf.errors import SpcxrError
+from spcxr_hf.errors import needs
 from spcxr_hf.evaluation.metrics import auroc
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the logistic regression
@@ -74,10 +74,8 @@ def fit_regression(values: np.ndarray, targets: np.ndarray, multi_label: bool, s
 
     Classes weigh alike, so that the accuracy by which the most probable class is right is a balanced one.
     """
-    try:
+    with needs("train", "scikit-learn"):
         from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise SpcxrError('scikit-learn is missing: pip install "spcxr-hf[train]"') from error
     options: dict[str, Any] = {"C": strength, "max_iter": 1000, "class_weight": "balanced"}
     if not multi_label:
         labels = targets.argmax(axis=1)

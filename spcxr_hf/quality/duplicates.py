@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 
 from spcxr_hf.data.table import RadiographTable, open_image
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.files import worker_count
+from spcxr_hf.files import in_threads
 from spcxr_hf.images.reader import to_8_bit
 
 Leaks = Literal["no", "patients", "images", "all"]  # which of them are allowed
@@ -315,15 +314,11 @@ def read_thumbnails(
         row = int(kept[place] - starts[number])
         cell = tables[number].rows["image"][row].as_py()
         try:
-            if cell is None:
-                raise SpcxrError("no image in this row")
             thumbnails[place] = thumbnail(open_image(cell, f"{tables[number].name}: row {row}"))
         except SpcxrError as error:
             broken[place] = str(error)
 
-    with ThreadPoolExecutor(worker_count(workers)) as pool:  # Pillow decodes outside the interpreter's lock
-        for _ in tqdm(pool.map(fill, range(len(kept))), total=len(kept), desc="thumbnails", unit="image"):
-            pass
+    in_threads(fill, range(len(kept)), "thumbnails", workers)
     return thumbnails, dict(sorted(broken.items()))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import atomic_folder, sha256
+from spcxr_hf.training.optim import named_trainable
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "training_state.json"
@@ -115,21 +116,17 @@ def resume(
     return None
 
 
-def _named_trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """AdamW's moments and step counts by parameter name, since safetensors holds named tensors and nothing else."""
     return {
         f"{name}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
-        for name, parameter in _named_trainable(model)
+        for name, parameter in named_trainable(model)
         for key, value in optimizer.state[parameter].items()
     }
 
 
 def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    for name, parameter in _named_trainable(model):
+    for name, parameter in named_trainable(model):
         if f"{name}/step" not in tensors:  # it has had no gradient yet
             continue
         # Copies: the loaded tensors are mapped from the file and would change with it.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig
 
-from spcxr_hf.errors import SpcxrError
+from spcxr_hf.errors import SpcxrError, needs
 from spcxr_hf.modeling.configuration_spcxr import SpcxrConfig
 from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessor
 from spcxr_hf.modeling.modeling_spcxr import SpcxrForImageClassification
@@ -122,10 +122,8 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float) -> None:
 
     The model is changed in place; an adapter's output is scaled by `alpha` / `rank`.
     """
-    try:
+    with needs("train", "peft"):
         from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise SpcxrError('peft is missing: pip install "spcxr-hf[train]"') from error
     names = [
         f"{model.base_model_prefix}.{name}"
         for name, module in model.base_model.named_modules()

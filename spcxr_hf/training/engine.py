@@ -40,7 +40,7 @@ from spcxr_hf.files import atomic_folder, locked
 from spcxr_hf.models.loading import bf16_autocast, has_fast_bf16
 from spcxr_hf.training.arguments import RunArguments, check_launch, check_run, keep_recipe
 from spcxr_hf.training.checkpoints import resume, save_checkpoint
-from spcxr_hf.training.optim import StepLog, set_schedule
+from spcxr_hf.training.optim import StepLog, named_trainable, set_schedule
 from spcxr_hf.training.push import HubPusher
 from spcxr_hf.training.run_report import write_report
 from spcxr_hf.training.sharding import Shards, own_share, whole_tensor
@@ -215,7 +215,7 @@ class Run:
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that are averaged, or this process's shares of them."""
         model = self.bare_model if self._shards is None else self._shards.model
-        return [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+        return list(named_trainable(model))
 
     @property
     def _is_over(self) -> bool:

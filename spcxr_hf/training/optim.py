@@ -57,7 +57,7 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     """Two groups for AdamW: weights, which decay, and biases, norms, CLS and positions, which do not."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for name, parameter in _named_trainable(model):
+    for name, parameter in named_trainable(model):
         (decayed if _decays(name, parameter) else plain).append(parameter)
     return [{"params": decayed, "decays": True}, {"params": plain, "decays": False, "weight_decay": 0.0}]
 
@@ -77,7 +77,7 @@ def layerwise_groups(
         raise SpcxrError(f"layer_decay must lie in (0, 1]; got {layer_decay}")
     depth = model.config.num_hidden_layers
     groups: dict[tuple[int, bool], dict] = {}
-    for name, parameter in _named_trainable(model):
+    for name, parameter in named_trainable(model):
         own_name = name if rename is None else rename(name)
         if block := re.search(r"(?:^|\.)encoder\.layers\.(\d+)\.", own_name):
             below_head = depth - int(block[1])
@@ -131,5 +131,6 @@ class StepLog:
             save_curves(points, path, "step", y_label)
 
 
-def _named_trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+def named_trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """The parameters that learn, by name."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
