@@ -47,6 +47,7 @@ PROBABILITIES = """
 Args:
     predictions: (n,) or (n, labels) probabilities of labels, or (n, classes) of classes that exclude each other.
     references: (n,) or (n, labels) 0, 1 or NaN where the label is missing; (n,) class numbers for classes.
+        Of several labels the figure is the mean over those in which it is defined, and `<figure>_per_label` has each.
 """
 MASKS = """
 Args:
@@ -123,10 +124,7 @@ class _ClassMetric(_Metric):
 
 
 class ClassAccuracy(_ClassMetric):
-    """Accuracy, and that of each class: the share of its rows that are predicted right (its recall, or sensitivity).
-
-    `compute` returns "accuracy" and "accuracy_per_class", None for a class without rows.
-    """
+    """`accuracy`, and `accuracy_per_class`: the share of its rows predicted right, None for a class without rows."""
 
     key = "accuracy"
 
@@ -138,10 +136,7 @@ class ClassAccuracy(_ClassMetric):
 
 
 class BalancedAccuracy(_ClassMetric):
-    """Balanced accuracy: the mean over the classes that occur of each one's share of right predictions.
-
-    `compute` returns "balanced_accuracy".
-    """
+    """`balanced_accuracy`: the mean over the classes that occur of the share of right predictions."""
 
     key = "balanced_accuracy"
 
@@ -187,33 +182,21 @@ class _LabelMetric(_Metric):
 
 
 class Auroc(_LabelMetric):
-    """Area under the ROC curve (scikit-learn) of a label, of each of several, or of each class against the rest.
-
-    `compute` returns "auroc", for several labels the mean over those that have both classes, and then also
-    "auroc_per_label", None for the others.
-    """
+    """`auroc`: area under the ROC curve of a label, of each of several, or of each class against the rest."""
 
     key = "auroc"
     figure = staticmethod(metrics.auroc)
 
 
 class AveragePrecision(_LabelMetric):
-    """Average precision (scikit-learn) of a label, of each of several, or of each class against the rest.
-
-    `compute` returns "average_precision", for several labels the mean over those that have both classes, and then also
-    "average_precision_per_label", None for the others.
-    """
+    """`average_precision` of a label, of each of several, or of each class against the rest."""
 
     key = "average_precision"
     figure = staticmethod(metrics.average_precision)
 
 
 class SensitivityAtSpecificity(_LabelMetric):
-    """The highest sensitivity at a specificity of at least `specificity`; see `metrics.sensitivity_at_specificity`.
-
-    `compute` returns "sensitivity_at_specificity", for several labels the mean over those that have both classes, and
-    then also "sensitivity_at_specificity_per_label", None for the others.
-    """
+    """`sensitivity_at_specificity`: the highest sensitivity at a specificity of at least `specificity`."""
 
     key = "sensitivity_at_specificity"
     options_text = "    specificity: In 0 .. 1, by default 0.90.\n"
@@ -221,11 +204,7 @@ class SensitivityAtSpecificity(_LabelMetric):
 
 
 class BrierScore(_LabelMetric):
-    """Brier score of a label, of each of several, or of classes that exclude each other; see `metrics.brier_score`.
-
-    `compute` returns "brier", for several labels the mean over those that are not missing altogether, and then also
-    "brier_per_label".
-    """
+    """`brier`: Brier score of a label, of each of several, or of classes that exclude each other."""
 
     key = "brier"
     over_classes = True
@@ -233,11 +212,7 @@ class BrierScore(_LabelMetric):
 
 
 class ExpectedCalibrationError(_LabelMetric):
-    """Expected calibration error of a label, of each of several, or of the top class of classes.
-
-    See `metrics.expected_calibration_error`. `compute` returns "ece", for several labels the mean over those that are
-    not missing altogether, and then also "ece_per_label".
-    """
+    """`ece`: expected calibration error of a label, of each of several, or of the top class of classes."""
 
     key = "ece"
     over_classes = True
@@ -291,9 +266,9 @@ class IouScore(_MaskMetric):
 
 
 class Hausdorff95(_MaskMetric):
-    """95 % Hausdorff distance, the mean over the images where it is finite; see `metrics.hausdorff95`.
+    """`hausdorff95`: 95 % Hausdorff distance, the mean over the images where it is finite.
 
-    `compute` returns "hausdorff95" and "hausdorff95_infinite", how many images have one empty mask of the two.
+    `hausdorff95_infinite` is how many images have one empty mask of the two.
     """
 
     key = "hausdorff95"

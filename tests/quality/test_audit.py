@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from spcxr_hf import files
 from spcxr_hf.data.table import RadiographTable, read_table
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.inference.pipeline import table_of
-from spcxr_hf.quality import audit as module
 from spcxr_hf.quality.audit import audit
 from tests.images.test_dicom import dataset
 from tests.images.test_plausibility import chest
@@ -251,12 +251,12 @@ def test_nothing_of_a_dicom_header_is_written(tmp_path):
 def test_workers_are_bounded(table, tmp_path, monkeypatch):
     asked = []
 
-    class Pool(module.ThreadPoolExecutor):
+    class Pool(files.ThreadPoolExecutor):
         def __init__(self, workers):
             asked.append(workers)
             super().__init__(workers)
 
-    monkeypatch.setattr(module, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(files, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(64), raising=False)
     audit(table, tmp_path, images=False)
     audit(table, tmp_path, images=False, workers=3)
