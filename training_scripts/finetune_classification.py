@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.data.batches import MicroBatch, RadiographSet, balanced, draw_rows, select
+from spcxr_hf.data.batches import BalancedSet, MicroBatch, RadiographSet, draw_rows, select
 from spcxr_hf.data.labels import names_in, parse_classes, targets_of
 from spcxr_hf.data.sets import read_set
 from spcxr_hf.data.table import RadiographTable, decode_set, fingerprint_rows
@@ -225,7 +225,8 @@ def load_sets(arguments: Arguments, run: Run) -> tuple[list[str], RadiographSet,
     if math.isnan(measured[arguments.metric]):
         raise SpcxrError(f"{splits[1].name}: {arguments.metric} is not defined on it, since no class has both sides")
     training = training.to(run.accelerator.device) if arguments.cache == "device" else training
-    training = balanced(training) if arguments.balance == "sampling" else training
+    if arguments.balance == "sampling":
+        training = BalancedSet(training.images, training.ids, training.columns)
     return list(classes), training, validation, prints
 
 

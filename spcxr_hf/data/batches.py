@@ -103,13 +103,15 @@ class RadiographSet:
 
     def steps(self, plan: StepPlan, first_step: int, last_step: int) -> Iterator[list[MicroBatch]]:
         """This process's micro-batches of every step from `first_step` up to `last_step` (excluded)."""
-        order = batches(len(self), plan.batch_size, plan.seed, first_step, last_step)
-        for step, rows in enumerate(order, first_step):
+        for step, rows in enumerate(self._batches(plan, first_step, last_step), first_step):
             parts = rows.split(plan.micro_batch_size)
             yield [
                 self._micro_batch(parts[number], step_seed(plan.seed, step, number))
                 for number in plan.own_micro_batches
             ]
+
+    def _batches(self, plan: StepPlan, first_step: int, last_step: int) -> Iterator[torch.Tensor]:
+        return batches(len(self), plan.batch_size, plan.seed, first_step, last_step)
 
     def _micro_batch(self, rows: torch.Tensor, seed: int) -> MicroBatch:
         on_device = rows.to(self.images.device)
@@ -167,21 +169,16 @@ def draw_rows(targets: torch.Tensor, fraction: float, seed: int) -> torch.Tensor
     return torch.from_numpy(np.sort(np.concatenate(drawn)))
 
 
-def balanced(images: RadiographSet) -> BalancedSet:
-    """The same set, sampled in the balanced way."""
-    return BalancedSet(images.images, images.ids, images.columns)
-
-
 @dataclass
 class BalancedSet(RadiographSet):
     """A set whose classes take turns: a batch holds as many of each, to within one.
 
-    Within a class no image comes again before all have come. Image number i of the run (batches one behind another) is
-    of class i mod the number of classes, so that a resumed run needs no other state.
+    The column `targets` (n, classes) says what each image counts as (`strata`). Within a class no image comes again
+    before all have come. Image number i of the run (batches one behind another) is of class i mod the number of
+    classes, so that a resumed run needs no other state.
     """
 
-    def steps(self, plan: StepPlan, first_step: int, last_step: int) -> Iterator[list[MicroBatch]]:
-        """As `RadiographSet.steps`; the column `targets` (n, classes) says what each image counts as (`strata`)."""
+    def _batches(self, plan: StepPlan, first_step: int, last_step: int) -> Iterator[torch.Tensor]:
         of_class = strata(self.columns["targets"].cpu())
         members = [torch.nonzero(of_class == number).flatten() for number in of_class.unique()]
 
@@ -196,9 +193,4 @@ class BalancedSet(RadiographSet):
             return int(order(number, epoch)[place])
 
         for step in range(first_step, last_step):
-            rows = torch.tensor([row(step * plan.batch_size + slot) for slot in range(plan.batch_size)])
-            parts = rows.split(plan.micro_batch_size)
-            yield [
-                self._micro_batch(parts[number], step_seed(plan.seed, step, number))
-                for number in plan.own_micro_batches
-            ]
+            yield torch.tensor([row(step * plan.batch_size + slot) for slot in range(plan.batch_size)])

@@ -149,7 +149,8 @@ def targets_of(cell: Any, classes: Mapping[str, Sequence[str]], multi_label: boo
     if cell is None or cell != cell:  # NaN
         return [math.nan] * len(classes)
     if isinstance(cell, dict):
-        return [_joined([_known(cell.get(label), label) for label in labels]) for labels in classes.values()]
+        known = [[_known(cell.get(label), label) for label in labels] for labels in classes.values()]
+        return [1.0 if any(values) else math.nan if None in values else 0.0 for values in known]
     names = names_in(cell, multi_label)
     targets = [float(any(label in names for label in labels)) for labels in classes.values()]
     return targets if multi_label or any(targets) else [math.nan] * len(classes)
@@ -162,11 +163,6 @@ def _known(value: Any, name: str) -> bool | None:
     if value not in (0, 1):
         raise SpcxrError(f"{name}: a label must be 1, 0, -1 (uncertain) or missing; got {value!r}")
     return bool(value)
-
-
-def _joined(values: list[bool | None]) -> float:
-    """1 where one of these labels holds, NaN where one is not known, else 0."""
-    return 1.0 if any(values) else math.nan if None in values else 0.0
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------

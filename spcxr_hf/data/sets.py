@@ -92,7 +92,8 @@ def _is_hub_id(source: Any) -> bool:
 
 def _reader_of(source: Any) -> Callable[..., RadiographTable]:
     if not isinstance(source, str | os.PathLike):
-        return read_torchxrayvision if is_torchxrayvision(source) else read_dataset
+        is_xrv = all(hasattr(source, name) for name in ("pathologies", "labels", "csv", "__getitem__", "__len__"))
+        return read_torchxrayvision if is_xrv else read_dataset
     path = Path(source)
     if not path.exists() and _is_hub_id(source):
         return read_dataset  # the id of a set of the Hub
@@ -250,11 +251,6 @@ def _unlike_left_out(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- torchxrayvision -----------------------------------------------------------------------------------------------
-
-
-def is_torchxrayvision(source: Any) -> bool:
-    """Whether it has what every data set of torchxrayvision has."""
-    return all(hasattr(source, name) for name in ("pathologies", "labels", "csv", "__getitem__", "__len__"))
 
 
 def read_torchxrayvision(dataset: Any) -> RadiographTable:

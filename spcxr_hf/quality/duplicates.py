@@ -389,6 +389,7 @@ def _candidates(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For each block of images: rows of a whole, rows of an image with a window like it, that window's edges (P, 4)."""
     whiten = _whitening(thumbs)
+    edges = torch.tensor([[*across, *down] for down in WINDOWS for across in WINDOWS])  # in the order of `_describe`
     wholes = torch.cat([_describe(part, WINDOWS[:1], whiten)[0] for part in queries.split(BLOCK)])
     progress = tqdm(total=len(thumbs), desc="comparing", unit="image")
     for start in range(0, len(thumbs), BLOCK):
@@ -403,7 +404,7 @@ def _candidates(
             likeness[sides[chosen, None] == sides[None, start : start + BLOCK]] = -1
             rows, columns = _above(likeness, threshold).unbind(dim=1)
             windows = torch.einsum("pd,wpd->pw", wholes[chosen][rows], parts[:, columns]).argmax(dim=1)
-            found.append((rows + first, columns + start, _window_edges()[windows]))
+            found.append((rows + first, columns + start, edges[windows]))
         progress.update(len(block))
         whole, other, window = (torch.cat(column) for column in zip(*found, strict=True))
         yield whole, other, window
@@ -427,11 +428,6 @@ def _above(likeness: torch.Tensor, threshold: float) -> torch.Tensor:
     values, columns = likeness.topk(min(PER_QUERY, likeness.shape[1]), dim=1)
     rows = torch.arange(len(likeness))[:, None].expand_as(columns)
     return torch.stack([rows, columns], dim=-1)[values > threshold]
-
-
-def _window_edges() -> torch.Tensor:
-    """Left, right, top, bottom (49, 4) of each window, in the order of `_describe`."""
-    return torch.tensor([[left, right, top, bottom] for top, bottom in WINDOWS for left, right in WINDOWS])
 
 
 # Descriptors

@@ -176,7 +176,7 @@ def _kermany_class(folder: str, name: str) -> str:
     return next((kind for kind, marks in kinds.items() if any(mark in name.lower() for mark in marks)), folder)
 
 
-def _read_tuberculosis(root: Path, prefix: str, masks: Callable[[Path, str], list[dict]]) -> Rows:
+def read_tuberculosis(root: Path, prefix: str, masks: Callable[[Path, str], dict[str, Path]]) -> Rows:
     """Montgomery County and Shenzhen (Jaeger et al. 2014): the name ends in 1 where there is tuberculosis.
 
     All are taken as PA, as the paper says. The readings have sex, age and what was seen.
@@ -194,7 +194,7 @@ def _read_tuberculosis(root: Path, prefix: str, masks: Callable[[Path, str], lis
         "sex": [match and sex_of(match[1]) for match in sexes],
         "age": [match and age_of(match[0]) for match in ages],
         "label": ["tuberculosis" if own else "normal" for own in label],
-        "masks": [masks(root, file.stem) or None for file in files],
+        "masks": [_existing_masks(masks(root, file.stem)) or None for file in files],
         "report": said,
         "report_path": [str(file) if file.is_file() else None for file in readings],
     }
@@ -205,15 +205,14 @@ def _existing_masks(files: Mapping[str, Path]) -> list[dict]:
     return [{"name": name, "path": str(file), "rle": None} for name, file in files.items() if file.is_file()]
 
 
-def _montgomery_masks(root: Path, stem: str) -> list[dict]:
-    folder = root / "ManualMask"
-    return _existing_masks({f"{side} lung": folder / f"{side}Mask" / f"{stem}.png" for side in ("left", "right")})
+def montgomery_masks(root: Path, stem: str) -> dict[str, Path]:
+    """Name -> file, for a mask of each lung."""
+    return {f"{side} lung": root / "ManualMask" / f"{side}Mask" / f"{stem}.png" for side in ("left", "right")}
 
 
-def _shenzhen_masks(root: Path, stem: str) -> list[dict]:
+def shenzhen_masks(root: Path, stem: str) -> dict[str, Path]:
     """Of Stirenko et al. 2018, published beside the set: `mask/NAME_mask.png`."""
-    places = [root / folder / f"{stem}_mask.png" for folder in ("mask", "masks")]
-    return _existing_masks({"lungs": next((file for file in places if file.is_file()), places[0])})
+    return {"lungs": root / ("mask" if (root / "mask").is_dir() else "masks") / f"{stem}_mask.png"}
 
 
 def read_jsrt(root: Path) -> Rows:
@@ -282,13 +281,3 @@ def _cohen_label(terms: Sequence[Sequence[str] | None], name: str) -> np.ndarray
         elif "No Finding" in own or name == "No Finding" or another_cause:
             values[row] = 0
     return values
-
-
-def read_montgomery(root: Path) -> Rows:
-    """Montgomery County (Jaeger et al. 2014), with lung masks: see `_read_tuberculosis`."""
-    return _read_tuberculosis(root, "MCUCXR", _montgomery_masks)
-
-
-def read_shenzhen(root: Path) -> Rows:
-    """Shenzhen (Jaeger et al. 2014), with lung masks where there are some: see `_read_tuberculosis`."""
-    return _read_tuberculosis(root, "CHNCXR", _shenzhen_masks)

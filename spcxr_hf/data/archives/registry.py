@@ -32,19 +32,21 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 
 from spcxr_hf.data.archives.classes import (
     OF_EACH_IMAGE,
+    montgomery_masks,
     read_cohen,
     read_covid_radiography,
     read_covidx,
     read_jsrt,
     read_kermany,
-    read_montgomery,
-    read_shenzhen,
+    read_tuberculosis,
+    shenzhen_masks,
 )
 from spcxr_hf.data.archives.findings import (
     read_chexpert,
@@ -248,8 +250,13 @@ ARCHIVES: Mapping[str, Archive] = {
         "Kermany", "CC BY 4.0", ("train/NORMAL", "train/PNEUMONIA"), read_kermany,
         classes={"NORMAL": PICTURE_OF_KERMANY, "PNEUMONIA": PICTURE_OF_KERMANY},
     ),
-    "montgomery": Archive("Montgomery County", NLM, ("CXR_png/MCUCXR_*",), read_montgomery),
-    "shenzhen": Archive("Shenzhen", NLM, ("CXR_png/CHNCXR_*",), read_shenzhen),
+    "montgomery": Archive(
+        "Montgomery County", NLM, ("CXR_png/MCUCXR_*",),
+        partial(read_tuberculosis, prefix="MCUCXR", masks=montgomery_masks),
+    ),
+    "shenzhen": Archive(
+        "Shenzhen", NLM, ("CXR_png/CHNCXR_*",), partial(read_tuberculosis, prefix="CHNCXR", masks=shenzhen_masks)
+    ),
     "jsrt": Archive("JSRT, with SCR masks", "JSRT: research only", ("JPC[LN]N*.*|*/JPC[LN]N*.*",), read_jsrt),
     "cohen": Archive(
         "COVID-19 image data collection", OF_EACH_IMAGE, ("metadata.csv", "images"), read_cohen,
