@@ -21,6 +21,11 @@ def to_grey(pixel_values: torch.Tensor, mean: float, std: float) -> torch.Tensor
     return (pixel_values.float().mean(dim=1) * std + mean).clamp(0, 1)
 
 
+def to_picture(tile: torch.Tensor) -> Image.Image:
+    """(H, W) grey or (H, W, 3) colour in 0 .. 1 as a picture of 8 bits."""
+    return Image.fromarray((tile.cpu().clamp(0, 1).numpy() * 255).round().astype(np.uint8))
+
+
 def overlay(grey: torch.Tensor, mask: torch.Tensor, opacity: float = 0.35) -> torch.Tensor:
     """Tint where `mask` (H, W) is true: grey (H, W) in 0 .. 1 -> colour (H, W, 3) in 0 .. 1."""
     colour = grey.unsqueeze(-1).repeat(1, 1, 3)
@@ -84,8 +89,7 @@ def titled_grid(
         top = y * (height + title + MARGIN)
         for x, (tile, name) in enumerate(zip(row, names, strict=True)):
             pen.text((x * (width + MARGIN), top), name, fill="black", font=font)
-            picture = Image.fromarray((tile.cpu().clamp(0, 1).numpy() * 255).round().astype(np.uint8))
-            canvas.paste(picture.resize(size, Image.Resampling.NEAREST), (x * (width + MARGIN), top + title))
+            canvas.paste(to_picture(tile).resize(size, Image.Resampling.NEAREST), (x * (width + MARGIN), top + title))
     return canvas
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spcxr_hf.drawing import overlay
+from spcxr_hf.drawing import overlay, to_picture
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.hub.folder import checkpoint_folders, given_or_bundled
 from spcxr_hf.images.reader import read_radiograph, read_with_quality_warnings, to_8_bit
@@ -310,7 +310,7 @@ class Session:
         if (segmenter := self._first("segmentation")) is not None:
             batch = _batch(radiograph, segmenter)
             mask = segment_lungs(segmenter, batch.pixel_values(), [batch.images[0].size])[0]
-            lungs = (_picture(overlay(grey, mask)), measure_lungs(mask.numpy()))
+            lungs = (to_picture(overlay(grey, mask)), measure_lungs(mask.numpy()))
         if choice.task == "segmentation":
             return Answer(choice, model, lungs=lungs)
         batch = _batch(radiograph, loaded)
@@ -323,7 +323,7 @@ class Session:
         for target in targets:
             relevance = explain(loaded.model, batch.pixel_values(), target, METHODS[0])[0].cpu()
             share = float("nan") if mask is None else share_inside(relevance, mask)
-            picture = _picture(draw_explanation(grey, relevance, mask))
+            picture = to_picture(draw_explanation(grey, relevance, mask))
             peak = float(relevance.max() / relevance.mean()) if relevance.any() else 0.0
             maps.append(Map(target, picture, share if share == share else None, peak))
         if (encoder := self._first("embedding")) is not None:
@@ -353,10 +353,6 @@ def _batch(radiograph: Radiograph, loaded: Loaded) -> Batch:
     shown: Any = radiograph.shown
     source = Source(Path(radiograph.name), radiograph.name)
     return Batch([Prepared(source, pixel_values, (shown.height, shown.width), list(radiograph.quality_warnings))], [])
-
-
-def _picture(colour: torch.Tensor) -> Image.Image:
-    return Image.fromarray((colour.clamp(0, 1).numpy() * 255).round().astype(np.uint8))
 
 
 def neighbor_picture(name: str) -> Image.Image | None:

@@ -26,6 +26,7 @@ RANKING = ("auroc", "average_precision", "sensitivity_at_specificity")
 CALIBRATION = ("brier", "ece")
 OVERALL = ("accuracy", "balanced_accuracy", *(f"macro_{name}" for name in RANKING), *CALIBRATION)
 SURFACE = ("dice", "iou", "hausdorff95", "dice_tenth_percentile")
+SPECIFICITY, BINS = 0.90, 15  # of sensitivity at a specificity, and of the expected calibration error
 ROW_SUM_TOLERANCE = 0.01  # a softmax in bfloat16 misses 1 by up to 0.004
 
 
@@ -129,14 +130,15 @@ def average_precision(scores: Values, targets: Values) -> float:
     return float(_sklearn().average_precision_score(known, known_scores)) if _both(known) else math.nan
 
 
-def sensitivity_at_specificity(scores: Values, targets: Values, specificity: float = 0.90) -> float:
+def sensitivity_at_specificity(scores: Values, targets: Values, specificity: float = SPECIFICITY) -> float:
     """The highest sensitivity of any threshold whose specificity is at least the one asked for.
 
     A row is called positive where its score reaches the threshold, which is chosen on the very rows that are measured:
     the figure says what the ranking allows, not what a threshold fixed beforehand reaches. Arguments are those of
     `auroc` and a specificity in 0 .. 1; the result is in 0 .. 1 or NaN.
     """
-    _check_specificity(specificity)
+    if not 0 <= specificity <= 1:
+        raise SpcxrError(f"specificity must lie in 0 .. 1; got {specificity}")
     known_scores, known = _known(scores, targets)
     if not _both(known):
         return math.nan
@@ -155,10 +157,10 @@ def brier_score(probabilities: Values, targets: Values) -> float:
         The mean of (p - y)^2 for a label and for two classes, in 0 .. 1; for more classes Brier's own form, the sum of
         the squares over the classes, in 0 .. 2. Lower is better. NaN where every target is missing.
     """
-    return _calibration(probabilities, targets, 15).figures()[0]
+    return _calibration(probabilities, targets, BINS).figures()[0]
 
 
-def expected_calibration_error(probabilities: Values, targets: Values, bins: int = 15) -> float:
+def expected_calibration_error(probabilities: Values, targets: Values, bins: int = BINS) -> float:
     """Expected calibration error over bins of equal width (Guo et al., ICML 2017, arXiv 1706.04599, section 2).
 
     The gap between mean confidence and share of hits in each bin ((m - 1) / bins, m / bins], weighted by its rows.
@@ -259,8 +261,7 @@ class _Ranking:
     Of the whole set they are scikit-learn's; a resample is counted.
     """
 
-    def __init__(self, scores: np.ndarray, targets: np.ndarray, specificity: float):
-        _check_specificity(specificity)
+    def __init__(self, scores: np.ndarray, targets: np.ndarray, specificity: float = SPECIFICITY):
         self.scores, self.targets, self.specificity = scores, targets, specificity
         self.counts = ScoreLevels(scores, targets)
 
@@ -343,8 +344,6 @@ def classification_report(
     labels: Values,
     class_names: Sequence[str],
     patients: Sequence[Hashable] | None = None,
-    specificity: float = 0.90,
-    bins: int = 15,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict:
@@ -355,8 +354,6 @@ def classification_report(
         labels: (n,) class numbers.
         class_names: What to call each class.
         patients: (n,) whose image each row is; None, NaN or "" where unknown, then the row is a patient of its own.
-        specificity: See `sensitivity_at_specificity`.
-        bins: See `expected_calibration_error`.
         resamples, seed: Of the bootstrap.
 
     Returns:
@@ -369,12 +366,12 @@ def classification_report(
     """
     values, truth = _class_inputs(probabilities, labels, class_names)
     groups = patient_groups(patients, len(values))
-    judge = _Classes(values, truth, specificity, bins)
+    judge = _Classes(values, truth)
     draws = bootstrap_draws(judge.resampled, len(values), groups, resamples, seed)
     overall, classes = judge.split(judge.figures())
     overall_draws, class_draws = judge.split(draws)
 
-    report = _header(groups, len(values), resamples) | {"specificity": specificity}
+    report = _header(groups, len(values), resamples) | {"specificity": SPECIFICITY}
     report |= _described(OVERALL, overall, overall_draws)
     report["classes"] = {
         name: {"images": int(judge.images[number])}
@@ -387,13 +384,13 @@ def classification_report(
 class _Classes:
     """The figures of a classification report as one row of numbers: those of OVERALL, then four of each class."""
 
-    def __init__(self, probabilities: np.ndarray, labels: np.ndarray, specificity: float, bins: int):
+    def __init__(self, probabilities: np.ndarray, labels: np.ndarray):
         classes = range(probabilities.shape[1])
         self.labels, self.predicted = labels, probabilities.argmax(axis=1)
         self.images = np.bincount(labels, minlength=len(classes))
         self.both = (self.images > 0) & (self.images < len(labels))  # there is something to tell the class from
-        self.rankings = [_Ranking(probabilities[:, one], (labels == one).astype(float), specificity) for one in classes]
-        self.calibration = _class_calibration(probabilities, labels, bins)
+        self.rankings = [_Ranking(probabilities[:, one], (labels == one).astype(float)) for one in classes]
+        self.calibration = _class_calibration(probabilities, labels, BINS)
 
     def figures(self) -> np.ndarray:
         return self._row(np.arange(len(self.labels)), [ranking.figures() for ranking in self.rankings])
@@ -418,8 +415,6 @@ def multilabel_report(
     targets: Values,
     names: Sequence[str],
     patients: Sequence[Hashable] | None = None,
-    specificity: float = 0.90,
-    bins: int = 15,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict:
@@ -429,7 +424,7 @@ def multilabel_report(
         probabilities: (n, labels) in 0 .. 1.
         targets: (n, labels) 0 or 1, NaN where the label is missing.
         names: What to call each label.
-        patients, specificity, bins, resamples, seed: As for `classification_report`.
+        patients, resamples, seed: As for `classification_report`.
 
     Returns:
         "images", "patients", "specificity", "resamples"; "labels_in_mean", the names of the labels that have both
@@ -440,7 +435,7 @@ def multilabel_report(
     values, truth = _label_inputs(probabilities, targets, names)
     groups = patient_groups(patients, len(values))
     columns = list(zip(values.T, truth.T, strict=True))
-    judges = [(_Ranking(p, y, specificity), _label_calibration(p, y, bins)) for p, y in columns]
+    judges = [(_Ranking(p, y), _label_calibration(p, y, BINS)) for p, y in columns]
     both = np.array([_both(y) for _, y in columns])
 
     point = np.array([ranking.figures() + calibration.figures() for ranking, calibration in judges])
@@ -454,7 +449,7 @@ def multilabel_report(
         seed,
     )
     figures = (*RANKING, *CALIBRATION)
-    report = _header(groups, len(values), resamples) | {"specificity": specificity}
+    report = _header(groups, len(values), resamples) | {"specificity": SPECIFICITY}
     report["labels_in_mean"] = [name for name, kept in zip(names, both, strict=True) if kept]
     report |= _described([f"mean_{name}" for name in figures], _means(point, both), _means(draws, both))
     report["labels"] = {
@@ -584,11 +579,6 @@ def _check_targets(values: np.ndarray, what: str) -> None:
     wrong = np.flatnonzero(~((values == 0) | (values == 1) | np.isnan(values)))
     if wrong.size:
         raise SpcxrError(f"{what} must be 0, 1 or NaN (missing); row {wrong[0]} holds {values[wrong[0]]:g}")
-
-
-def _check_specificity(specificity: float) -> None:
-    if not 0 <= specificity <= 1:
-        raise SpcxrError(f"specificity must lie in 0 .. 1; got {specificity}")
 
 
 def _check_names(values: np.ndarray, names: Sequence) -> None:

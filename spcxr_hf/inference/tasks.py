@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spcxr_hf.drawing import titled_grid, to_grey, with_words
+from spcxr_hf.drawing import titled_grid, to_grey, to_picture, with_words
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import RESEARCH_NOTICE, write_png
 from spcxr_hf.images.reader import read_radiograph
@@ -308,8 +308,7 @@ def _over_radiograph(path: Path, relevance: torch.Tensor, mask: torch.Tensor | N
     scale = min(1.0, LONGEST_SIDE / longer) if longer >= SMALLEST_SIDE else SMALLEST_SIDE / longer
     size = (max(1, round(radiograph.width * scale)), max(1, round(radiograph.height * scale)))
     grey = np.asarray(radiograph.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255
-    colour = draw_explanation(torch.from_numpy(grey), relevance, mask)
-    return Image.fromarray((colour.clamp(0, 1).numpy() * 255).round().astype(np.uint8))
+    return to_picture(draw_explanation(torch.from_numpy(grey), relevance, mask))
 
 
 def map_caption(found: Record, relevance: torch.Tensor) -> list[str]:

@@ -206,6 +206,8 @@ def test_specificity_is_met_exactly():
     scores, targets = np.arange(12.0), np.array([0.0] * 9 + [1, 0, 1])
     assert sensitivity_at_specificity(scores, targets, 0.9) == 1
     assert sensitivity_at_specificity(scores, targets, 0.91) == 0.5
+    with pytest.raises(SpcxrError, match="specificity must lie in 0 .. 1; got 90"):
+        sensitivity_at_specificity(scores, targets, 90)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -254,6 +256,8 @@ def test_calibration_by_hand():
     # Of classes: the top one's probability, and whether it is right.
     rows = [[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.3, 0.6]]
     assert expected_calibration_error(rows, [0, 0, 2], bins=5) == pytest.approx((abs(1.2 - 2) + 0.7) / 3)
+    with pytest.raises(SpcxrError, match="bins must be at least 1"):
+        expected_calibration_error(rows, [0, 0, 2], bins=0)
 
 
 def test_calibration_of_a_calibrated_sample():
@@ -487,8 +491,6 @@ CLASS_PROBABILITIES, CLASS_LABELS = three_classes(count=20)
         ({"labels": changed(CLASS_LABELS, 7, -1)}, "row 7 holds -1"),
         ({"class_names": ["a", "b", "b"]}, "two names are the same: a, b, b"),
         ({"patients": ["a"]}, "1 patients for 20 rows"),
-        ({"specificity": 90}, "specificity must lie in 0 .. 1; got 90"),
-        ({"bins": 0}, "bins must be at least 1"),
         ({"resamples": 0}, "resamples be at least 1"),
     ],
 )
