@@ -13,8 +13,8 @@ Each speed is the median of runs taken in turn, by the wall clock. Before each, 
 have stopped waiting for work on the cores, and it runs once untimed. Accuracy is of PyTorch, of the float export and of
 its 8-bit version, on the same rows and with exact sums (`EXACT_SUMS` of `hub.export_onnx`). What 8 bits give by
 themselves on an x86 processor without VNNI is measured on one and kept beside; so is what 7 bits give, on any
-(`--reduce_range true`). `--render` measures nothing and writes the tables of the results between `<!-- onnx -->` and
-`<!-- /onnx -->`.
+(`--reduce_range true`). `--alternatives true` measures what ONNX Runtime's own quantisation gives. `--render` measures
+nothing and writes the tables of the results between `<!-- onnx -->` and `<!-- /onnx -->`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ HEAD = """| checkpoint | figure on `val` | PyTorch | float32 | int8 | int8 loses
 SPEED_HEAD = """| checkpoint | PyTorch, ms per image | float32 as fast | int8 as fast | MB of float32, int8 |
 |---|---|---|---|---|"""
 PARTS = ("accuracy", "speed")
+CALIBRATION_IMAGES = 64  # of the static quantisation
 WITHOUT_VNNI = "accuracy without VNNI"  # the same file overflows there
 IN_7_BITS = "accuracy in 7 bits"
 REST = 0.05  # seconds: the threads of torch and of ONNX Runtime spin for some milliseconds before they sleep
@@ -81,6 +82,9 @@ class Arguments:
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": "accuracy, speed"})
     reduce_range: bool = field(
         default=False, metadata={"help": "measure the accuracy of 7 bits, for x86 processors without VNNI, not of 8"}
+    )
+    alternatives: bool = field(
+        default=False, metadata={"help": "also ONNX Runtime's own 8 bits: dynamic, and static with images of train"}
     )
     threads: int = field(default=2, metadata={"help": "threads of each"})
     repeats: int = field(default=30, metadata={"help": "runs of each, taken in turn"})
@@ -126,6 +130,8 @@ def measure_model(arguments: Arguments, source: Source) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = export_onnx(str(arguments.model), Path(folder) / "export", num_channels=source.model.config.num_channels)
         files = {"float": file, "int8": quantize_int8(file, reduce_range=arguments.reduce_range)}
+        if arguments.alternatives:
+            files |= quantize_otherwise(arguments, source, file)
         result: dict[str, Any] = {"task": source.task, "size": list(source.size)}
         result["megabytes"] = {name: round(path.stat().st_size / 1e6, 1) for name, path in files.items()}
         if arguments.data is not None and "accuracy" in arguments.parts:
@@ -136,6 +142,25 @@ def measure_model(arguments: Arguments, source: Source) -> dict[str, Any]:
         if "speed" in arguments.parts:
             result["speed"] = measure_speed(arguments, source, files) | describe_machine("cpu")
     return result
+
+
+def quantize_otherwise(arguments: Arguments, source: Source, file: Path) -> dict[str, Path]:
+    """The file in 8 bits as ONNX Runtime does it by itself: dynamic, and static, calibrated on images of `train`."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+
+    table = read_set(str(arguments.data)).where(str(arguments.split_column), "train")
+    rows = np.linspace(0, len(table) - 1, CALIBRATION_IMAGES).astype(int).tolist()
+
+    class Images(CalibrationDataReader):
+        values = ({"pixel_values": one.numpy()} for _, _, one in pixel_values(source, table, rows))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.values, None)
+
+    files = {name: file.with_name(f"model_{name}.onnx") for name in ("dynamic", "static")}
+    quantize_dynamic(file, files["dynamic"], per_channel=True, weight_type=QuantType.QInt8)
+    quantize_static(file, files["static"], Images(), per_channel=True, weight_type=QuantType.QInt8)
+    return files
 
 
 # ---- what is run -------------------------------------------------------------------------------------------------
