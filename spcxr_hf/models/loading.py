@@ -126,7 +126,7 @@ def load_network(
     options = {"use_safetensors": True, "trust_remote_code": False, **_local_files(source), **options}
     if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
         raise SpcxrError(f"{source}: no .safetensors weights in this folder")
-    with loading_errors(source, "its weights cannot be loaded"), _no_progress_bar():
+    with loading_errors(source, "its weights cannot be loaded"), no_progress_bar():
         check_weight_files(_folder_of(source))
         model, loading = model_class.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=new == "head", **options
@@ -251,7 +251,7 @@ def loading_errors(source: str, problem: str) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """The weights of these models load within a second."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -32,12 +32,11 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from spcxr_hf.data.batches import MicroBatch, StepPlan
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import atomic_folder, locked
-from spcxr_hf.models.loading import bf16_autocast, has_fast_bf16
+from spcxr_hf.models.loading import bf16_autocast, has_fast_bf16, no_progress_bar
 from spcxr_hf.training.arguments import RunArguments, check_launch, check_run, keep_recipe
 from spcxr_hf.training.checkpoints import resume, save_checkpoint
 from spcxr_hf.training.optim import StepLog, named_trainable, set_schedule
@@ -117,9 +116,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():  # Python handles signals there only
             before = signal.signal(signal.SIGTERM, self._on_sigterm)
             self._held.callback(signal.signal, signal.SIGTERM, before)
-        if transformers_logging.is_progress_bar_enabled():  # one for every saved checkpoint, across the run's own
-            transformers_logging.disable_progress_bar()
-            self._held.callback(transformers_logging.enable_progress_bar)
+        self._held.enter_context(no_progress_bar())  # for every saved checkpoint, across the run's own
         self.accelerator.wait_for_everyone()
         return self
 
