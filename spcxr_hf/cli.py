@@ -160,14 +160,8 @@ def _run(
 ) -> None:
     """Answer for every image; the command ends with the job's exit status.
 
-    Args:
-        options: The shared options.
-        images: Files, folders or patterns.
-        task: As of `load_model`.
-        model: As of `load_model`.
-        make_answer: Takes the loaded model and the place of each source's picture, returns a function of `tasks`.
-        pictures: Folder of the pictures, for tasks that make one of each image.
-        suffix: Of the pictures.
+    `make_answer` takes the loaded model and the place of each source's picture, and returns a function of `tasks`;
+    `pictures` is the folder of the pictures, for tasks that make one of each image, and `suffix` theirs.
     """
     from spcxr_hf.inference.pipeline import Job, find_sources, load_model, picture_names
 

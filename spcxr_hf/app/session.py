@@ -67,8 +67,7 @@ class Choice(NamedTuple):
         task: "embedding", "segmentation" or "classification".
         model: The folder or the Hub id.
         intended_use: Of the configuration: population, ages and views.
-        card: The text of the folder's model card; "" for an id.
-        card_url: The address of an id's model card; "" for a folder.
+        card, card_url: The text of the folder's model card, or the address of an id's; "" for the other.
     """
 
     name: str

@@ -202,10 +202,7 @@ class Batch(NamedTuple):
 def prepare(source: Source, processor: Any, intended_use: Mapping[str, Any] | None = None) -> Prepared | Failed:
     """Read one file and make `pixel_values` of it; never raises for what is wrong with the file.
 
-    Args:
-        source: The file.
-        processor: The model's image processor.
-        intended_use: Of the model's configuration; a warning says where a DICOM's header differs.
+    With the model's `intended_use`, a warning says where a DICOM's header differs.
     """
     try:
         str(source.path).encode()
@@ -284,12 +281,8 @@ def answers(
 ) -> Iterator[Step]:
     """Records of all sources, a batch at a time and in order; memory does not grow with their number.
 
-    Args:
-        loaded: The model.
-        sources: The files.
-        answer: One of the functions of `tasks`: takes the model and a batch, returns a record or `Failed` per image.
-        batch_size: Images per forward pass.
-        workers: Threads that read.
+    `answer` is one of the functions of `tasks`: it takes the model and a batch, and returns a record or `Failed` per
+    image.
 
     Raises:
         SpcxrError: the model cannot work on the images, or the device has too little memory for a batch.
@@ -345,13 +338,10 @@ class Job:
     """Files to answer for, and where the records go.
 
     Attributes:
-        sources: The files.
         output: File of the records; None is standard output.
         stated: Its format, where its suffix does not say it.
         resume: Leave out files whose records are in `output`.
         overwrite: Replace `output`.
-        batch_size: Images per forward pass.
-        workers: Threads that read.
         left_out: What was left out of the folders, as of `find_sources`.
         place: Where the picture made of a file lies, for tasks that make one: with `resume`, a file whose picture is
             missing is not finished.

@@ -200,11 +200,8 @@ def reconstruct(
 class Reconstructor:
     """Corrupts each image in several ways and draws the reconstructions, a row for each way.
 
-    Args:
-        place: Where the picture of each source goes.
-        fill_modes: As of `reconstruct`; every image has the same groups.
-        seed: As of `reconstruct`.
-        second: As of `reconstruct`.
+    `place` says where the picture of each source goes; the others are as of `reconstruct`, and every image has the same
+    groups.
     """
 
     def __init__(

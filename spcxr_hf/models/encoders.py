@@ -148,18 +148,15 @@ def load_encoder(
 ) -> Encoder:
     """Load the encoder of any vision model of the library; the image half of a model of images and text.
 
-    Weights come from safetensors files alone: a pickle can run code.
+    Weights come from safetensors files alone: a pickle can run code. The features do not depend on dropout or, with a
+    masked autoencoder, on masks.
 
     Args:
         model: Folder or Hub id of a checkpoint of any task, or "efficientnet-lite0".
         random_init: Take the configuration alone, which may be all that the folder holds, and random weights.
         seed: The random weights follow from it; the state of torch's generator is left as it was.
         attention: Attention implementation: "sdpa", "eager", ... A model without "sdpa" runs as "eager".
-        device: "cpu", "cuda", ...
         bf16: Run in bfloat16 autocast.
-
-    Returns:
-        The encoder; its features do not depend on dropout or, with a masked autoencoder, on masks.
 
     Raises:
         SpcxrError: there is no such model, it takes no images, its configuration is impossible, or its weights are

@@ -108,7 +108,7 @@ def load_config(source: str, any_family: bool = True, **values: Any) -> Any:
 def load_network(
     model_class: Any, source: str, new: Literal["nothing", "head", "pooler"] = "nothing", **options: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A model with the weights of a checkpoint.
+    """A model with the weights of a checkpoint, and the names of the parameters that are newly initialised.
 
     Args:
         model_class: An Auto class, or a class of this family.
@@ -116,9 +116,6 @@ def load_network(
         new: What may lack weights and is newly initialised then: a head, whose shape may be another one too, or a
             pooler.
         options: Of `from_pretrained`, such as `config` and `dtype`, or fields of the configuration.
-
-    Returns:
-        The model, and the names of the parameters that are newly initialised.
 
     Raises:
         SpcxrError: the weights cannot be read, lack others than `new`, or hold parameters that the model does not have.
@@ -268,10 +265,8 @@ def no_progress_bar() -> Iterator[None]:
 def to_pixel_values(processor: Any, images: Sequence[Image.Image], image_size: int | None = None) -> torch.Tensor:
     """Pictures of any sizes, grey of 8 or 16 bits, -> pixel values (B, C, H, W), as the image processor makes them.
 
-    Args:
-        processor: Of any family; another than SPCXR's is given 8 bits and three channels.
-        images: The pictures.
-        image_size: Side of the result in pixels; by default the image processor's.
+    Another image processor than SPCXR's is given 8 bits and three channels; `image_size` is the side of the result in
+    pixels, by default the image processor's.
     """
     if not hasattr(processor, "num_output_channels"):
         images = [to_8_bit(image).convert("RGB") for image in images]

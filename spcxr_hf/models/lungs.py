@@ -56,13 +56,7 @@ class Segmenter:
     loaded: Loaded
 
     def find(self, images: torch.Tensor, batch_size: int = 32, bf16: bool = False) -> torch.Tensor:
-        """The lungs of images (n, 1, S, S) uint8: (n, S, S) booleans on the CPU.
-
-        Args:
-            images: Whole radiographs, as `data.decode_images` gives them.
-            batch_size: Images per forward pass.
-            bf16: Run the model in bfloat16 autocast.
-        """
+        """The lungs of whole radiographs (n, 1, S, S) uint8: (n, S, S) booleans on the CPU."""
         found = []
         for part in tqdm(images.split(batch_size), desc="lungs", unit="batch"):
             pictures = [Image.fromarray(image[0].numpy()) for image in part.cpu()]

@@ -371,13 +371,10 @@ def normalise_patches(images: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def as_pixels(config: Any, reconstruction: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-    """A model's reconstruction on the scale of its `pixel_values`.
+    """A model's reconstruction (B, C, H, W) on the scale of its `pixel_values`.
 
-    Args:
-        config: The model's configuration.
-        reconstruction: (B, C, H, W) float32.
-        clean: (B, C, H, W), or of one image for all of them. After a pretraining with `norm_pix_loss` each patch takes
-            its mean and deviation from here, as pictures of masked autoencoders do.
+    After a pretraining with `norm_pix_loss` each patch takes its mean and deviation from `clean` (B, C, H, W), or of
+    one image for all of them, as pictures of masked autoencoders do.
     """
     if not getattr(config, "norm_pix_loss", False):
         return reconstruction
