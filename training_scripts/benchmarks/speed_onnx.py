@@ -158,8 +158,9 @@ def quantize_otherwise(arguments: Arguments, source: Source, file: Path) -> dict
             return next(self.values, None)
 
     files = {name: file.with_name(f"model_{name}.onnx") for name in ("dynamic", "static")}
-    quantize_dynamic(file, files["dynamic"], per_channel=True, weight_type=QuantType.QInt8)
-    quantize_static(file, files["static"], Images(), per_channel=True, weight_type=QuantType.QInt8)
+    options: Any = {"op_types_to_quantize": ["MatMul"], "per_channel": True, "weight_type": QuantType.QInt8}
+    quantize_dynamic(file, files["dynamic"], **options)
+    quantize_static(file, files["static"], Images(), **options)
     return files
 
 
