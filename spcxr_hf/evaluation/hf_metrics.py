@@ -64,7 +64,7 @@ class _Metric(Metric):
     """What the metrics share; a subclass says what its figure is on some of the rows."""
 
     key: ClassVar[str]  # what `compute` calls the figure
-    figure: ClassVar[Callable[..., float]]  # of predictions and references, one label or one image at a time
+    figure: ClassVar[Callable[..., Any]]  # of predictions and references, one label or one image at a time
     inputs: ClassVar[list[tuple]]  # forms that (predictions, references) may have
     inputs_text: ClassVar[str]
     options_text: ClassVar[str] = ""

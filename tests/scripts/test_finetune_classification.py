@@ -36,7 +36,7 @@ from spcxr_hf.data.table import open_image, read_table
 from spcxr_hf.evaluation.predict import load_classifier
 from spcxr_hf.hub.publish import check_card
 from spcxr_hf.modeling.configuration_spcxr import SIZES
-from spcxr_hf.models import precision as precision_module
+from spcxr_hf.models import loading as loading_module
 from spcxr_hf.training import engine as run_module
 from spcxr_hf.training.classifiers import Pixels, add_adapters, build_classifier, classifier_groups
 from spcxr_hf.training.losses import class_weights, classification_loss
@@ -182,7 +182,7 @@ def test_what_a_run_leaves_behind(finished):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions_end_near_float32(shard, finished, pretrained, tmp_path, monkeypatch, precision):
-    monkeypatch.setattr(precision_module, "has_fast_bf16", lambda kind: True)
+    monkeypatch.setattr(loading_module, "has_fast_bf16", lambda kind: True)
     output = run(shard, tmp_path, "--init_from", pretrained, "--mixed_precision", precision)
     losses = [
         [float(row["loss"]) for row in csv.DictReader((folder / "log.csv").open())] for folder in (output, finished)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from spcxr_hf import SpcxrError
 from spcxr_hf.files import locked
 from spcxr_hf.modeling.configuration_spcxr import SIZES
-from spcxr_hf.models import precision
+from spcxr_hf.models import loading
 from spcxr_hf.training import checkpoints, engine
 from spcxr_hf.training.arguments import PretrainingArguments, check_run, run_script
 from spcxr_hf.training.checkpoints import list_checkpoints
@@ -377,7 +377,7 @@ def test_a_run_that_goes_on_by_another_recipe_says_so(shard, tmp_path, caplog):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_bf16_is_float32_where_the_cpu_has_no_fast_bf16(shard, tmp_path, monkeypatch, fast):
-    for module in (engine, precision):
+    for module in (engine, loading):
         monkeypatch.setattr(module, "has_fast_bf16", lambda kind: fast)
     for name in ("bf16", "no"):
         pretrain.main(words(shard, tmp_path / name, *BRIEF, "--steps", "3", "--mixed_precision", name))
