@@ -481,6 +481,7 @@ def test_masks_that_are_no_two_classes_are_refused():
             mask_pixels(Image.fromarray(pixels))
 
 
+@pytest.mark.slow
 def test_a_table_of_zeros_is_refused_before_it_takes_the_memory(tmp_path):
     rows = 3 * 2**26
     batch = pa.record_batch({"zeros": pa.array(np.zeros(2**22, np.int64))})

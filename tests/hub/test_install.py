@@ -415,6 +415,7 @@ def test_auto_model_loads_the_id_offline_in_a_fresh_process(tmp_path):
     assert printed == "spcxr_hf.modeling.modeling_spcxr SpcxrModel SpcxrImageProcessor 48.0"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "model_cards" / "base").is_dir(), reason="the tree has no trained checkpoint yet")
 def test_auto_model_loads_the_bundled_base_offline_in_a_fresh_process(tmp_path):
     assert run_that_line(ROOT / "model_cards", tmp_path).startswith("spcxr_hf.modeling.modeling_spcxr SpcxrModel")

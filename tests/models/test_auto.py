@@ -306,6 +306,7 @@ print(json.dumps({name: [said(load, folder) for load in (as_remote_code, through
 """
 
 
+@pytest.mark.slow
 def test_unsafe_weights_are_refused_without_the_package(unsafe):
     caches = {"HF_HOME": str(unsafe / "home"), "HF_MODULES_CACHE": str(unsafe / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

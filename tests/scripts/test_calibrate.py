@@ -144,6 +144,7 @@ def test_on_val_the_named_points_hold_what_they_say(calibrated):
     assert sum(one["images"] for one in entry["reliability"]["after"]) == entry["images"] == 24
 
 
+@pytest.mark.slow
 def test_labels_that_hold_together_by_the_recipe(shard, tmp_path):
     """Columns and classes come from the recipe beside the weights, and any finding is abnormal."""
     names = dict(enumerate(word.partition("=")[0] for word in MULTI_CLASSES))
@@ -286,6 +287,7 @@ def test_intervals_are_by_patient(calibrated, shard, tmp_path):
     assert decided["accuracy_ci95"] == pytest.approx([min(shares), max(shares)])
 
 
+@pytest.mark.slow
 def test_rows_that_the_training_left_out_are_left_out(shard, tmp_path):
     (tmp_path / "copies.txt").write_text("row-5\nrow-30\n")
     recipe = f"label_column: pneumonia_label\nsplit_column: pneumonia_split\nexclude: {tmp_path / 'copies.txt'}\n"

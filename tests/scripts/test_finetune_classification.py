@@ -283,6 +283,7 @@ def test_training_never_opens_what_it_is_reported_on(tmp_path, pretrained):
     assert (run(str(shard), tmp_path / "run", "--init_from", pretrained, "--steps", "1") / "final").is_dir()
 
 
+@pytest.mark.slow
 def test_seeds(shard, pretrained, tmp_path):
     flags = ["--init_from", pretrained, "--label_fraction", "0.7", "--steps", "2"]
     run(shard, tmp_path / "all", *flags, "--seeds", "3", "4")
@@ -630,6 +631,7 @@ def test_evaluation_agrees_with_scikit_learn(shard, finished, reported):
     assert entry["accuracy_ci95"][0] <= entry["accuracy"] <= entry["accuracy_ci95"][1]
 
 
+@pytest.mark.slow
 def test_two_processes_report_what_one_does(reported, tmp_path):
     """Images do not share out evenly: none is counted twice."""
     words, _ = reported
@@ -648,6 +650,7 @@ def close(one, other) -> bool:
     return one == pytest.approx(other, rel=1e-4) if isinstance(one, float) else one == other
 
 
+@pytest.mark.slow
 def test_training_by_two_processes(shard, pretrained, tmp_path):
     """Two seeds, one after the other, with the processes still together."""
     flags = [*COLUMNS, *BRIEF, *HARD, "--init_from", pretrained, "--seeds", "0", "1", "--steps", "2"]

@@ -104,6 +104,7 @@ def test_the_newest_state_wins(hub, tmp_path):
     assert titles == ["initial commit", "Training: step 1", "Training: step 5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [

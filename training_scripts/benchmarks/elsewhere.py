@@ -32,7 +32,7 @@ from spcxr_hf.files import write_json
 from spcxr_hf.models.encoders import load_encoder
 from spcxr_hf.models.loading import label_names, probabilities
 from spcxr_hf.models.lungs import load_segmenter
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 ANATOMY = {"lungs": 1 + 2, "lungs and heart": 1 + 2 + 4}  # bits of JSRT's masks
@@ -269,7 +269,4 @@ def measure_encoder(folder: Path, table: RadiographTable, rows: Sequence[dict]) 
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)
