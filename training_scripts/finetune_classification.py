@@ -155,12 +155,12 @@ def check(arguments: Arguments) -> None:
     if arguments.freeze_encoder and arguments.lora_rank:
         raise SpcxrError("freeze_encoder and lora_rank exclude each other")
     if len(set(arguments.seeds)) < len(arguments.seeds):
-        raise SpcxrError(f"a seed stands twice among the seeds {' '.join(map(str, arguments.seeds))}")
+        raise SpcxrError(f"a seed appears twice among the seeds {' '.join(map(str, arguments.seeds))}")
     arguments.views(arguments.image_size)
 
 
 def arguments_of_runs(arguments: Arguments) -> list[Arguments]:
-    """The command line of each run: one for each seed, as it could be started by itself."""
+    """The command line of each run, one for each seed."""
     if not arguments.seeds:
         return [arguments]
     runs = []
@@ -251,7 +251,7 @@ def draw_labels(arguments: Arguments, training: RadiographSet, classes: list[str
     """The share of the images that the run may learn from: as large of each class, drawn by the seed.
 
     Raises:
-        SpcxrError: a class is left without images, or a batch is larger than what is left.
+        SpcxrError: a class has no images, or a batch is larger than the remaining set.
     """
     if arguments.label_fraction < 1:
         training = select(training, draw_rows(training.columns["targets"], arguments.label_fraction, arguments.seed))

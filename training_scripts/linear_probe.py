@@ -64,7 +64,7 @@ class Task:
 
     @property
     def labels(self) -> list[str]:
-        """The labels in the order of their numbers; label shares are drawn from each by itself."""
+        """The labels in the order of their numbers; label shares are drawn from each separately."""
         return [label for labels in self.classes.values() for label in labels]
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
@@ -319,7 +319,7 @@ def number_labels(table: RadiographTable, task: Task) -> np.ndarray:
 
 
 def name_patients(table: RadiographTable) -> np.ndarray:
-    """Whose image each row is (n,), as numbers; a row whose patient is unknown counts as a patient of its own."""
+    """Whose image each row is (n,), as numbers; a row whose patient is unknown counts as a separate patient."""
     known = table.column("patient") if "patient" in table.rows.column_names else [None] * len(table)
     groups = patient_groups(known, len(known)) or []
     names = [f"row {group[1]}" if isinstance(group, tuple) else f"patient {group}" for group in groups]

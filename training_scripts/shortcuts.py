@@ -5,7 +5,7 @@
         --classes normal "bacterial pneumonia=bacterial" "viral pneumonia=viral" \
         --targets "bacterial pneumonia + viral pneumonia" --output shortcuts.json
 
-Beside the model on whole images stand, on the same rows and with the same bootstrap by patient:
+The model on whole images is compared, on the same rows and with the same bootstrap by patient, with:
 
 * `thumbnail_16`, `thumbnail_32`, `border`: logistic regression on the grey values of a thumbnail, and on the outermost
   sixteenth of the image alone; fitted on `train`, its strength chosen on `val`. What these reach takes no radiology.
@@ -17,7 +17,7 @@ Beside the model on whole images stand, on the same rows and with the same boots
 Of the regressions stands the accuracy too, at a threshold that was chosen on `val` as the model's default is (Youden).
 `survives` is (AUROC - 0.5) / (the model's AUROC - 0.5): the share of what the model knows that is left. Nothing is
 trained anew on masked images, so that a low figure can also come from images of a kind that the model never saw.
-Columns and classes may be left out where a `recipe.yaml` of the training lies beside the weights.
+Columns and classes may be left out where a `recipe.yaml` of the training is beside the weights.
 """
 
 from __future__ import annotations
@@ -188,13 +188,13 @@ def define_task(arguments: Arguments, model: PreTrainedModel) -> Task:
 
 
 def select(arguments: Arguments, task: Task) -> tuple[dict[str, LabelledRows], dict[str, str]]:
-    """The rows of `train` and `val`, for the probes, and of the splits to report; what is left out: id -> cause."""
+    """The rows of `train` and `val`, for the probes, and of the splits to report; and rows left out: id -> cause."""
     table = read_set(arguments.data, arguments.exclude, arguments.read_as, arguments.image_root)
     columns = str(arguments.label_column), str(arguments.split_column)
     wanted = dict.fromkeys(["train", "val", *arguments.splits])
     splits = {name: select_rows(table, *columns, name, task.classes, task.multi_label) for name in wanted}
     for column in arguments.by:
-        splits["train"].table.column(column)  # a missing one is told now
+        splits["train"].table.column(column)  # refuse a missing one now
     return leave_out_broken(splits, arguments.on_error)
 
 

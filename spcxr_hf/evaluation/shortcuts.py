@@ -1,4 +1,4 @@
-"""What tells images apart without a look into the lungs: probes on a few grey values, and images with parts filled."""
+"""Shortcut tests: probes on low-resolution grey values and borders, and images with regions masked out."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def choose_probe(
     """Logistic regression fitted on `train`, with the strength that has the best mean AUROC on `val`.
 
     Args:
-        features: What it looks at.
+        features: Images -> features.
         found: The features (n, features) of the splits `train` and `val`.
         targets: (n, classes) of both: 1, 0, or NaN where a label is missing.
         multi_label: Whether labels may hold together; a regression for each then.
@@ -72,7 +72,7 @@ def choose_probe(
 def fit_regression(values: np.ndarray, targets: np.ndarray, multi_label: bool, strength: float) -> Classify:
     """Logistic regression from (n, features) to probabilities (n, classes): one of all classes, or one for each label.
 
-    Classes weigh alike, so that the accuracy by which the most probable class is right is a balanced one.
+    Classes have equal weight, so that the accuracy by which the most probable class is right is a balanced one.
     """
     try:
         from sklearn.linear_model import LogisticRegression

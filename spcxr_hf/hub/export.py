@@ -1,4 +1,4 @@
-"""What every export begins with: the model with its image processor, and how grey weights take colour pictures.
+"""Common parts of the exports: the model with its image processor, and grey weights for RGB input.
 
 load_source           folder, id or model -> `Source`: model in float32, task, image processor
 patch_weight          the patch projection for 1 or 3 channels, equal in what it computes
@@ -36,7 +36,7 @@ TASKS: dict[str, tuple[str, Any]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported.
+    """A model to export.
 
     Attributes:
         name: What to call it in messages.
@@ -60,7 +60,7 @@ def load_source(model: str | os.PathLike | PreTrainedModel, processor: Any = Non
 
     Args:
         model: A folder or Hub id of a checkpoint of this family, or a model in memory. That one is put into evaluation
-            mode and used where it lies: on the CPU, in float32.
+            mode and must be on the CPU, in float32.
         processor: Its image processor; by default the checkpoint's, or one of the model's native size.
 
     Raises:
@@ -79,7 +79,7 @@ def load_source(model: str | os.PathLike | PreTrainedModel, processor: Any = Non
     task, _ = TASKS.get(type(network).__name__, ("embedding", None))
     network = network if task != "embedding" else cast(PreTrainedModel, network.base_model)
     if network.device.type != "cpu" or network.dtype != torch.float32:
-        raise SpcxrError(f"{name}: lies on {network.device} in {network.dtype}; give it as model.float().cpu()")
+        raise SpcxrError(f"{name}: is on {network.device} in {network.dtype}; give it as model.float().cpu()")
     side = network.config.image_size
     size = (processor.size["height"], processor.size["width"]) if processor else (side, side)
     means, stds = (processor.image_mean, processor.image_std) if processor else (RADIOGRAPH_MEAN, RADIOGRAPH_STD)

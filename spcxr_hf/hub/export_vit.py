@@ -106,7 +106,8 @@ def export_vit(
 
 
 def check_target(target: Path, written: Collection[str]) -> None:
-    """Refuse to replace what is no export of the same kind: a checkpoint, the model's own folder, somebody's files.
+    """Refuse to replace anything but an earlier export of the same kind: a checkpoint, the model's own folder, user
+    files.
 
     Args:
         written: What an export writes into its folder.

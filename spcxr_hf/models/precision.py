@@ -29,7 +29,7 @@ def bf16_autocast(device: torch.device | str, enabled: bool = True) -> torch.aut
 def has_fast_bf16(kind: str) -> bool:
     """Whether a kind of device ("cpu", "cuda", ...) computes in bfloat16 at least as fast as in float32.
 
-    A device that is no CPU is taken at its word.
+    Non-CPU devices are assumed to support it.
     """
     if kind != "cpu" or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return True

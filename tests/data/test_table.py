@@ -510,7 +510,7 @@ def test_rows_that_name_files_elsewhere_are_refused(tmp_path):
     for path in ("/dev/zero", str(tmp_path / "private.png"), str(tmp_path / "set" / ".." / "private.png")):
         cell = pa.array([{"bytes": None, "path": path}], STRUCT)
         pq.write_table(pa.table({"image": cell}), tmp_path / "set" / "a.parquet")
-        with pytest.raises(SpcxrError, match=r"a\.parquet: row 0: .* lies outside .*set; image_root"):
+        with pytest.raises(SpcxrError, match=r"a\.parquet: row 0: .* is outside .*set; image_root"):
             read_table(tmp_path / "set")
     assert decode_images(read_table(tmp_path / "set", image_root=tmp_path), 16).shape == (1, 1, 16, 16)
     os.mkfifo(tmp_path / "set" / "pipe.png")

@@ -210,7 +210,7 @@ def test_thresholds_do_not_depend_on_what_is_reported(calibrated, shard, tmp_pat
         (["--resamples", "0"], "resamples must be at least 1"),
         (["--operating_point", "best"], "operating_point must be youden"),
         (["--classes", "normal", "ill"], "its classes are normal, .* --classes names normal, ill"),
-        (["--classes", "normal", "normal"], "a class stands twice among normal normal"),
+        (["--classes", "normal", "normal"], "a class appears twice among normal normal"),
         (["--sums", "normal + ill"], "'ill' is no label"),
         (["--label_column", "nothing"], "no column 'nothing'"),
         (["--splits", "shift"], "no row has pneumonia_split = 'shift'"),
@@ -230,7 +230,7 @@ def test_no_column_and_no_folder_of_its_own(calibrated, shard, tmp_path):
     model = str(calibrated[0])
     with pytest.raises(SpcxrError, match="give --label_column"):
         calibrate.main(["--model", model, "--data", shard, "--output", str(tmp_path / "out")])
-    with pytest.raises(SpcxrError, match="needs a folder of its own"):
+    with pytest.raises(SpcxrError, match="needs a separate folder"):
         calibrate.main(["--model", model, "--data", shard, "--output", model])
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(SpcxrError, match="holds something else"):

@@ -742,7 +742,7 @@ def test_a_set_that_is_more_than_half_broken_stops_in_any_case(pretrained, tmp_p
         (["--label_column", "no"], r"pneumonia_split=train\]: no column 'no'; there are image, "),
         (["--split_column", "no"], "set.parquet: no column 'no'"),
         (["--classes", "normal"], "holds one class only: normal"),
-        (["--classes", "normal", "normal"], "a class stands twice"),
+        (["--classes", "normal", "normal"], "a class appears twice"),
         (["--classes", "normal", "covid"], "the rows train have no images of covid"),
         (["--label_fraction", "0.1"], "label_fraction 0.1 leaves no images of bacterial, "),
         (["--label_fraction", "0"], r"label_fraction must lie in \(0, 1\]; got 0.0"),
@@ -758,7 +758,7 @@ def test_a_set_that_is_more_than_half_broken_stops_in_any_case(pretrained, tmp_p
         (["--label_smoothing", "1"], r"label_smoothing must lie in \[0, 1\)"),
         (["--mixup", "-1"], "mixup must be at least 0"),
         (["--crop_scale", "0.5"], "crop_scale is the least and the largest area"),
-        (["--seeds", "1", "1"], "a seed stands twice"),
+        (["--seeds", "1", "1"], "a seed appears twice"),
     ],
 )
 def test_refusals(shard, tmp_path, flags, message):

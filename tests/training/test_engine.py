@@ -362,8 +362,8 @@ def test_a_run_that_goes_on_by_another_recipe_says_so(shard, tmp_path, caplog):
             assert not said
         elif "--learning_rate" in flags:
             assert said == [
-                f"{tmp_path} goes on from checkpoint-3, which was trained with another recipe "
-                "(learning_rate 0.0005 -> 0.1); another --output begins anew"
+                f"{tmp_path} resumes from checkpoint-3, which was trained with another recipe "
+                "(learning_rate 0.0005 -> 0.1); another --output starts a new run"
             ]
         else:
             assert len(said) == 1 and "(steps 2 -> 3)" in said[0]

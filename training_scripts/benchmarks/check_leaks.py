@@ -11,8 +11,9 @@ may see and those of any other split, and the patients that are on both sides. (
     python -m training_scripts.benchmarks.check_leaks --data DATA --verify pretrain \\
         --exclude training_scripts/recipes/near_copies.txt
 
-looks whether anything leaks, patient or picture, once those are left out; where something does, it is told and the exit
-status is 1. `pretrain` is from the images that pretraining may see to any val, test or shift split; else name a split.
+looks whether anything leaks, patient or picture, once those are left out; where something does, it is printed and the
+exit status is 1. `pretrain` is from the images that pretraining may see to any val, test or shift split; else name a
+split.
 """
 
 from __future__ import annotations
@@ -146,14 +147,14 @@ def verify(arguments: Arguments, column: str) -> None:
         pairs = [pair for pair in read_pairs(Path(arguments.known_pairs)) if is_leak(*map(side_of.get, pair))]
         if pairs:
             raise LeakError(f"{table.name}: {column} leaks: {len(pairs)} nearly equal pair(s), as {pairs[0]}", report)
-    told = {"rows": report.rows, "patients": len(report.patients), "image_pairs": 0}
-    print(json.dumps(told | {"unknown_patients": report.unknown_patients, "unreadable": len(report.broken)}))
+    found = {"rows": report.rows, "patients": len(report.patients), "image_pairs": 0}
+    print(json.dumps(found | {"unknown_patients": report.unknown_patients, "unreadable": len(report.broken)}))
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
     """The ids of those pairs of a file of `--pairs` that count as one image.
 
-    Similarities stand there rounded to three digits: one that may be above the threshold counts.
+    Similarities are rounded there to three digits: one that may be above the threshold counts.
 
     Raises:
         SpcxrError: the file cannot be read, or holds something else.

@@ -2,8 +2,8 @@
 
     python -m training_scripts.benchmarks.checkpoint_table
 
-`<!-- checkpoints -->` and `<!-- pretraining -->` stand in README.md, `<!-- absolute goals -->` in benchmarks/README.md.
-A checkpoint that is not in `model_cards/` is left out. `{file/key/key}` in a cell below stands for that entry of the
+`<!-- checkpoints -->` and `<!-- pretraining -->` are in README.md, `<!-- absolute goals -->` in benchmarks/README.md.
+A checkpoint that is not in `model_cards/` is left out. `{file/key/key}` in a cell below is that entry of the
 card's `results/file.json`, with its interval.
 """
 

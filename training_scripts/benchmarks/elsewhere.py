@@ -232,7 +232,7 @@ def share(called: np.ndarray, rows: Sequence[dict]) -> dict:
 
 
 def measure_lungs(folder: Path, table: RadiographTable, rows: Sequence[dict]) -> dict:
-    """Dice on JSRT by both meanings of "lung": without what lies behind the heart (SCR), and with the heart."""
+    """Dice on JSRT by both meanings of "lung": without the area behind the heart (SCR), and with the heart."""
     those = np.flatnonzero([row.get("anatomy_split") is not None for row in rows])
     part = RadiographTable(table.rows.take(pa.array(those)), "JSRT")
     masks = [

@@ -6,8 +6,8 @@
     python -m training_scripts.benchmarks.evidence --render training_scripts/benchmarks/README.md \
         --results training_scripts/benchmarks/results/evidence_cpu_112.json
 
-A cell of the grid is a process (or two, one behind the other) with a folder of its own under `--output`. A cell that
-has its `result.json` is not run again, one that was killed goes on from its checkpoint, so that the command may be
+A cell of the grid is a process (or two, one behind the other) with its own folder under `--output`. A cell that
+has its `result.json` is not run again, one that was killed resumes from its checkpoint, so that the command may be
 stopped at any time and started again. `--kept` names a folder for the results and predictions of finished cells:
 small files that outlive `--output`. Cells run the cheapest first, all inits of a task, share of the labels and
 seed before the next. The results file is written anew behind every cell; what was not run is called so.
@@ -58,7 +58,7 @@ class Arguments:
     )
     runs: list[str] = field(
         default_factory=list,
-        metadata={"help": "name=FOLDER of a pretraining's run, for its cost; a name may stand several times"},
+        metadata={"help": "name=FOLDER of a pretraining's run, for its cost; a name may be repeated"},
     )
     only: list[str] = field(
         default_factory=list,
@@ -71,7 +71,7 @@ class Arguments:
     keep_models: bool = field(default=False, metadata={"help": "keep the weights of finished cells"})
     list_only: bool = field(default=False, metadata={"help": "run nothing; list the cells and what became of them"})
     cache_folder: str | None = field(default=None, metadata={"help": "folder that keeps the decoded images"})
-    device: str = field(default="cpu", metadata={"help": "where finished models are judged: cpu or cuda"})
+    device: str = field(default="cpu", metadata={"help": "where finished models are evaluated: cpu or cuda"})
     resamples: int = field(default=1000, metadata={"help": "draws of the bootstrap"})
     render: str | None = field(default=None, metadata={"help": "run nothing; fill the blocks of this page"})
     figures: str | None = field(default=None, metadata={"help": "folder for the curves"})

@@ -10,7 +10,7 @@ for each image, and the relevance map of another image, which has the same habit
 are paired by image, positive where the map is better, with 95 % intervals by patient. `--pictures FOLDER` draws the
 curves, and the first maps over their radiographs: keep those where the images may be.
 
-Each model is an entry of its own in the results file. Columns and classes that are left out are those of the recipe in
+Each model has its own entry in the results file. Columns and classes that are left out are those of the recipe in
 the model's folder. `--render` measures nothing and writes the tables of the results between `<!-- explain -->` and
 `<!-- /explain -->`.
 """
@@ -226,7 +226,7 @@ def describe(
     maps: dict[str, torch.Tensor],
     masks: list[torch.Tensor],
 ) -> dict:
-    """Areas under the curves, paired differences, and what lies inside the lungs, each with its 95 % interval."""
+    """Areas under the curves, paired differences, and the share inside the lungs, each with its 95 % interval."""
     groups = patient_groups(rows.patients, len(rows))
 
     def mean(values: np.ndarray) -> dict:

@@ -96,7 +96,7 @@ class Arguments:
     attention: str = field(default="auto", metadata={"help": "of our model; auto: eager on a CPU, sdpa on a GPU"})
     compile: bool = field(default=False, metadata={"help": "torch.compile our step, and every encoder"})
     repeats: int = field(default=7, metadata={"help": "measurements of each, taken in turn"})
-    threads: int = field(default=0, metadata={"help": "threads of torch; 0: as many as it takes by itself"})
+    threads: int = field(default=0, metadata={"help": "threads of torch; 0: torch's default"})
     loader_workers: int = field(default=0, metadata={"help": "processes of the release's loader; 0: one per core"})
     device: str = field(default="cpu", metadata={"help": "where the images lie: cpu or cuda"})
     growth_sizes: list[int] = field(default_factory=lambda: [112, 224, 448], metadata={"help": "sides in pixels"})
@@ -357,7 +357,7 @@ def measure_encoder_in(arguments: Arguments, shared: StepSettings) -> dict:
     return result
 
 
-# ---- memory, each in a process of its own ----------------------------------------------------------------------
+# ---- memory, each in a separate process ----------------------------------------------------------------------
 
 
 def measure_memory(arguments: Arguments) -> dict:

@@ -4,7 +4,7 @@
         --output training_scripts/benchmarks/results/onnx.json
     python -m training_scripts.benchmarks.speed_onnx --render training_scripts/GUIDES.md
 
-Encoder, classifier and segmentation alike; without `--data` speed alone. Each model is an entry of its own in the
+Encoder, classifier and segmentation alike; without `--data` speed alone. Each model has its own entry in the
 results file, in which `--parts accuracy` or `--parts speed` renew the one and leave the other: accuracy takes minutes
 and any machine will do, speed takes one and wants a machine with nothing else on it. Which column holds the labels and
 the split, and which labels are which class, comes from the recipe in the checkpoint's folder unless a flag says it.
@@ -84,7 +84,7 @@ class Arguments:
     )
     threads: int = field(default=2, metadata={"help": "threads of each"})
     repeats: int = field(default=30, metadata={"help": "runs of each, taken in turn"})
-    most_rows: int | None = field(default=None, metadata={"help": "measure accuracy on so many rows, evenly spread"})
+    most_rows: int | None = field(default=None, metadata={"help": "measure accuracy on this many rows, evenly spread"})
     render: str | None = field(default=None, metadata={"help": "measure nothing; rewrite the table in this page"})
 
 
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 def fill_from_recipe(arguments: Arguments, task: str, recipe: Path) -> None:
-    """What the flags leave open is as in the training whose recipe lies beside the weights."""
+    """Flags that are not given are taken from the training recipe beside the weights."""
     known = read_recipe(recipe) if recipe.is_file() else {}
     splits = "split" if task == "classification" else "lung_split"
     arguments.split_column = arguments.split_column or known.get("split_column") or splits
@@ -142,7 +142,7 @@ def measure_model(arguments: Arguments, source: Source) -> dict[str, Any]:
 
 
 def runners(source: Source, files: dict[str, Path], threads: int, exact: bool = False) -> dict[str, Run]:
-    """PyTorch, as it is used without any export, and the ONNX files, each on so many threads."""
+    """PyTorch, as it is used without any export, and the ONNX files, each on this many threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -309,7 +309,7 @@ def judge_lungs(arguments: Arguments, source: Source, compute: Compute, table: R
 def judge_embeddings(
     arguments: Arguments, source: Source, compute: Compute, table: RadiographTable
 ) -> tuple[int, Figures]:
-    """Mean cosine similarity with PyTorch's embedding: what an encoder alone can be judged by."""
+    """Mean cosine similarity with PyTorch's embedding: the accuracy measure of an encoder."""
     table = table.where(str(arguments.split_column), arguments.split)
     rows = spread(arguments, len(table))
     found: dict[str, list[float]] = {}

@@ -181,7 +181,7 @@ class ReleaseStep:
                 patches.enter_context(mock.patch.object(torch.Tensor, "cuda", lambda tensor, **_: tensor))
                 patches.enter_context(mock.patch.object(torch.cuda, "synchronize", lambda: None))
             patches.enter_context(mock.patch.object(torch.cuda.amp, "autocast", lambda _: self.settings.autocast()))
-            # Only the main process draws example reconstructions, into a folder that nobody asked for.
+            # Only the main process draws example reconstructions, into an unrequested folder.
             patches.enter_context(mock.patch.object(self.release.main.utils, "is_main_process", lambda: False))
             patches.enter_context(mock.patch.object(Path, "mkdir"))
             patches.enter_context(contextlib.redirect_stdout(io.StringIO()))

@@ -96,7 +96,7 @@ class Grid:
         self._stopped = threading.Event()
 
     def home(self, cell: Cell) -> Path:
-        """The folder where a cell's result lies, or will."""
+        """The folder of a cell's result."""
         if self.kept is not None and (self.kept / cell.name / RESULT).is_file():
             return self.kept / cell.name
         return self.output / cell.name
@@ -206,7 +206,7 @@ class Grid:
             finally:
                 self._children.discard(child)
         if self._stopped.is_set():
-            raise SpcxrError("stopped; the same command goes on from there")
+            raise SpcxrError("stopped; run the same command to resume")
         if status:
             raise SpcxrError(f"{Path(command[1]).name} ended with status {status}: {_last_words(log)}")
 
@@ -227,7 +227,7 @@ def _agree(before: Any, now: Any) -> bool:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[int | None]:
-    """The descriptor of the folder's lock; None where somebody else holds it, -1 where the system has none."""
+    """The descriptor of the folder's lock; None where another process holds it, -1 where the system has none."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl

@@ -1,8 +1,8 @@
 """What a comparison of trainings rests on: predictions that are kept, and figures of them that are compared in pairs.
 
-Several trainings (seeds) of several kinds (with and without pretraining, another pretext) are judged on the same rows.
-A resample draws patients with replacement, the same for every training, and, where there are several seeds, seeds with
-replacement too, the same for both sides of a difference: a seed stands for the same draw of labels on both sides. A
+Several trainings (seeds) of several kinds (with and without pretraining, another pretext) are evaluated on the same
+rows. A resample draws patients with replacement, the same for every training, and, where there are several seeds, seeds
+with replacement too, the same for both sides of a difference: a seed is the same draw of labels on both sides. A
 figure is the mean over the seeds drawn of what each reaches on the patients drawn (a bootstrap of two crossed factors,
 Owen, Annals of Applied Statistics 1, 2007); the interval holds the middle 95 % of the resamples.
 """
@@ -44,8 +44,8 @@ class Report:
         label_column, split_column, split: Where the rows are and what they are called.
         classes: The model's class -> the labels of the rows that count as it; rows of other labels are left out.
         negative: Judge this class against all others together: rows may then name the others in other words, as
-            `abnormal` for any pneumonia. None: every class by itself.
-        recall: Classes whose recall is reported by itself, as where nearly all rows are of one class.
+            `abnormal` for any pneumonia. None: every class separately.
+        recall: Classes whose recall is reported separately, as where nearly all rows are of one class.
         within: A column and two classes: their AUROC among the images of each value of the column that has both.
     """
 

@@ -167,7 +167,7 @@ def collect(
     """The results file of the cells that are finished.
 
     Args:
-        earlier: What the file held before. A setting of which no cell lies here keeps the figures that it has there.
+        earlier: What the file held before. A setting without cells here keeps the figures that it has there.
     """
     found = {cell.name: result for cell in cells if (result := grid.result(cell)) is not None}
     section = plan["fine_tuning"]

@@ -159,7 +159,7 @@ def comparison_table(results: Results, tasks: Sequence[str] | None = None, role:
     Args:
         results: The results file.
         tasks: Which; by default all.
-        role: Whom ours stands beside: "floor" (no pretraining) or "peer" (another pretext).
+        role: What ours is compared with: "floor" (no pretraining) or "peer" (another pretext).
     """
     ours, other = (results["compare"][name] for name in ("ours", role))
     head, rows = ["task", "labels", "figure", ours, other, f"{ours} - {other}"], []
@@ -275,7 +275,7 @@ def _chosen(results: Results, tasks: Sequence[str] | None) -> list[tuple[str, An
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], names: int) -> str:
     """A Markdown table; the first `names` cells of a row say what it is.
 
-    Rows and columns in which nothing was run are named in a line below it, so that the figures stand close together.
+    Rows and columns in which nothing was run are named in a line below it, so that the table stays compact.
     """
     known = [row for row in rows if set(row[names:]) != {NOT_RUN}]
     if not known:
@@ -338,7 +338,7 @@ def _probe(results: Results, model: str, task: str, method: str, fraction: str) 
 
 
 def _dig(entry: Any, *keys: str) -> Any:
-    """What lies at these keys, None where one of them does not."""
+    """The value at these keys, None where one is missing."""
     for key in keys:
         entry = entry.get(key) if isinstance(entry, Mapping) else None
     return entry
@@ -353,7 +353,7 @@ def draw_curves(results: Results, folder: Path) -> list[Path]:
     Without matplotlib (the extra `demo`) it says so and draws none.
     """
     try:
-        from matplotlib.figure import Figure  # a figure of its own touches no global state
+        from matplotlib.figure import Figure  # not pyplot, which keeps global state
     except ImportError:
         print(f'{folder}: no curves without matplotlib; `pip install "spcxr-hf[demo]"`', flush=True)
         return []

@@ -24,7 +24,7 @@ from spcxr_hf.errors import SpcxrError
 
 ROOT = Path(__file__).resolve().parents[3]
 NOT_MEASURED = "not measured"
-# Dense bf16 FLOP/s by the vendor's data sheets, by what stands in the card's name; the first that fits counts.
+# Dense bf16 FLOP/s by the vendor's data sheets, by the card's name; the first match counts.
 BF16_PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 
 # What torch's profiler calls matrix products, and convolutions with their gradients, on a CPU.
