@@ -19,7 +19,7 @@ Classify = Callable[[np.ndarray], np.ndarray]  # (n, features) -> probabilities 
 # ---- probes --------------------------------------------------------------------------------------------------------
 
 
-def thumbnails(images: torch.Tensor, side: int) -> np.ndarray:
+def grey_means(images: torch.Tensor, side: int) -> np.ndarray:
     """Images (n, 1, S, S) uint8 -> mean grey values (n, side * side) in 0 .. 1."""
     parts = [
         torch.nn.functional.interpolate(part.float() / 255, size=(side, side), mode="area").flatten(1)
@@ -32,12 +32,12 @@ def border(images: torch.Tensor) -> np.ndarray:
     """Images (n, 1, S, S) uint8 -> the outermost ring of their 16 x 16 thumbnail, (n, 60)."""
     ring = np.ones((16, 16), dtype=bool)
     ring[1:-1, 1:-1] = False
-    return thumbnails(images, 16)[:, ring.ravel()]
+    return grey_means(images, 16)[:, ring.ravel()]
 
 
 FEATURES: dict[str, Features] = {
-    "thumbnail_16": lambda images: thumbnails(images, 16),
-    "thumbnail_32": lambda images: thumbnails(images, 32),
+    "thumbnail_16": lambda images: grey_means(images, 16),
+    "thumbnail_32": lambda images: grey_means(images, 32),
     "border": border,
 }
 

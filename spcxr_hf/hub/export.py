@@ -1,6 +1,6 @@
 """Common parts of the exports: the model with its image processor, and grey weights for RGB input.
 
-load_source           folder, id or model -> `Source`: model in float32, task, image processor
+load_source           folder, id or model -> `ExportSource`: model in float32, task, image processor
 patch_weight          the patch projection for 1 or 3 channels, equal in what it computes
 picture_processor     the library's own ViT image processor with the same size, mean and deviation
 plain_config          the ViT configuration that describes the encoder to tools that run no code of ours
@@ -35,7 +35,7 @@ TASKS: dict[str, tuple[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A model to export.
 
     Attributes:
@@ -55,7 +55,7 @@ class Source:
     std: float
 
 
-def load_source(model: str | os.PathLike | PreTrainedModel, processor: Any = None) -> Source:
+def load_source(model: str | os.PathLike | PreTrainedModel, processor: Any = None) -> ExportSource:
     """The model to export, with its image processor; of a pretraining checkpoint, its encoder.
 
     Args:
@@ -83,7 +83,7 @@ def load_source(model: str | os.PathLike | PreTrainedModel, processor: Any = Non
     side = network.config.image_size
     size = (processor.size["height"], processor.size["width"]) if processor else (side, side)
     means, stds = (processor.image_mean, processor.image_std) if processor else (RADIOGRAPH_MEAN, RADIOGRAPH_STD)
-    return Source(name, network.eval(), task, size, _one_value(means, name), _one_value(stds, name))
+    return ExportSource(name, network.eval(), task, size, _one_value(means, name), _one_value(stds, name))
 
 
 def _one_value(values: Any, name: str) -> float:
@@ -93,7 +93,7 @@ def _one_value(values: Any, name: str) -> float:
     return found.pop()
 
 
-def check_channels(source: Source, num_channels: int) -> None:
+def check_channels(source: ExportSource, num_channels: int) -> None:
     """Refuse a number of channels that the exported model cannot have."""
     if num_channels not in (1, 3) or num_channels < source.model.config.num_channels:
         raise SpcxrError(
@@ -102,7 +102,7 @@ def check_channels(source: Source, num_channels: int) -> None:
 
 
 @torch.no_grad()
-def patch_weight(source: Source, num_channels: int) -> torch.Tensor:
+def patch_weight(source: ExportSource, num_channels: int) -> torch.Tensor:
     """The patch projection (D, num_channels, patch, patch).
 
     For three channels of a grey model: each is weighed by its share of the luminance. All channels share one mean and
@@ -114,7 +114,7 @@ def patch_weight(source: Source, num_channels: int) -> torch.Tensor:
     return weight * weight.new_tensor(LUMINANCE).reshape(1, 3, 1, 1)
 
 
-def picture_processor(source: Source, num_channels: int) -> ViTImageProcessor:
+def picture_processor(source: ExportSource, num_channels: int) -> ViTImageProcessor:
     """The library's image processor that does the same: RGB for three channels; one channel asks for mode L pictures.
 
     It rounds to 8 bits after resizing, which ours does not: up to 1/255 of the grey range apart, before normalising.
@@ -129,7 +129,7 @@ def picture_processor(source: Source, num_channels: int) -> ViTImageProcessor:
     )
 
 
-def plain_config(source: Source, num_channels: int, **others: Any) -> ViTConfig:
+def plain_config(source: ExportSource, num_channels: int, **others: Any) -> ViTConfig:
     """The configuration of the library's ViT for this encoder and, of a classifier, its labels and thresholds."""
     ours = source.model.config
     same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "qkv_bias",
@@ -160,7 +160,7 @@ def problem_type(config: Any) -> str:
 
 
 __all__ = [
-    "Source",
+    "ExportSource",
     "check_channels",
     "load_source",
     "patch_weight",

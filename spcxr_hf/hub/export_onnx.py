@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import RESEARCH_NOTICE, atomic_folder, write_json
 from spcxr_hf.hub.export import (
-    Source,
+    ExportSource,
     check_channels,
     load_source,
     patch_weight,
@@ -65,7 +65,7 @@ class Graph(nn.Module):
     channels as were asked for.
     """
 
-    def __init__(self, source: Source, num_channels: int) -> None:
+    def __init__(self, source: ExportSource, num_channels: int) -> None:
         super().__init__()
         self.model = source.model
         self.task = source.task
@@ -172,7 +172,7 @@ def _import_onnx() -> Any:
     return onnx
 
 
-def _trace(graph: Graph, source: Source, file: Path, opset: int, dynamic: bool, num_channels: int) -> None:
+def _trace(graph: Graph, source: ExportSource, file: Path, opset: int, dynamic: bool, num_channels: int) -> None:
     patch = source.model.config.patch_size
     free = torch.export.Dim.DYNAMIC
     # No two of these alike: torch.export takes equal sizes for one and the same.
@@ -208,7 +208,7 @@ def _quiet(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _write_metadata(onnx: Any, file: Path, source: Source, num_channels: int) -> None:
+def _write_metadata(onnx: Any, file: Path, source: ExportSource, num_channels: int) -> None:
     """Put what a reader of the file alone must know into it, each value as JSON."""
     config = source.model.config
     facts: dict[str, Any] = {
@@ -252,7 +252,7 @@ def read_metadata(file: str | os.PathLike) -> dict[str, Any]:
         raise SpcxrError(f"{file}: no ONNX file of this package ({type(error).__name__})") from error
 
 
-def _write_configs(folder: Path, source: Source, num_channels: int) -> None:
+def _write_configs(folder: Path, source: ExportSource, num_channels: int) -> None:
     if source.task == "segmentation":  # no Transformers.js model has this graph: it is for ONNX Runtime
         config = json.loads(source.model.config.to_json_string())
         write_json(folder / "config.json", config | {"notice": RESEARCH_NOTICE})

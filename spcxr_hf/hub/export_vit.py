@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, ViTForImageClassification, ViTModel
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import atomic_folder, read_json
 from spcxr_hf.hub.export import (
-    Source,
+    ExportSource,
     check_channels,
     load_source,
     patch_weight,
@@ -125,7 +125,7 @@ def check_target(target: Path, written: Collection[str]) -> None:
 
 
 @torch.no_grad()
-def vit_state_dict(source: Source, num_channels: int) -> dict[str, torch.Tensor]:
+def vit_state_dict(source: ExportSource, num_channels: int) -> dict[str, torch.Tensor]:
     """The weights under the names of `ViTModel`, or of `ViTForImageClassification` for a classifier."""
     ours = source.model.base_model.state_dict()
     weights = {
@@ -163,7 +163,7 @@ def _block(ours: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]
 
 
 @torch.no_grad()
-def _compare(source: Source, folder: Path, num_channels: int) -> None:
+def _compare(source: ExportSource, folder: Path, num_channels: int) -> None:
     """Load the folder by the library's own class and compare it with the original."""
     vit_class: Any = ViTForImageClassification if source.task == "classification" else ViTModel
     vit, loading = vit_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True)

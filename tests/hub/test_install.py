@@ -247,7 +247,7 @@ def test_force_moves_main_and_removes_nothing(cards, cache, downloaded):
         ("config.json", None, "no checkpoint, config.json missing"),
         ("model.safetensors", None, "no checkpoint, model.safetensors missing"),
         ("config.json", b"{'model_type'", "config.json: not valid JSON"),
-        ("config.json", b'{"transformers_weights": "../base/model.safetensors"}', "lies outside the folder"),
+        ("config.json", b'{"transformers_weights": "../base/model.safetensors"}', "outside the checkpoint folder"),
         ("model.safetensors.index.json", b'{"weight_map": {"a": "x.bin"}}', r"names 'x\.bin'; only safetensors"),
         ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "model.safetensors: damaged"),
         ("model.safetensors", b"", "model.safetensors: damaged"),

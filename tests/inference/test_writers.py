@@ -234,7 +234,7 @@ def test_nothing_is_destroyed_by_chance(tmp_path):
     for output, resume, overwrite, complaint in (
         (tmp_path / "out.csv", False, False, "already exists; --resume continues it"),
         (tmp_path / "out.csv", True, True, "give one of them"),
-        (None, True, False, "--resume goes on with a file"),
+        (None, True, False, "--resume continues a file"),
         (tmp_path, False, False, "a folder, and a file is needed"),
         (tmp_path / "missing" / "out.csv", False, False, "no such folder"),
     ):

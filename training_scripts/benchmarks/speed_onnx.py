@@ -39,7 +39,7 @@ from spcxr_hf.evaluation.calibration import to_probabilities
 from spcxr_hf.evaluation.metrics import dice
 from spcxr_hf.evaluation.predict import match_classes, select_rows
 from spcxr_hf.files import read_json, write_json
-from spcxr_hf.hub.export import Source, load_source
+from spcxr_hf.hub.export import ExportSource, load_source
 from spcxr_hf.hub.export_onnx import EXACT_SUMS, export_onnx, lacks_vnni, quantize_int8
 from spcxr_hf.models.loading import is_multi_label, label_names
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
@@ -121,7 +121,7 @@ def fill_from_recipe(arguments: Arguments, task: str, recipe: Path) -> None:
     arguments.classes = arguments.classes or known.get("classes") or []
 
 
-def measure_model(arguments: Arguments, source: Source) -> dict[str, Any]:
+def measure_model(arguments: Arguments, source: ExportSource) -> dict[str, Any]:
     """Sizes, speeds and, where there is a set, accuracy of one model and its two exports."""
     with tempfile.TemporaryDirectory() as folder:
         file = export_onnx(str(arguments.model), Path(folder) / "export", num_channels=source.model.config.num_channels)
@@ -141,7 +141,7 @@ def measure_model(arguments: Arguments, source: Source) -> dict[str, Any]:
 # ---- what is run -------------------------------------------------------------------------------------------------
 
 
-def runners(source: Source, files: dict[str, Path], threads: int, exact: bool = False) -> dict[str, Run]:
+def runners(source: ExportSource, files: dict[str, Path], threads: int, exact: bool = False) -> dict[str, Run]:
     """PyTorch, as it is used without any export, and the ONNX files, each on this many threads."""
     import onnxruntime
 
@@ -166,7 +166,7 @@ def runners(source: Source, files: dict[str, Path], threads: int, exact: bool = 
 # ---- speed -------------------------------------------------------------------------------------------------------
 
 
-def measure_speed(arguments: Arguments, source: Source, files: dict[str, Path]) -> dict[str, Any]:
+def measure_speed(arguments: Arguments, source: ExportSource, files: dict[str, Path]) -> dict[str, Any]:
     """Milliseconds of each and how many times as fast as PyTorch it is, per batch size."""
     runs = runners(source, files, arguments.threads)
     found = {}
@@ -198,7 +198,7 @@ def time_in_turn(runs: list[Run], values: torch.Tensor, repeats: int) -> Sequenc
 Figures = dict[str, dict[str, float]]  # figure -> what computed it -> value
 
 
-def measure_accuracy(arguments: Arguments, source: Source, files: dict[str, Path], exact: bool) -> dict[str, Any]:
+def measure_accuracy(arguments: Arguments, source: ExportSource, files: dict[str, Path], exact: bool) -> dict[str, Any]:
     """The figures of each on the split, the points that the exports lose against PyTorch, and how far they are off."""
     runs = runners(source, files, 1, exact)
     off = dict.fromkeys(files, 0.0)
@@ -232,7 +232,9 @@ def spread(arguments: Arguments, count: int) -> list[int]:
     return np.linspace(0, count - 1, most).astype(int).tolist()
 
 
-def pixel_values(source: Source, table: RadiographTable, rows: list[int]) -> Iterator[tuple[int, Any, torch.Tensor]]:
+def pixel_values(
+    source: ExportSource, table: RadiographTable, rows: list[int]
+) -> Iterator[tuple[int, Any, torch.Tensor]]:
     """Row, image and its pixel values (1, C, H, W)."""
     height, width = source.size
     processor = SpcxrImageProcessor(
@@ -248,7 +250,7 @@ def pixel_values(source: Source, table: RadiographTable, rows: list[int]) -> Ite
 
 
 def judge_classes(
-    arguments: Arguments, source: Source, compute: Compute, table: RadiographTable
+    arguments: Arguments, source: ExportSource, compute: Compute, table: RadiographTable
 ) -> tuple[int, Figures]:
     """AUROC (mean over the classes), accuracy of the decisions, and how many of PyTorch's decisions are kept."""
     multi_label = is_multi_label(source.model.config)
@@ -270,7 +272,7 @@ def judge_classes(
     }
 
 
-def decisions(source: Source, logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
+def decisions(source: ExportSource, logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
     """The likeliest class (n), or of a multi-label model (n, labels): 1 from the label's threshold on.
 
     The threshold is the operating point that the configuration names; 0.5 where there is none.
@@ -286,7 +288,9 @@ def decisions(source: Source, logits: torch.Tensor, multi_label: bool) -> torch.
     return (to_probabilities(logits, multi_label) >= torch.tensor(named)).float()
 
 
-def judge_lungs(arguments: Arguments, source: Source, compute: Compute, table: RadiographTable) -> tuple[int, Figures]:
+def judge_lungs(
+    arguments: Arguments, source: ExportSource, compute: Compute, table: RadiographTable
+) -> tuple[int, Figures]:
     """Mean Dice of the lung masks, each at its image's own size."""
     config: Any = source.model.config
     lung = config.label2id.get("lung")
@@ -307,7 +311,7 @@ def judge_lungs(arguments: Arguments, source: Source, compute: Compute, table: R
 
 
 def judge_embeddings(
-    arguments: Arguments, source: Source, compute: Compute, table: RadiographTable
+    arguments: Arguments, source: ExportSource, compute: Compute, table: RadiographTable
 ) -> tuple[int, Figures]:
     """Mean cosine similarity with PyTorch's embedding: the accuracy measure of an encoder."""
     table = table.where(str(arguments.split_column), arguments.split)
