@@ -116,7 +116,7 @@ class Arguments(SetArguments):
 
 @dataclass(frozen=True)
 class Split:
-    """What the model says of a split: logits (n, classes) beside the rows' targets (n, classes)."""
+    """Predictions on a split: logits (n, classes) and the rows' targets (n, classes)."""
 
     rows: LabelledRows
     logits: torch.Tensor
@@ -233,7 +233,7 @@ def reliable(
 def describe(
     arguments: Arguments, model: PreTrainedModel, classes: dict[str, list[str]], calibration: Calibration
 ) -> dict:
-    """What the figures are of."""
+    """Metadata of the report."""
     scales, biases = calibration.scale.tolist(), calibration.bias.tolist()
     entry: dict = {
         "model": Path(arguments.output).resolve().name,

@@ -80,7 +80,7 @@ from spcxr_hf.training.arguments import check_values, fill_from_recipe, parse_ar
 
 @dataclass(kw_only=True)
 class Arguments(SetArguments):
-    """Measure a classifier, or lung masks against those drawn by humans."""
+    """Evaluate a classifier, or lung masks against reference masks."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with its image processor"})
     data: str = field(metadata={"help": "a set with a column of labels, or lung masks, and a column of splits"})
@@ -125,7 +125,7 @@ class Arguments(SetArguments):
 
 @dataclass
 class Predictions:
-    """What a model says of a split.
+    """Predictions of a model on a split.
 
     Attributes:
         table: The split's rows.

@@ -84,7 +84,7 @@ class Arguments(AugmentationArguments, SplitArguments, ClassifierArguments):
     )
     label_fraction: float = flag(1.0, "share of each class's training images that is used")
     seeds: list[int] = flag([], "a run for each, in output/seed-<n>; by default one run, of `seed`")
-    balance: str = flag("none", "against rare classes: none; loss: they weigh more; sampling: they come up as often")
+    balance: str = flag("none", "for rare classes: none; loss: higher weight; sampling: balanced sampling")
     label_smoothing: float = flag(0.0, "share of a target that is spread over all classes")
     mixup: float = flag(0.0, "alpha of mixup; 0: none")
     cutmix: float = flag(0.0, "alpha of CutMix; 0: none; with mixup, either half the time")
@@ -139,7 +139,7 @@ def fine_tune(arguments: Arguments) -> dict:
 
 
 def check(arguments: Arguments) -> None:
-    """Refuse a command line that would fail late, or train something else than was meant."""
+    """Refuse a command line that would fail late, or that would ignore a flag."""
     check_packages()
     check_values(
         arguments,

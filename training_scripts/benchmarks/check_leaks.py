@@ -1,4 +1,4 @@
-"""How well leaks are found: seeded ones on real radiographs, the leaks that there are, and the price in false pairs.
+"""Measure leak detection on real radiographs: recall on seeded copies, leaks of the set, and false pairs.
 
     python -m training_scripts.benchmarks.check_leaks --data ../shared/data \
         --output training_scripts/benchmarks/results/leaks.json
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure_search(arguments: Arguments) -> None:
-    """All that the first paragraphs above tell of."""
+    """The measurements of the module's docstring."""
     generator = np.random.default_rng(arguments.seed)
     table = read_set(arguments.data, arguments.exclude)
     if arguments.rows:
@@ -132,7 +132,7 @@ def measure_search(arguments: Arguments) -> None:
 
 
 def verify(arguments: Arguments, column: str) -> None:
-    """Say that nothing leaks between the sides of a column, or refuse it.
+    """Check that nothing leaks between the sides of a column.
 
     Raises:
         LeakError: something does.
@@ -313,7 +313,7 @@ def measure(found: Found, half: int | None, threshold: float) -> dict[str, Any]:
 
 
 def relation(first: str | None, second: str | None) -> str:
-    """What the patients of two images are to each other."""
+    """Whether two images are of the same patient."""
     if first is None or second is None:
         return "unknown"
     return "same" if first == second else "different"
@@ -378,7 +378,7 @@ def images_by_side(sides: Sequence[str | None], pairs: Sequence[Pair]) -> dict[s
 
 
 def count_sources(table: RadiographTable, pairs: Sequence[Pair]) -> dict[str, int]:
-    """How many pairs lie within a source, or between two."""
+    """How many pairs are within a source, or between two."""
     sources = table.column("source")
     between = Counter(" and ".join(sorted({sources[pair.first], sources[pair.second]})) for pair in pairs)
     return dict(between.most_common())

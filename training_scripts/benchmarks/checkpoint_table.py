@@ -74,7 +74,7 @@ ROWS = {
 
 
 class Goal(NamedTuple):
-    """A figure that a checkpoint is to reach: entries of its results files, the last key of each without `_ci95`."""
+    """A target value of a checkpoint: entries of its results files, the last key of each without `_ci95`."""
 
     checkpoint: str
     what: str
@@ -84,7 +84,7 @@ class Goal(NamedTuple):
 
 
 def _thumbnails(split: str, figure: str) -> dict[str, str]:
-    """What logistic regression on thumbnails reaches in this figure."""
+    """Result of logistic regression on thumbnails in this figure."""
     return {f"{side} px": f"shortcuts/splits/{split}/variants/thumbnail_{side}/{figure}" for side in (16, 32)}
 
 

@@ -1,4 +1,4 @@
-"""Run tests on the oldest and the newest versions that the package claims, each in its own environment.
+"""Run tests on the oldest and the newest supported versions, each in its own environment.
 
     python -m training_scripts.benchmarks.compat --environments oldest newest
     python -m training_scripts.benchmarks.compat --render CONTRIBUTING.md
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_environment(folder: Path, setup: Setup) -> Path:
-    """Make it, or bring it up to date; its interpreter.
+    """Create or update an environment; returns its interpreter.
 
     Raises:
         SpcxrError: uv is missing, or there is no such Python, or no versions that fit together.
@@ -169,7 +169,7 @@ def find_python(version: str) -> str:
 
 
 def call(command: Sequence[str]) -> None:
-    """Run it; what it prints is seen.
+    """Run a command with its output shown.
 
     Raises:
         SpcxrError: it failed.

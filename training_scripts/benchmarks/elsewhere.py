@@ -1,4 +1,4 @@
-"""Measure the heads on images of other archives, hospitals and file processings than those they were trained on.
+"""Evaluate the heads on archives, hospitals and image processings other than those of their training.
 
     python -m training_scripts.benchmarks.elsewhere --data ../shared/data --rsna ../shared/rsna_jsrt
 

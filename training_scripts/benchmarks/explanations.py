@@ -1,4 +1,5 @@
-"""Check a classifier's maps on radiographs: deletion and insertion curves against random maps, and the lungs' share.
+"""Faithfulness of a classifier's saliency maps: deletion and insertion curves against random maps, and the lungs'
+share.
 
     python -m training_scripts.benchmarks.explanations --model model_cards/pneumonia \
         --lungs model_cards/lung-segmentation \
@@ -6,7 +7,7 @@
     python -m training_scripts.benchmarks.explanations --render training_scripts/GUIDES.md
 
 Deletion and insertion are those of RISE (arXiv 1806.07421, section 4.1), by patches. Two controls: random maps, several
-for each image, and the relevance map of another image, which has the same habits but has not seen this one. Differences
+for each image, and the relevance map of another image, of the same model but not of this image. Differences
 are paired by image, positive where the map is better, with 95 % intervals by patient. `--pictures FOLDER` draws the
 curves, and the first maps over their radiographs: keep those where the images may be.
 
@@ -64,7 +65,7 @@ AGAINST = {"random": "random maps", "relevance of another image": "another image
 
 @dataclass
 class Arguments:
-    """Check a classifier's maps."""
+    """Measure the faithfulness of saliency maps."""
 
     model: str | None = field(default=None, metadata={"help": "folder or Hub id of an SPCXR classifier"})
     data: str | None = field(default=None, metadata={"help": "a set with a column of labels and a column of splits"})

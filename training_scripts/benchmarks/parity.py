@@ -1,4 +1,4 @@
-"""Do converted weights compute the same? Beside timm's ViT-S/16 and, given a checkout of it, the GMML release.
+"""Check that converted weights compute the same as timm's ViT-S/16 and, given a checkout, the GMML release.
 
     python -m training_scripts.benchmarks.parity [--gmml_release CHECKOUT] [--output parity.json]
 

@@ -1,4 +1,4 @@
-"""How often is a real radiograph called implausible, and how often is something else found? And the rule behind it.
+"""False alarms and detection rate of the plausibility test, and the fit of its rule.
 
 python -m training_scripts.benchmarks.plausibility --data ../shared/data --output false_alarms.json
 python -m training_scripts.benchmarks.plausibility --data ../shared/data --fit true --output false_alarms.json

@@ -1,4 +1,4 @@
-"""Measure ONNX exports beside PyTorch: speed ratios on two threads, and what 8 bits cost in accuracy or Dice on val.
+"""Measure ONNX exports beside PyTorch: speed ratios on two threads, and the loss of 8 bits in accuracy or Dice on val.
 
     python -m training_scripts.benchmarks.speed_onnx --model model_cards/pneumonia --data ../shared/data \
         --output training_scripts/benchmarks/results/onnx.json
@@ -209,7 +209,9 @@ def measure_accuracy(arguments: Arguments, source: ExportSource, files: dict[str
             off[name] = max(off[name], float(np.abs(found[name] - found["torch"]).max()))
         return found
 
-    judge = {"classification": judge_classes, "segmentation": judge_lungs, "embedding": judge_embeddings}[source.task]
+    judge = {"classification": measure_classes, "segmentation": measure_lungs, "embedding": measure_embeddings}[
+        source.task
+    ]
     rows, figures = judge(arguments, source, compute, read_set(str(arguments.data)))
     return {
         "split": arguments.split,
@@ -249,7 +251,7 @@ def pixel_values(
         yield row, image, processor(image, return_tensors="pt").pixel_values
 
 
-def judge_classes(
+def measure_classes(
     arguments: Arguments, source: ExportSource, compute: Compute, table: RadiographTable
 ) -> tuple[int, Figures]:
     """AUROC (mean over the classes), accuracy of the decisions, and how many of PyTorch's decisions are kept."""
@@ -288,7 +290,7 @@ def decisions(source: ExportSource, logits: torch.Tensor, multi_label: bool) -> 
     return (to_probabilities(logits, multi_label) >= torch.tensor(named)).float()
 
 
-def judge_lungs(
+def measure_lungs(
     arguments: Arguments, source: ExportSource, compute: Compute, table: RadiographTable
 ) -> tuple[int, Figures]:
     """Mean Dice of the lung masks, each at its image's own size."""
@@ -310,7 +312,7 @@ def judge_lungs(
     return len(rows), {"dice": {name: statistics.fmean(values) for name, values in found.items()}}
 
 
-def judge_embeddings(
+def measure_embeddings(
     arguments: Arguments, source: ExportSource, compute: Compute, table: RadiographTable
 ) -> tuple[int, Figures]:
     """Mean cosine similarity with PyTorch's embedding: the accuracy measure of an encoder."""

@@ -1,6 +1,6 @@
-"""The tables, goals and curves of the evidence, made from its results file and from nothing else.
+"""Tables, goals and curves of the evidence, made from its results file only.
 
-What was not run is called so; nothing is filled in.
+Cells that were not run are marked as such.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def blocks(results: Results) -> dict[str, str]:
 
 
 def note(results: Results) -> str:
-    """How the figures came about, in two sentences."""
+    """How the figures were measured, in two sentences."""
     return f"{results['setting']} {results['method']}"
 
 
@@ -231,7 +231,7 @@ def ablation_table(results: Results) -> str:
 
 
 def cost_table(results: Results) -> str:
-    """What the checkpoints' trainings took, where their runs' folders are there to tell, and what the cells did."""
+    """Cost of the checkpoints' trainings, where their runs' folders are available, and of the cells."""
     tables = [_training_costs(results), _cell_costs(results)]
     return "\n\n".join(table for table in tables if table) or "Not measured."
 

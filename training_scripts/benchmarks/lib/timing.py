@@ -1,6 +1,6 @@
-"""What measurements are made of: times taken in turn, peak memory, FLOPs, results files and the table of them.
+"""Helpers for measurements: interleaved timing, peak memory, FLOPs, results files and their table.
 
-Ratios are medians over pairs that were measured one after the other, so that a busy moment of the machine meets both.
+Ratios are medians over pairs that were measured one after the other, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ PRODUCTS = (
 
 
 def synchronise() -> None:
-    """Wait until the GPU, if there is one, has done what was asked of it."""
+    """Wait until the GPU, if there is one, has finished its queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def in_turn(functions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Seconds of each function, measured in turn so that a busy moment of the machine meets all, after one warm-up."""
+    """Seconds of each function, measured in turn so that other load on the machine affects all, after one warm-up."""
     seconds: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 1):
         for function, measured in zip(functions, seconds, strict=True):
