@@ -287,6 +287,8 @@ def test_the_token_in_use_is_looked_for(cards, tmp_path):
     (tmp_path / "log.txt").write_text("a\nb oddly_shaped_secret")
     assert list(find_unwanted(tmp_path / "log.txt", "oddly_shaped_secret")) == [(2, "the token that is in use")]
     assert list(find_unwanted(tmp_path / "log.txt", None)) == []
+    (tmp_path / "log.txt").write_text("oddly_shaped_secret")
+    assert list(find_unwanted(tmp_path / "log.txt", "oddly_shaped_secret")) == [(1, "the token that is in use")]
 
 
 # Put together here, so that no scanner takes them for real ones.
