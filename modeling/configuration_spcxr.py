@@ -58,7 +58,7 @@ POSITIVE = (
 MAX_LAYERS = 1_000
 MAX_LABELS = 100_000
 MAX_PARAMETERS = 5_000_000_000
-# What names a head's labels, and what belongs to a head of these labels alone.
+# Fields that define the label space, and fields that are valid for one label space only.
 LABEL_SPACE = ("num_labels", "id2label", "label2id")
 OF_A_HEAD = ("operating_points", "operating_point", "intended_use")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -182,7 +182,7 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As every config's; but thresholds belong to a head, and other labels mean a new one, which has none yet."""
+        """As `PreTrainedConfig.from_dict`; where the labels change, thresholds of the old head are dropped."""
         if kwargs.get("id2label") is not None:
             kwargs["id2label"] = _by_number(kwargs["id2label"])
         if any(kwargs.get(name) is not None for name in LABEL_SPACE):

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The handler of Inference Endpoints: lies as `handler.py` beside the weights and answers requests by itself.
+"""Custom handler for Hugging Face Inference Endpoints: `handler.py` in the model repository.
 
 Request: the bytes of a PNG or JPEG; the same as a base64 string, with or without `data:image/png;base64,` before it; a
 list of up to 16 of these; or `{"inputs": one of them, "parameters": {...}}`. Nothing is fetched: a URL is refused, and
@@ -35,7 +35,7 @@ segmentation     "width", "height" of the picture in pixels; "segments": [{"labe
                  for each label its share of the picture's area, and a base64 PNG of the picture's size, 255 where the
                  label is and 0 elsewhere.
 
-Parameters, all optional: "top_k" (int, classification: so many labels), "operating_point" (str, classification: its
+Parameters, all optional: "top_k" (int, classification: number of labels), "operating_point" (str, classification: its
 decisions alone).
 
 What cannot be answered gives `{"error": "one line"}`, in a list in that picture's place, and never an exception.
@@ -68,11 +68,11 @@ PARAMETERS = ("operating_point", "top_k")
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered; the message is for whoever sent it."""
+    """A request that cannot be answered; the message is sent to the client."""
 
 
 class EndpointHandler:
-    """Loads the repository that it lies in once, and answers requests.
+    """Loads the model of its repository once, and answers requests.
 
     Args:
         path: The folder with configuration, weights, image processor and code.

@@ -331,7 +331,7 @@ def _per_channel(value: float | tuple[float, ...], channels: int, name: str) -> 
 
 
 class _RadiographProcessing(BaseImageProcessor):
-    """What both back ends share; it stands before a back end in the list of bases."""
+    """Mixin with the steps that both back ends share; listed before the back end among the bases."""
 
     valid_kwargs = SpcxrImageProcessorKwargs
     model_input_names = ["pixel_values"]

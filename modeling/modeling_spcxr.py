@@ -63,7 +63,7 @@ class SpcxrModelOutput(BaseModelOutputWithPooling):
 
     @property
     def cls_token(self) -> torch.Tensor:
-        """(B, D): the CLS token. GMML does not train it: it means something after fine-tuning with `pooling="cls"`."""
+        """(B, D): the CLS token. GMML does not train it; use it only after fine-tuning with `pooling="cls"`."""
         return self.last_hidden_state[:, 0]
 
     @property
@@ -247,7 +247,7 @@ class SpcxrEncoder(nn.Module):
 
 
 LARGEST_HEADER = 100_000_000  # bytes of a safetensors header; as the library that reads it
-NEW_PARAMETERS = 100_000_000  # so many may be newly initialised beside any weights; the largest head has 1,000,000
+NEW_PARAMETERS = 100_000_000  # newly initialised parameters that are always allowed; the largest head has 1,000,000
 
 
 def check_weight_files(folder: Path) -> None:
@@ -261,7 +261,7 @@ def check_weight_files(folder: Path) -> None:
         ValueError: it is so, or an index cannot be read; the message names the file.
     """
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder}: adapters of a model that lies elsewhere; load that one, then these with peft")
+        raise ValueError(f"{folder}: adapters of another model; load that one, then these with peft")
     stated = None
     if (folder / "config.json").is_file():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -273,20 +273,20 @@ def check_weight_files(folder: Path) -> None:
         _check_weight_file(file, folder)
         if not file.name.endswith(".safetensors"):
             for part in _parts_of_index(file):
-                _check_weight_file(folder / part, folder)  # the library looks here, wherever the index lies
+                _check_weight_file(folder / part, folder)  # the library looks here, wherever the index is
                 if not part.endswith(".safetensors"):
                     raise ValueError(f"{file}: names {part!r}; only safetensors are loaded")
 
 
 def _check_weight_file(file: Path, folder: Path) -> None:
-    """Raises ValueError where the file, its links followed, lies outside the folder."""
+    """Raise ValueError where the file, after following links, is outside the folder."""
     root, real = folder.resolve(), file.resolve()
     if file.is_symlink() and root.parent.name == "snapshots" and root in (file.parent.resolve() / "-").parents:
         # One step alone: what the blobs of a cache are linked to is the cache's affair.
         blob = Path(os.path.normpath(file.parent.resolve() / file.readlink()))
         real = root / file.name if blob.parent == root.parent.parent / "blobs" else real
     if root not in real.parents:
-        raise ValueError(f"{file}: lies outside the folder {folder}; weights lie in their own folder")
+        raise ValueError(f"{file}: outside the checkpoint folder {folder}")
 
 
 def _parts_of_index(index: Path) -> list[str]:
@@ -405,7 +405,7 @@ class SpcxrPreTrainedModel(PreTrainedModel):
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Save weights, configuration and code, so that the folder loads by itself."""
+        """Save weights, configuration and code, so that the folder can be loaded with `trust_remote_code=True`."""
         # What came from the Hub names its code "user/repository--file.Class"; from here on it is the code saved beside.
         self.config.auto_map = dict(AUTO_MAP)
         self.config.settle_labels()
@@ -596,7 +596,7 @@ class SpcxrForPreTraining(SpcxrPreTrainedModel):
         if mask is None:
             return error.mean()
         count = mask.sum() * error.shape[1]
-        # where, not a product: whatever stands at an uncorrupted pixel, infinite or NaN, leaves the loss as it is.
+        # where, not a product: values at uncorrupted pixels, infinite or NaN, must not change the loss.
         return torch.where(mask, error, 0.0).sum() / count.clamp(min=1)
 
 
@@ -845,7 +845,7 @@ class SpcxrBackbone(BackboneMixin, SpcxrPreTrainedModel):
         feature_maps = []
         for stage, tokens in zip(self.stage_names, hidden_states, strict=True):
             if stage in self.out_features:
-                # CODEPATH: every checkpoint normalises; without it, a predictor that brings its own norm takes over.
+                # CODEPATH: every checkpoint normalises; False is for predictors that apply a norm of their own.
                 tokens = self.layernorm(tokens) if self.config.apply_layernorm else tokens
                 feature_maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous())
         return BackboneOutput(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import SpcxrError
 
-# The installed command has no suffix; `spcxr.py` is somebody's own script.
+# The installed command has no suffix; `spcxr.py` is a user's script.
 _IS_COMMAND = bool(sys.argv) and Path(sys.argv[0]).name in ("spcxr", "spcxr.exe")
 if _IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `cli.main` runs, Ctrl-C leaves no traceback

@@ -47,7 +47,7 @@ Exit status:
   2    the command line is mistaken
   3    some files failed, or a folder holds what is not read (links, .gif);
        each is reported on standard error, and the others are done
-  130  interrupted; what is written is whole, and --resume goes on"""
+  130  interrupted; the records written so far are complete, and --resume continues"""
 
 # No mark-up and no framed tracebacks: the text reads the same in a terminal, a pipe and a log.
 app = typer.Typer(
@@ -129,7 +129,7 @@ class JobOptions(NamedTuple):
 
 
 def _job_command(short_help: str, *example: str) -> Callable[[Callable], Callable]:
-    """Register a command that takes `options`; each field of `JobOptions` becomes an option of its own."""
+    """Register a command that takes `options`; each field of `JobOptions` becomes an option."""
 
     def register(command: Callable) -> Callable:
         def run(**given: Any) -> None:
@@ -158,7 +158,7 @@ def _run(
     pictures: Path | None = None,
     suffix: str = ".png",
 ) -> None:
-    """Answer for every image; the command ends with the job's exit status.
+    """Run a model over every image; the command ends with the job's exit status.
 
     `make_answer` takes the loaded model and the place of each source's picture, and returns a function of `tasks`;
     `pictures` is the folder of the pictures, for tasks that make one of each image, and `suffix` theirs.
@@ -176,7 +176,7 @@ def _run(
 
 
 def _chosen_head(model: str | None) -> str:
-    """The model given; without one, the classifiers are listed with whom each was made for, and the status is 2."""
+    """The model given; without one, the classifiers are listed with their intended population, and the status is 2."""
     if model is not None:
         return model
     from spcxr_hf.inference.pipeline import list_heads
@@ -215,7 +215,7 @@ def predict(
         str | None, typer.Option(metavar="NAME", help="One of the checkpoint's, as 'youden'.")
     ] = None,
 ) -> None:
-    """Probabilities of each label, and whether they lie above or below the thresholds of a named operating point."""
+    """Probabilities of each label, and whether they are above or below the thresholds of an operating point."""
     from spcxr_hf.inference.tasks import Predictor
 
     head = _chosen_head(model)
@@ -244,7 +244,7 @@ def segment(
         ),
     ] = "png",
 ) -> None:
-    """A lung mask of each image, of its own size, and the areas of the lungs as shares of the image."""
+    """A lung mask of each image, at the image's size, and the areas of the lungs as shares of the image."""
     from spcxr_hf.inference import tasks
 
     def answer(_: Any, place: Any) -> Any:
@@ -280,7 +280,7 @@ def explain(
     ] = LUNGS,
     pictures: PicturesOption = Path("explained"),
 ) -> None:
-    """Draw the parts of each image that an answer rests on. It shows what the model used, not where a disease is."""
+    """Draw a saliency map over each image. It shows what the model used, not where a disease is."""
     from spcxr_hf.inference.pipeline import load_model
     from spcxr_hf.inference.tasks import Explainer
 
@@ -411,7 +411,7 @@ def audit(
     ] = None,
     workers: WorkersOption = None,
 ) -> None:
-    """Look through a set: sizes, depths, broken files, copies, leaks between splits; one page and its numbers."""
+    """Audit a data set: sizes, depths, broken files, copies, leaks between splits; an HTML page and JSON."""
     from spcxr_hf.inference.pipeline import table_of
     from spcxr_hf.quality.audit import audit as look_through
 
@@ -537,7 +537,7 @@ def recipes(
 
 
 def _register_quietly() -> None:
-    """Without a bar for the weights of every checkpoint: they are there in an instant."""
+    """Register the Auto classes without progress bars: these weights load within a second."""
     from transformers.utils import logging
 
     from spcxr_hf.models.auto import register

@@ -34,7 +34,7 @@ def overlay(grey: torch.Tensor, mask: torch.Tensor, opacity: float = 0.35) -> to
 
 
 def with_words(picture: Image.Image, words: Sequence[str]) -> Image.Image:
-    """The picture, and below it each text in lines of its own, dark on white, of a size that suits the width."""
+    """The picture with lines of text below it, dark on white, in a font size that suits the width."""
     font = font_for(picture.width)
     pen = ImageDraw.Draw(picture)
     lines = [line for text in words for line in _wrap(pen, text, font, picture.width - 2 * MARGIN)]
@@ -114,8 +114,8 @@ def _print_once(text: str) -> None:
 def save_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, x_label: str, y_label: str) -> None:
     """Write named curves of (x, y) points as one PNG; without matplotlib (the extra `demo`) say so and write none."""
     try:
-        from matplotlib.figure import Figure  # a figure of its own touches no global state
-    except ImportError:  # a run must not end for want of a picture
+        from matplotlib.figure import Figure  # not pyplot, which keeps global state
+    except ImportError:  # a failed drawing must not end a run
         _print_once(f'{path}: not drawn without matplotlib; `pip install "spcxr-hf[demo]"`')
         return
 

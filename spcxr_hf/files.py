@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON, PNG, hashes, and what every result carries (notice, software versions)."""
+"""Files: atomic writes, JSON, PNG, hashes, and metadata of results (research notice, software versions)."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def locked(folder: Path, name: str = "") -> Iterator[None]:
 def write_json(path: str | os.PathLike, content: dict) -> None:
     """Write JSON, atomically.
 
-    NumPy arrays and tensors become lists; numbers that are not finite, which JSON lacks, become null.
+    NumPy arrays and tensors become lists; non-finite numbers become null.
 
     Raises:
         SpcxrError: a value has no form in JSON, or the file cannot be written; one that was there stays as it is.

@@ -1,6 +1,7 @@
 """What holds for every test."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -17,3 +18,9 @@ def threads_of_the_environment() -> Iterator[None]:
     yield
     if torch.get_num_threads() != before:
         torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests first: with `--dist loadfile`, a long file at the end leaves the other cores idle."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])

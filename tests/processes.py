@@ -5,6 +5,7 @@ they could have no backward pass where autograd has started threads there: torch
 before the first one.
 """
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -18,10 +19,23 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from spcxr_hf.modeling.configuration_spcxr import SIZES
+from tests.made_up import SMALL_PRESET
+
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["training_scripts.pretrain", "training_scripts.finetune_classification", "pyarrow.dataset", "matplotlib.figure"]
 )
+
+
+def with_small_models(main: Callable[[list[str]], object]) -> Callable[[list[str]], object]:
+    """`main` where the preset "tiny" is `SMALL_PRESET`, for `start` and `start_group`."""
+    return functools.partial(_with_small_models, main)
+
+
+def _with_small_models(main: Callable[[list[str]], object], words: list[str]) -> None:
+    SIZES["tiny"] = SMALL_PRESET
+    main(words)
 
 
 def start(main: Callable[[list[str]], object], words: Sequence[str], log: Path, **environment: str) -> BaseProcess:

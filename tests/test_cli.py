@@ -271,7 +271,7 @@ def test_resume_repeats_nothing(tmp_path, pretrained, monkeypatch, capsys):
     assert run_main(monkeypatch, *embed) == 0
     (tmp_path / "later.png").rename(paths[3])
     assert run_main(monkeypatch, *embed) == 1
-    assert "--resume goes on with it" in capsys.readouterr().err
+    assert "--resume continues it" in capsys.readouterr().err
     assert run_main(monkeypatch, *embed, "--resume") == 0
     assert "1 image in" in (told := capsys.readouterr().err)
     assert "3 were done before" in told

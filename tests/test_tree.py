@@ -57,6 +57,14 @@ def test_machine_paths_are_seen():
     assert not holds(b"https://example.com" + MACHINE_PATHS[1], MACHINE_PATHS)
 
 
+def test_every_script_reports_errors_without_a_traceback(files):
+    scripts = [path for path in files if path.is_relative_to(ROOT / "training_scripts") and path.suffix == ".py"]
+    started = {path.name: text for path in scripts if "__main__" in (text := path.read_text(encoding="utf-8"))}
+    assert len(started) > 20
+    different = [name for name, text in started.items() if not text.endswith("    run_script(main)\n")]
+    assert different == []
+
+
 def test_weights_are_safetensors(files):
     assert [path.name for path in files if path.suffix in PICKLES] == []
 

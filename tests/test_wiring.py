@@ -163,6 +163,7 @@ def test_the_classifier_s_loss_optimiser_and_mixing(shard, pretrained, tmp_path,
     assert SpcxrConfig.from_pretrained(tmp_path / "final").drop_path_rate == 0.25
 
 
+@pytest.mark.slow
 def test_an_averaged_classifier_is_chosen_and_kept_by_its_average(shard, pretrained, tmp_path):
     flags = ["--init_from", pretrained, "--ema_decay", "0.9", "--learning_rate", "1e-2", "--metric", "loss"]
     output = classify(shard, tmp_path, *flags)
@@ -273,6 +274,7 @@ def test_linear_probes_standardise_and_weigh_the_classes():
 # ---- another set in the same folder ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_never_goes_on_with_another_set_or_other_classes(shard, pretrained, tmp_path, capsys):
     flags = ["--init_from", pretrained]
     classify(shard, tmp_path / "run", *flags)

@@ -1,1 +1,1 @@
-"""What users start: pretraining, fine-tuning, probes and reports. Installed as `spcxr_hf.training_scripts`."""
+"""Scripts that users start: pretraining, fine-tuning, probes and reports. Installed as `spcxr_hf.training_scripts`."""

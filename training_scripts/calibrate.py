@@ -5,7 +5,7 @@
         --classes normal "bacterial pneumonia=bacterial" "viral pneumonia=viral" \
         --sums "bacterial pneumonia + viral pneumonia" --output runs/pneumonia_calibrated
 
-Columns and classes may be left out where a `recipe.yaml` of the training lies beside the weights. One temperature for
+Columns and classes may be left out where a `recipe.yaml` of the training is beside the weights. One temperature for
 classes that exclude each other, a scale and a bias for each label that may hold with others; folded into the head's
 weights, so that softmax or sigmoid of the logits is the calibrated probability everywhere. The folder `output` then has
 weights, config (with the thresholds), image processor, recipe, `calibration.json` and, with matplotlib, two pictures.
@@ -116,7 +116,7 @@ class Arguments(SetArguments):
 
 @dataclass(frozen=True)
 class Split:
-    """What the model says of a split: logits (n, classes) beside the rows' targets (n, classes)."""
+    """Predictions on a split: logits (n, classes) and the rows' targets (n, classes)."""
 
     rows: LabelledRows
     logits: torch.Tensor
@@ -163,7 +163,7 @@ def check(arguments: Arguments) -> None:
     if arguments.operating_point not in POINTS:
         raise SpcxrError(f"operating_point must be {', '.join(POINTS)}; got {arguments.operating_point!r}")
     if Path(arguments.output).resolve() == Path(arguments.model).resolve():
-        raise SpcxrError(f"{arguments.output}: the calibrated model needs a folder of its own")
+        raise SpcxrError(f"{arguments.output}: the calibrated model needs a separate folder")
     there = {path.name for path in Path(arguments.output).glob("*")}
     if there and "calibration.json" not in there:  # the folder is replaced whole
         raise SpcxrError(f"{arguments.output}: holds something else than a calibrated model; name another folder")
@@ -189,7 +189,7 @@ def fill_in(arguments: Arguments, recipe: Path) -> None:
 def select(
     arguments: Arguments, classes: dict[str, list[str]], multi_label: bool
 ) -> tuple[dict[str, LabelledRows], dict[str, str]]:
-    """The rows of every split, the fitted one first, and what is left out of them: id -> cause.
+    """The rows of every split, the fitted one first, and the rows left out: id -> cause.
 
     All labels are read before the first image is.
     """
@@ -233,7 +233,7 @@ def reliable(
 def describe(
     arguments: Arguments, model: PreTrainedModel, classes: dict[str, list[str]], calibration: Calibration
 ) -> dict:
-    """What the figures are of."""
+    """Metadata of the report."""
     scales, biases = calibration.scale.tolist(), calibration.bias.tolist()
     entry: dict = {
         "model": Path(arguments.output).resolve().name,

@@ -11,8 +11,8 @@ scaling).
 `--html FOLDER` writes a page with ROC and precision-recall curves, reliability diagrams, confusion matrices and the
 most confident errors. These show radiographs: keep the folder where the images may be, or say `--worst 0`.
 
-Of a segmentation model, Dice, IoU and 95 % Hausdorff distance of its lung masks stand beside those of the mean mask of
-the rows `train`. Every mask is compared at its own resolution; distances are shares of the image's height.
+Of a segmentation model, Dice, IoU and 95 % Hausdorff distance of its lung masks, compared with those of the mean mask
+of the rows `train`. Every mask is compared at its own resolution; distances are shares of the image's height.
 
 Choose models on `val`; `test` and `shift` are for the report.
 """
@@ -80,7 +80,7 @@ from spcxr_hf.training.arguments import check_values, fill_from_recipe, parse_ar
 
 @dataclass(kw_only=True)
 class Arguments(SetArguments):
-    """Measure a classifier, or lung masks against those drawn by humans."""
+    """Evaluate a classifier, or lung masks against reference masks."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with its image processor"})
     data: str = field(metadata={"help": "a set with a column of labels, or lung masks, and a column of splits"})
@@ -125,7 +125,7 @@ class Arguments(SetArguments):
 
 @dataclass
 class Predictions:
-    """What a model says of a split.
+    """Predictions of a model on a split.
 
     Attributes:
         table: The split's rows.
@@ -251,7 +251,7 @@ def predict(
     rows: RadiographTable,
     targets: torch.Tensor,
 ) -> Predictions:
-    """The logits of every row that has a label; each process works on every so-manieth of them."""
+    """The logits of every row that has a label; they are divided among the processes."""
     kept = torch.nonzero(~targets.isnan().all(dim=1)).flatten().tolist()
     own = kept[processes.process_index :: processes.num_processes]
     logits: list[tuple[int, list[float]]] = []

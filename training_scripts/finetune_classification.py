@@ -86,7 +86,7 @@ class Arguments(AugmentationArguments, SplitArguments, ClassifierArguments):
     )
     label_fraction: float = flag(1.0, "share of each class's training images that is used")
     seeds: list[int] = flag([], "a run for each, in output/seed-<n>; by default one run, of `seed`")
-    balance: str = flag("none", "against rare classes: none; loss: they weigh more; sampling: they come up as often")
+    balance: str = flag("none", "for rare classes: none; loss: higher weight; sampling: balanced sampling")
     label_smoothing: float = flag(0.0, "share of a target that is spread over all classes")
     mixup: float = flag(0.0, "alpha of mixup; 0: none")
     cutmix: float = flag(0.0, "alpha of CutMix; 0: none; with mixup, either half the time")
@@ -141,7 +141,7 @@ def fine_tune(arguments: Arguments) -> dict:
 
 
 def check(arguments: Arguments) -> None:
-    """Refuse a command line that would fail late, or train something else than was meant."""
+    """Refuse a command line that would fail late, or that would ignore a flag."""
     check_packages()
     check_values(
         arguments,
@@ -157,12 +157,12 @@ def check(arguments: Arguments) -> None:
     if arguments.freeze_encoder and arguments.lora_rank:
         raise SpcxrError("freeze_encoder and lora_rank exclude each other")
     if len(set(arguments.seeds)) < len(arguments.seeds):
-        raise SpcxrError(f"a seed stands twice among the seeds {' '.join(map(str, arguments.seeds))}")
+        raise SpcxrError(f"a seed appears twice among the seeds {' '.join(map(str, arguments.seeds))}")
     arguments.views(arguments.image_size)
 
 
 def arguments_of_runs(arguments: Arguments) -> list[Arguments]:
-    """The command line of each run: one for each seed, as it could be started by itself."""
+    """The command line of each run, one for each seed."""
     if not arguments.seeds:
         return [arguments]
     runs = []
@@ -254,7 +254,7 @@ def draw_labels(arguments: Arguments, training: RadiographSet, classes: list[str
     """The share of the images that the run may learn from: as large of each class, drawn by the seed.
 
     Raises:
-        SpcxrError: a class is left without images, or a batch is larger than what is left.
+        SpcxrError: a class has no images, or a batch is larger than the remaining set.
     """
     if arguments.label_fraction < 1:
         training = select(training, draw_rows(training.columns["targets"], arguments.label_fraction, arguments.seed))

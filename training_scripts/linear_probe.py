@@ -10,7 +10,7 @@ same network without its weights: what the training gave is the difference.
 A split that leaks between any of these is refused (`--allow_leaks`, `--exclude`).
 
 Two classes are measured by AUROC, more by balanced accuracy; intervals come from a bootstrap over patients. A task is
-one of `TASKS`, or two columns of one's own set: `--label_column`, `--split_column`.
+one of `TASKS`, or two columns of the user's set: `--label_column`, `--split_column`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NORMAL, ABNORMAL = "normal", "abnormal"  # what a list of findings counts as: em
 
 @dataclass(frozen=True)
 class Task:
-    """What to tell apart.
+    """A classification task.
 
     Attributes:
         name: Its key in the results.
@@ -64,7 +64,7 @@ class Task:
 
     @property
     def labels(self) -> list[str]:
-        """The labels in the order of their numbers; label shares are drawn from each by itself."""
+        """The labels in the order of their numbers; label shares are drawn from each separately."""
         return [label for labels in self.classes.values() for label in labels]
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
@@ -114,7 +114,7 @@ class Arguments(SplitArguments):
         metadata={"help": f"any of {', '.join(TASKS)}; several at once where they share their columns"},
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "labels of a task of your own; a list counts as normal (empty) or abnormal"}
+        default=None, metadata={"help": "labels of a user-defined task; a list counts as normal (empty) or abnormal"}
     )
     split_column: str | None = field(
         default=None, metadata={"help": "its splits: train, val and, unless --report_test false, test"}
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     return result
 
 
-# What is asked for
+# Arguments
 
 
 def check(arguments: Arguments) -> None:
@@ -319,7 +319,7 @@ def number_labels(table: RadiographTable, task: Task) -> np.ndarray:
 
 
 def name_patients(table: RadiographTable) -> np.ndarray:
-    """Whose image each row is (n,), as numbers; a row whose patient is unknown counts as a patient of its own."""
+    """Whose image each row is (n,), as numbers; a row whose patient is unknown counts as a separate patient."""
     known = table.column("patient") if "patient" in table.rows.column_names else [None] * len(table)
     groups = patient_groups(known, len(known)) or []
     names = [f"row {group[1]}" if isinstance(group, tuple) else f"patient {group}" for group in groups]

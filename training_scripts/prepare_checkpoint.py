@@ -1,4 +1,5 @@
-"""Make a trained model a folder under `model_cards/`: half-precision weights, configs, code, recipe, results, card.
+"""Make a checkpoint folder under `model_cards/` from a trained model: half-precision weights, configs, code, recipe,
+results, card.
 
     python training_scripts/prepare_checkpoint.py --name base --model runs/pretrain/final --results runs/probe.json
 
@@ -35,13 +36,13 @@ from spcxr_hf.training.run_report import read_cost
 
 CARDS = Path(__file__).resolve().parent / "cards"
 LARGEST_FILE = 50_000_000  # bytes
-# Where things lay on the machine that trained; the card gives the command with names in their place.
+# Paths of the training machine; the card's command has placeholders in their place.
 MACHINE_KEYS = ("data", "output", "cache_folder", "init_from")
 
 
 @dataclass
 class Arguments:
-    """Make a trained model a Hub repository, ready to upload."""
+    """Make a Hub repository from a trained model."""
 
     name: str = field(metadata={"help": "last part of the id: base, lung-segmentation, ..."})
     model: str | None = field(default=None, metadata={"help": "folder `final` of the training run"})
@@ -84,7 +85,7 @@ def copy_model(source: Path, folder: Path) -> None:
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if stated is not None and saved.get("intended_use") is None:
         saved["intended_use"] = stated
-    saved["dtype"] = "float32"  # half precision is for the way; to compute in it is the user's choice
+    saved["dtype"] = "float32"  # stored in half precision, loaded in float32
     (folder / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     load_processor(str(source)).save_pretrained(folder)
     size = (folder / "model.safetensors").stat().st_size
@@ -93,13 +94,13 @@ def copy_model(source: Path, folder: Path) -> None:
 
 
 def copy_recipe(source: Path, folder: Path) -> None:
-    """The resolved recipe without the places of the machine that trained."""
+    """The resolved recipe without the training machine's paths."""
     recipe = {key: value for key, value in read_recipe(source / "recipe.yaml").items() if key not in MACHINE_KEYS}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
 
 def copy_files(sources: Sequence[Path], folder: Path) -> None:
-    """Figures or pictures, under the names that they have."""
+    """Copy figures or pictures under their names."""
     for source in sources:
         if not source.is_file():
             raise SpcxrError(f"{source}: no such file")
@@ -108,7 +109,7 @@ def copy_files(sources: Sequence[Path], folder: Path) -> None:
 
 
 def count_cost(runs: Sequence[str], folder: Path) -> None:
-    """What the trainings took together: device, minutes, views and views per second, by their reports."""
+    """Total cost of the trainings: device, minutes, views and views per second, by their reports."""
     if not runs:
         return
     cost = read_cost(runs)

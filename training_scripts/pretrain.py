@@ -59,7 +59,7 @@ class Arguments(AugmentationArguments, SetArguments, PretrainingArguments):
     crop_scale: list[float] = flag([0.25, 1.0], VIEWS["crop_scale"]["help"])
     brightness: float = flag(0.1, VIEWS["brightness"]["help"])
     contrast: float = flag(0.2, VIEWS["contrast"]["help"])
-    fill_modes: list[str] = flag(["noise", "replace"], "noise, zeros, block, replace: what masked groups hold")
+    fill_modes: list[str] = flag(["noise", "replace"], "noise, zeros, block, replace: content of masked groups")
     mask_ratio: list[float] = flag([0.5, 0.75], "least and largest masked share of an image")
     replace_ratio: float = flag(0.3, "masked share for the mode replace")
     max_block_size: float = flag(0.3, "largest side of a group as a share of the image's")
@@ -165,7 +165,7 @@ def build_model(arguments: Arguments) -> SpcxrForPreTraining:
     else:
         model, _ = load_network(model_class, arguments.init_from, new="head", dtype=torch.float32, **values)
         change_image_size(model, arguments.image_size)
-    model.config.images_seen = getattr(model.config, "images_seen", 0)  # travels with every checkpoint
+    model.config.images_seen = getattr(model.config, "images_seen", 0)  # saved with every checkpoint
     if arguments.norm_pix_loss or hasattr(model.config, "norm_pix_loss"):
         model.config.norm_pix_loss = arguments.norm_pix_loss  # so that its reconstructions are read as they are meant
     model.set_attn_implementation(arguments.attention)
@@ -187,7 +187,7 @@ def train(arguments: Arguments, run: Run, source: StepSource) -> None:
             run.backward(loss)
         run.update(learning_rate(step), weight_decay(step))
         run.state["images_seen"] += arguments.batch_size
-        run.bare_model.config.images_seen = run.state["images_seen"]  # travels with every checkpoint
+        run.bare_model.config.images_seen = run.state["images_seen"]  # saved with every checkpoint
         if run.is_due and isinstance(source, StreamingRadiographs):
             write_skipped(run.output, source.skipped, run.accelerator)
         if run.is_due and run.is_main:

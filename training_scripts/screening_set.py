@@ -1,4 +1,4 @@
-"""Write one set for the screening of adults out of two sources that hold both classes: NIH and RSNA.
+"""Write a screening set of adults from two sources that hold both classes: NIH and RSNA.
 
     python training_scripts/screening_set.py --nih ../shared/data --rsna ../shared/rsna_jsrt --output runs/screening_set
 

@@ -1,23 +1,23 @@
-"""What a classifier may be reading besides the lungs: its figures beside thumbnails, borders and masked images.
+"""Shortcut tests of a classifier: compared with probes on thumbnails and borders, and on masked images.
 
     spcxr shortcuts --model model_cards/pneumonia --data ../shared/data \
         --label_column pneumonia_label --split_column pneumonia_split \
         --classes normal "bacterial pneumonia=bacterial" "viral pneumonia=viral" \
         --targets "bacterial pneumonia + viral pneumonia" --output shortcuts.json
 
-Beside the model on whole images stand, on the same rows and with the same bootstrap by patient:
+The model on whole images is compared, on the same rows and with the same bootstrap by patient, with:
 
 * `thumbnail_16`, `thumbnail_32`, `border`: logistic regression on the grey values of a thumbnail, and on the outermost
-  sixteenth of the image alone; fitted on `train`, its strength chosen on `val`. What these reach takes no radiology.
+  sixteenth of the image alone; fitted on `train`, its strength chosen on `val`. Their performance needs no radiology.
 * `lungs_masked`, `lung_box_masked`: the model, unchanged, where the lungs, or the rectangle around them, are filled
-  with the image's mean. What is left cannot come from inside the lungs; the outline of masked lungs still shows, that
-  of the rectangle hardly.
+  with the image's mean. The remaining performance does not come from inside the lungs; the outline of masked lungs
+  still shows, that of the rectangle hardly.
 * `lungs_only`: the model where all but the lungs is filled.
 
-Of the regressions stands the accuracy too, at a threshold that was chosen on `val` as the model's default is (Youden).
-`survives` is (AUROC - 0.5) / (the model's AUROC - 0.5): the share of what the model knows that is left. Nothing is
-trained anew on masked images, so that a low figure can also come from images of a kind that the model never saw.
-Columns and classes may be left out where a `recipe.yaml` of the training lies beside the weights.
+The accuracy of the regressions is reported too, at a threshold that was chosen on `val` as the model's default is
+(Youden). `survives` is (AUROC - 0.5) / (the model's AUROC - 0.5): the share of the model's performance that remains.
+Nothing is trained anew on masked images, so that a low figure can also come from images of a kind that the model never
+saw. Columns and classes may be left out where a `recipe.yaml` of the training is beside the weights.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ Cuts = dict[str, dict[str, float]]  # variant -> target -> threshold
 
 @dataclass(kw_only=True)
 class Arguments(SetArguments):
-    """Put a classifier beside what reads no lungs."""
+    """Compare a classifier with baselines that do not see the lungs."""
 
     model: str = field(metadata={"help": "folder of a classifier with its image processor"})
     data: str = field(metadata={"help": "Parquet shards with a column of labels and a column of splits"})
@@ -122,7 +122,7 @@ class Arguments(SetArguments):
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked: the class names in the model's order, whether they may hold together, and the targets."""
+    """The task: the class names in the model's order, whether they may hold together, and the targets."""
 
     classes: dict[str, list[str]]
     multi_label: bool
@@ -188,13 +188,13 @@ def define_task(arguments: Arguments, model: PreTrainedModel) -> Task:
 
 
 def select(arguments: Arguments, task: Task) -> tuple[dict[str, LabelledRows], dict[str, str]]:
-    """The rows of `train` and `val`, for the probes, and of the splits to report; what is left out: id -> cause."""
+    """The rows of `train` and `val`, for the probes, and of the splits to report; and rows left out: id -> cause."""
     table = read_set(arguments.data, arguments.exclude, arguments.read_as, arguments.image_root)
     columns = str(arguments.label_column), str(arguments.split_column)
     wanted = dict.fromkeys(["train", "val", *arguments.splits])
     splits = {name: select_rows(table, *columns, name, task.classes, task.multi_label) for name in wanted}
     for column in arguments.by:
-        splits["train"].table.column(column)  # a missing one is told now
+        splits["train"].table.column(column)  # refuse a missing one now
     return leave_out_broken(splits, arguments.on_error)
 
 

@@ -2,7 +2,7 @@
 
 serve -> running -> build_page    the page; `session` computes the answers, `templates/` holds the HTML
 
-By default it listens on this machine alone. It asks no other host for anything and keeps no file: an upload lies in a
+By default it listens on this machine alone. It contacts no other host and keeps no file: an upload is kept in a
 temporary folder until it is read, which is at once; answers stay in memory.
 """
 

@@ -1,4 +1,4 @@
-"""What the browser demo computes, without the browser.
+"""The computations of the browser demo, without the interface.
 
 list_choices -> Session.read      uploaded files -> radiographs, each read once, its file removed
              -> Session.answer    a radiograph and a choice -> numbers and pictures, kept in memory alone
@@ -79,12 +79,12 @@ class Choice(NamedTuple):
 
     @property
     def population(self) -> str:
-        """Whom the model was made for; "" where its configuration does not say."""
+        """Population the model is intended for; "" where the configuration does not name one."""
         return str(self.intended_use.get("population", ""))
 
     @property
     def title(self) -> str:
-        """As a person names the task."""
+        """Display name of the task."""
         return TITLES.get(self.name.rpartition("/")[2], self.name)
 
 
@@ -176,7 +176,7 @@ def read_upload(path: Path) -> Radiograph:
         cause = str(error).replace(f"{path}: ", "")
     except FileNotFoundError:
         cause = "the file is gone; drop it again"
-    except Exception as error:  # whatever a damaged file does to a library, the demo goes on
+    except Exception as error:  # libraries raise any type on damaged files; the demo must continue
         cause = f"cannot be used ({type(error).__name__})"
     return Radiograph(path.name, cause=cause)
 
@@ -191,7 +191,7 @@ def read_example() -> Radiograph:
 
 
 def made_radiograph() -> Radiograph:
-    """A drawing, nobody's radiograph: two dark lungs in a bright body, with spine, heart and ribs."""
+    """A synthetic radiograph: two dark lungs in a bright body, with spine, heart and ribs."""
     y, x = np.mgrid[0:MADE_SIDE, 0:MADE_SIDE] / MADE_SIDE - 0.5
 
     def blob(cx: float, cy: float, rx: float, ry: float, power: float = 2.0) -> np.ndarray:
@@ -244,7 +244,7 @@ class Answer:
 
 
 class Session:
-    """Reads files and answers; one for all visitors, who share the models and nothing else.
+    """Reads files and computes answers; shared by all visitors, who share the models and nothing else.
 
     Args:
         choices: From `list_choices`.
@@ -284,7 +284,7 @@ class Session:
         return found
 
     def reasons(self, radiograph: Radiograph, name: str) -> list[str]:
-        """Why the choice's answer is not to be relied on for this radiograph."""
+        """Reasons why the model's answer is unreliable for this radiograph."""
         choice = self.choices.get(name)
         found = list(radiograph.quality_warnings)
         if choice is not None:

@@ -15,7 +15,7 @@ from spcxr_hf.errors import SpcxrError
 
 
 def step_seed(seed: int, step: int, micro_batch: int = 0) -> int:
-    """The seed of all that is random in a micro-batch: a resumed run needs no other state to go on as it would."""
+    """The seed of all random numbers of a micro-batch, so that a resumed run needs no generator state."""
     digest = hashlib.sha256(f"{seed}/{step}/{micro_batch}".encode()).digest()
     return int.from_bytes(digest[:7], "little")
 

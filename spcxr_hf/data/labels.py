@@ -34,7 +34,7 @@ CHEXPERT14 = (
     "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
     "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
 )  # fmt: skip
-# The five that CheXpert's competition is judged by (Irvin et al. 2019, section 4).
+# The five labels of CheXpert's competition (Irvin et al. 2019, section 4).
 CHEXPERT5 = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 # Nguyen et al. 2022 (VinDr-CXR), table 1: 22 local and 6 global labels.
 VINDR28 = (
@@ -118,7 +118,7 @@ def parse_classes(words: Sequence[str]) -> dict[str, list[str]]:
     pairs = [word.partition("=") for word in words]
     classes = {name: labels.split("+") if labels else [name] for name, _, labels in pairs}
     if len(classes) < len(words):
-        raise SpcxrError(f"a class stands twice among {' '.join(words)}")
+        raise SpcxrError(f"a class appears twice among {' '.join(words)}")
     return classes
 
 

@@ -1,4 +1,4 @@
-"""One's own sets: manifests (CSV, TSV, Parquet), folders of pictures, WebDataset shards.
+"""User data sets: manifests (CSV, TSV, Parquet), folders of images, WebDataset shards.
 
     read_manifest   -> read_rows -> the columns of SCHEMA, labels, files that must exist -> radiographs
     read_folder, read_shards                                                             -> radiographs
@@ -171,7 +171,7 @@ def _read_text(path: Path, delimiter: str | None) -> pa.Table:
 
     parse = pacsv.ParseOptions(
         delimiter=delimiter or DELIMITERS.get(suffix.lower(), ","),
-        newlines_in_values=True,  # clinical notes
+        newlines_in_values=True,  # long cells, such as clinical notes
         invalid_row_handler=refuse,
     )
     read = pacsv.ReadOptions(use_threads=False)  # in order, so that a wrong row has its number
@@ -239,12 +239,12 @@ def _is_number(text: str | None) -> bool:
 
 
 def row_number(path: str | os.PathLike, row: int) -> int:
-    """What an editor calls a row, counted from 0 here: from 1, after the header that a text file has."""
+    """Line number of a row in an editor: from 1, after the header of a text file."""
     return row + (1 if Path(path).suffix.lower() in (".parquet", ".jsonl") else 2)
 
 
 def check_unique(values: Sequence[str], path: str | os.PathLike, what: str) -> None:
-    """Refuse a value that stands twice."""
+    """Refuse duplicate values."""
     first: dict[str, int] = {}
     for row, value in enumerate(values):
         if value in first:
@@ -478,7 +478,7 @@ def read_folder(folder: str | os.PathLike, classes: bool | None = None) -> Radio
     if classes is None and set(found) == {"images", "masks"}:
         return _with_mask_folders(root, files, splits)
     if classes and None in found:
-        raise SpcxrError(f"{root}: {as_text(files[found.index(None)][0])} lies in no folder of a class")
+        raise SpcxrError(f"{root}: {as_text(files[found.index(None)][0])} is not in a class folder")
     if classes is None:
         classes = None not in found and len(set(found)) > 1
     built = {

@@ -46,9 +46,10 @@ def read_set(
     image_root: str | os.PathLike | None = None,
     **options: Any,
 ) -> RadiographTable:
-    """Read whatever is given, in the schema of `spcxr_hf.data.archives.registry` where it does not bring another.
+    """Read a set of any supported kind, in the schema of `spcxr_hf.data.archives.registry` where it does not bring
+    another.
 
-    What a folder is taken for is told in one line on standard error.
+    The detected kind of folder is printed on standard error.
 
     Args:
         source: A manifest (.csv, .tsv, .parquet with a column `path`); a Parquet shard or a folder of them; a .tar or
@@ -79,7 +80,7 @@ def read_set(
 
 
 def is_set(source: str | os.PathLike) -> bool:
-    """Whether this names a set and not an image: a folder, a table, a shard, or an id of the Hub."""
+    """Whether this is a set and not an image: a folder, a table, a shard, or an id of the Hub."""
     path = Path(source)
     if path.exists():
         return path.is_dir() or path.suffix == ".parquet" or _reader_of_file(path) is not read_table
@@ -256,7 +257,7 @@ def _unlike_left_out(columns: dict[str, Any]) -> dict[str, Any]:
 def read_torchxrayvision(dataset: Any) -> RadiographTable:
     """Read a data set object of torchxrayvision (the extra `xrv`): any of its archives, merged, filtered or a subset.
 
-    Its objects say what a picture is and not where its file lies, so every picture is kept as a PNG in memory: grey, 8
+    Its objects hold pixels and no file paths, so every picture is kept as a PNG in memory: grey, 8
     bits, or 16 where 8 would lose something. For sets that do not fit, give the archive's folder to `read_set`.
 
     Args:

@@ -1,4 +1,4 @@
-"""What lies where in Parquet and WebDataset shards, and how to read some rows of them.
+"""Index of Parquet and WebDataset shards, and reading of some of their rows.
 
 `read_index` makes one small record per unit (a Parquet row group, or a run of tar members), without reading an image;
 `ShardIndex.read` reads rows of one unit.
@@ -44,7 +44,7 @@ UNIT = np.dtype(
         ("place", np.int64),  # Parquet: number of the row group; tar: byte offset of the first header
         ("first_row", np.int64),  # in the shard, for messages
         ("rows", np.int64),  # those that the filter keeps
-        ("bytes", np.int64),  # of its images and of what belongs to them, unfiltered
+        ("bytes", np.int64),  # of its images and columns, unfiltered
         ("kept_at", np.int64),  # where its row numbers begin in `ShardIndex.kept`
     ]
 )
@@ -52,12 +52,12 @@ UNIT = np.dtype(
 Source = str | os.PathLike | Sequence[str | os.PathLike]
 
 
-# ---- what lies where -------------------------------------------------------------------------------------------
+# ---- index -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """What lies where in a set of shards: a record per unit, the smallest piece that is read at once. No images.
+    """Index of a set of shards: a record per unit, the smallest piece that is read at once. No images.
 
     Attributes:
         name: What to call the set in messages.
@@ -111,7 +111,7 @@ class Row(NamedTuple):
 
 
 class _Scan(NamedTuple):
-    """What one shard holds."""
+    """Contents of one shard."""
 
     units: list[tuple[int, int, int, int]]  # place, first row, kept rows, bytes
     kept: list[np.ndarray]  # for each unit, with a filter
@@ -154,9 +154,9 @@ def read_index(
     records = records[records["rows"] > 0]
     if not len(records):
         raise SpcxrError(f"{name}: no rows" if where is None else f"{name}: no row has {where[0]} = {where[1]!r}")
-    told = frozenset(columns) if files[0].suffix == ".parquet" else None
+    known = frozenset(columns) if files[0].suffix == ".parquet" else None
     rows = None if where is None else np.concatenate(kept)
-    return ShardIndex(name, tuple(files), records, told, rows, None if image_root is None else Path(image_root))
+    return ShardIndex(name, tuple(files), records, known, rows, None if image_root is None else Path(image_root))
 
 
 def _find_shards(source: Source) -> tuple[str, list[Path]]:
@@ -332,7 +332,7 @@ def _split_name(name: str) -> tuple[str, str]:
 def _members(file: BinaryIO, path: Path, offset: int) -> Iterator[tarfile.TarInfo]:
     """The regular files of a tar from the header at this byte on, by their headers alone.
 
-    `tarfile` takes a damaged header for the end of the archive: whether its end marker stands there is checked here.
+    `tarfile` takes a damaged header for the end of the archive: whether the end marker is there is checked here.
     """
     end = file.seek(0, os.SEEK_END)
     at = file.seek(offset)

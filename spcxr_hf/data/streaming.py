@@ -1,7 +1,7 @@
 """Sets larger than memory: micro-batches straight from Parquet or WebDataset shards, shuffled, shared out, resumable.
 
 read_index -> ShardIndex          one small record per unit (row group, or run of tar members), no images
-deal_streams -> MicroBatchStream  every row belongs to one stream; `start_at` gives its endless order from any sample on
+deal_streams -> MicroBatchStream  each row is in one stream; `start_at` gives its endless order from any sample on
 StreamingRadiographs              -> StreamedBatch, decoded, in worker processes or in this one; and `steps`, for a Run
 
 An optimiser step has one micro-batch from each stream, and process p of P works on the streams s with s % P == p
@@ -49,11 +49,11 @@ from spcxr_hf.files import note
 from spcxr_hf.images.plausibility import SIDE, count_doubtful, set_warning
 
 DEALING, UNIT_ORDER, ROW_ORDER = -1, -2, -3  # keep the three permutations apart, and from the seeds of the steps
-LOOK_EVERY = 5.0  # seconds after which a worker looks whether its run is still there
-LEAST_SEEN = 1000  # images after which a share of broken ones is believed
+LOOK_EVERY = 5.0  # seconds between a worker's checks that its parent is alive
+LEAST_SEEN = 1000  # minimum number of images before the failure ratio applies
 
 
-# ---- who reads what, in which order ----------------------------------------------------------------------------
+# ---- order of the rows -----------------------------------------------------------------------------------------
 
 
 class Position(NamedTuple):
@@ -183,7 +183,7 @@ class StreamingRadiographs:
     """Micro-batches from shards of any size: what `RadiographSet` is to a set that fits in memory.
 
     What a step sees depends on the batch's size, its cut into micro-batches, the seed and `window`, not on the number
-    of processes or workers; a run that goes on at step n gets what it would have got unbroken.
+    of processes or workers; a run resumed at step n gets the same images as an uninterrupted one.
 
     With `on_error="skip"` a broken image is left out and named in `StreamedBatch.skipped`, and `skipped` here. Where
     more than half are broken, of the first 1,000 images or of all there are, it ends in any case.
@@ -313,8 +313,8 @@ def _leave_sigterm_to_the_run(worker: int) -> None:
 
     def listen() -> None:
         while run.is_alive():
-            told = signal.sigtimedwait({signal.SIGTERM}, LOOK_EVERY)
-            if told is not None and told.si_pid == run.pid:
+            info = signal.sigtimedwait({signal.SIGTERM}, LOOK_EVERY)
+            if info is not None and info.si_pid == run.pid:
                 break
         os._exit(0)
 

@@ -31,7 +31,7 @@ from spcxr_hf.images.plausibility import SIDE, count_doubtful, set_warning
 from spcxr_hf.images.reader import DICOM_PREFIX, read_radiograph, read_with_quality_warnings
 
 MAX_TABLE_BYTES = 2**33  # of encoded images in memory
-OnError = Literal["stop", "skip"]  # what a broken file does
+OnError = Literal["stop", "skip"]  # choices of `on_error`
 # What else may hold images, none of which is read here.
 OTHER_IMAGES = {
     ".gif", ".jp2", ".j2k", ".jpf", ".jxl", ".heic", ".heif", ".avif", ".pgm", ".ppm", ".pnm", ".tga", ".jfif", ".ico",
@@ -127,8 +127,9 @@ def pictures_below(folder: Path, left_out: list[Path] | None = None) -> list[Pat
     """The pictures and DICOM files of a folder and its subfolders, sorted.
 
     A file counts by its suffix, or without one where it begins like a DICOM. Hidden files do not, nor what lies in
-    hidden folders: they are an archive tool's own (`._picture.png`). What else is left out is told in a line for each
-    kind, and added to `left_out`: folders that cannot be read, linked folders, files of other kinds that may be images.
+    hidden folders: they are made by archive tools (`._picture.png`). Other entries that are left out are reported in
+    one line for each kind, and added to `left_out`: folders that cannot be read, linked folders, files of other kinds
+    that may be images.
     """
     pictures, found = scan_pictures(folder)
     for what, files in found.items():
@@ -139,7 +140,7 @@ def pictures_below(folder: Path, left_out: list[Path] | None = None) -> list[Pat
 
 
 def scan_pictures(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
-    """What `pictures_below` finds, and what is left out: its kind, as "linked folder(s)", -> files or folders."""
+    """What `pictures_below` finds, and what it leaves out: kind, such as "linked folder(s)", -> files or folders."""
     pictures: list[Path] = []
     left_out: dict[str, list[Path]] = {}
 
@@ -257,7 +258,7 @@ def check_paths(
     for row, (has_bytes, path) in enumerate(zip(contents.is_valid().to_pylist(), paths.to_pylist(), strict=True)):
         if path is not None and not has_bytes and not os.path.abspath(path).startswith(inside):  # noqa: PTH100
             raise SpcxrError(
-                f"{name}: row {row}: {printable(path)} lies outside {root}; image_root (--image-root) names the folder "
+                f"{name}: row {row}: {printable(path)} is outside {root}; image_root (--image-root) names the folder "
                 "whose files a table may name"
             )
 
@@ -380,14 +381,15 @@ def decode_set(
     masks: bool = False,
     on_error: OnError = "stop",
 ) -> Decoded:
-    """Decode a set's images, and lung masks, as `decode_images` and `decode_masks` do; a broken file ends it or not.
+    """Decode a set's images, and lung masks, as `decode_images` and `decode_masks` do; a broken file is an error or is
+    skipped.
 
     One line on standard error has the numbers of images that are nearly black, constant or probably negatives.
 
     Args:
         cache: As for `decode_images`; broken files are tried again at the next start.
         masks: Decode the column `lung_mask` too; a row without a mask counts as broken.
-        on_error: "stop": the first broken file is an error; "skip": its row is left out, and told in `skipped`.
+        on_error: "stop": the first broken file is an error; "skip": its row is left out, and listed in `skipped`.
 
     Raises:
         SpcxrError: a file cannot be read (with "stop"), or more than half of them cannot; the message names one.
@@ -481,7 +483,7 @@ def _decode(
 def read_cache(file: Path, shape: Sequence[int]) -> tuple[np.ndarray, dict[str, Any]] | None:
     """Pixels (uint8) that `write_cache` kept, mapped, and what was kept with them; None where there are none.
 
-    A damaged file counts as none: it is told in one line, and is to be written anew.
+    A damaged file counts as none: it is reported in one line and should be rewritten.
     """
     try:
         kept = read_json(file.with_suffix(".json"))
@@ -499,7 +501,7 @@ def read_cache(file: Path, shape: Sequence[int]) -> tuple[np.ndarray, dict[str, 
 
 
 def write_cache(file: Path, pixels: np.ndarray, **kept: Any) -> None:
-    """Keep pixels (uint8) and, as JSON, their checksum and what else belongs to them."""
+    """Keep pixels (uint8) and, as JSON, their checksum and other metadata."""
     with atomic_file(file) as partial, partial.open("wb") as stream:
         np.save(stream, pixels)
     write_json(file.with_suffix(".json"), {"crc32": zlib.crc32(np.ascontiguousarray(pixels)), **kept})
@@ -519,7 +521,7 @@ def cache_key(table: RadiographTable) -> str:
 
 
 def fingerprint_rows(table: RadiographTable, columns: Sequence[str] = ()) -> str:
-    """Identifies what is learned from a set, wherever it lies: 16 hex digits. No pixel is read.
+    """Hash of the rows and labels of a set, independent of its path: 16 hex digits. No pixel is read.
 
     The order of the rows counts, each row's id, the size of its encoded image, and the columns that are named; of a
     column of pictures (masks) the sizes count.

@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap intervals, by patient where patients are known."""
+"""Bootstrap confidence intervals, resampled by patient where patients are known."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def bootstrap(
             an AUROC of one class is not. Those resamples are skipped; `bootstrap_draws` shows how many there are.
         count: Number of rows.
         groups: (count,) what is drawn together, as a rule the patient: images of one patient are not independent. By
-            default every row is drawn by itself.
+            default every row is its own group.
         confidence: Coverage, in (0, 1).
         resamples: Number of draws, at least 1.
         seed: The draws follow from it.
@@ -79,7 +79,7 @@ def bootstrap_draws(
 
 
 def patient_groups(patients: Sequence[Hashable] | None, count: int) -> list[Hashable] | None:
-    """Groups (count,) for `bootstrap`: the rows of one patient, and each row whose patient is unknown by itself.
+    """Groups (count,) for `bootstrap`: the rows of one patient, and each row of an unknown patient as a group of one.
 
     `patients` (count,) names them by anything; None, NaN or "" where unknown. None altogether gives None.
     """
@@ -104,7 +104,7 @@ def _check_bootstrap(count: int, groups: Sequence | None, resamples: int, what: 
 
 
 def _draw_rows(count: int, groups: Sequence[Hashable] | None, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Row numbers of each resample; a group that is drawn brings all its rows."""
+    """Row numbers of each resample; all rows of a drawn group are included."""
     if groups is None:
         yield from _draw_groups(count, resamples, seed)
         return

@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say, and thresholds for decisions: fitted on `val`, kept inside the model.
+"""Calibration: temperature scaling, Platt scaling and operating points, fitted on `val` and stored in the model.
 
 A classifier's logits are mapped to `scale * logits + bias`. Classes that exclude each other share one scale, which is
 1 / temperature (Guo et al., ICML 2017, arXiv 1706.04599, section 4.2), and have no bias, so the most probable class
@@ -21,7 +21,7 @@ from torch import nn
 
 from spcxr_hf.errors import SpcxrError
 
-HOTTEST = 1000.0  # a temperature lies between 1 / this and this
+HOTTEST = 1000.0  # a temperature is between 1 / this and this
 POINTS = ("youden", "sensitivity 0.90", "specificity 0.90")
 WANTED = 0.90
 JOIN = " + "  # between the labels of a target whose probabilities are added
@@ -92,8 +92,8 @@ def fit_calibration(logits: torch.Tensor, targets: torch.Tensor, multi_label: bo
 def _fit_label(logits: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
     """Scale and bias of one label, (n,) logits and 0 or 1.
 
-    Platt's targets keep the probabilities off 0 and 1 where the label is told without error. The scale is fitted as
-    exp(a), so that it cannot turn the order of the images round, with a standard normal prior on a, which matters only
+    Platt's targets keep the probabilities off 0 and 1 where the classes are separable. The scale is fitted as
+    exp(a), so that it cannot reverse the order of the images, with a standard normal prior on a, which matters only
     where there are a handful of positives.
     """
     positives = float(truth.sum())
@@ -192,11 +192,11 @@ def thresholds(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     * "sensitivity 0.90": the highest threshold whose sensitivity is at least 0.90 (to rule out).
     * "specificity 0.90": the lowest threshold whose specificity is at least 0.90 (to rule in).
 
-    A threshold lies half-way between the two neighbouring scores that it parts. `scores` are (n,) in 0 .. 1, `truth`
+    A threshold is half-way between the two neighbouring scores that it separates. `scores` are (n,) in 0 .. 1, `truth`
     (n,) 0 or 1, both there.
 
     Raises:
-        SpcxrError: more than a tenth of the negatives score 1, so that no threshold parts them from the rest.
+        SpcxrError: more than a tenth of the negatives score 1, so that no threshold separates them from the rest.
     """
     order = np.argsort(-scores, kind="stable")
     ranked, positive = scores[order], truth[order] > 0.5

@@ -158,7 +158,7 @@ class Reliability:
 def reliability(
     probabilities: Sequence[float] | np.ndarray, targets: Sequence[float] | np.ndarray, bins: int = 10
 ) -> Reliability:
-    """Compare probabilities with what came true (Guo et al., ICML 2017, arXiv 1706.04599, section 2).
+    """Compare probabilities with outcomes (Guo et al., ICML 2017, arXiv 1706.04599, section 2).
 
     The intervals are Wilson's (1927): unlike the bootstrap's they have a width where every row of a bin agrees.
     Arguments are those of `calibration.reliability_bins`.

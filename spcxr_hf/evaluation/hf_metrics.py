@@ -7,7 +7,7 @@
         metric.add_batch(predictions=probabilities, references=targets)
     metric.compute()  # {"auroc": 0.91, "auroc_per_label": [0.93, None, 0.89]}
 
-The classes are used as they are: `evaluate.load` would fetch a script from the Hub. What is collected lies in a file
+The classes are used as they are: `evaluate.load` would fetch a script from the Hub. Collected values are kept in a file
 under `cache_dir` (by default that of `evaluate`) until `compute`; `Auroc(keep_in_memory=True)` makes no file.
 
 Every `compute` takes `resamples` (by default 0) and `patients`: with `resamples=2000` a bootstrap interval,
@@ -161,7 +161,7 @@ def _class_numbers(predictions: Any, references: Any) -> tuple[np.ndarray, np.nd
 class _LabelMetric(_Metric):
     inputs = LABELS
     inputs_text = PROBABILITIES
-    over_classes: ClassVar[bool] = False  # the figure has a form of its own for classes that exclude each other
+    over_classes: ClassVar[bool] = False  # the metric has a separate definition for mutually exclusive classes
 
     def _judge(self, predictions: Any, references: Any, **options: Any) -> tuple[Figure, dict]:
         scores, truth = _stacked(predictions, "predictions"), _stacked(references, "references")
@@ -247,8 +247,8 @@ class _MaskMetric(_Metric):
         pairs = ([np.array(rows, dtype=bool) for rows in pair] for pair in zip(predictions, references, strict=True))
         figures = np.array([float(self.figure(*pair, **options)) for pair in pairs])
         finite = np.isfinite(figures)
-        told = {"hausdorff95_infinite": int((~finite).sum())} if self.key == "hausdorff95" else {}
-        return lambda rows: _mean(figures[rows][finite[rows]]), told
+        extra = {"hausdorff95_infinite": int((~finite).sum())} if self.key == "hausdorff95" else {}
+        return lambda rows: _mean(figures[rows][finite[rows]]), extra
 
 
 class DiceScore(_MaskMetric):

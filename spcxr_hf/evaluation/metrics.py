@@ -1,8 +1,8 @@
-"""Figures of merit, and how sure they are: for classes, for labels that may be missing, and for masks.
+"""Metrics with confidence intervals: for classes, for labels that may be missing, and for masks.
 
 Three reports (`classification_report`, `multilabel_report`, `segmentation_report`) hold every figure with its 95 %
 bootstrap interval (`bootstrap`), by patient where patients are known. The single figures are public too.
-AUROC, average precision and the ROC curve are scikit-learn's, surface distances stand on SciPy's distance transform; a
+AUROC, average precision and the ROC curve are scikit-learn's, surface distances use SciPy's distance transform; a
 resample is counted rather than sorted, which gives the same numbers in a fraction of the time.
 """
 
@@ -164,7 +164,7 @@ def expected_calibration_error(probabilities: Values, targets: Values, bins: int
     """Expected calibration error over bins of equal width (Guo et al., ICML 2017, arXiv 1706.04599, section 2).
 
     The gap between mean confidence and share of hits in each bin ((m - 1) / bins, m / bins], weighted by its rows.
-    Chance makes gaps of its own, so few rows overestimate it, and resamples do so again: its bootstrap interval lies
+    Sampling noise adds to the gaps, so few rows overestimate it, and resamples do so again: its bootstrap interval is
     high.
 
     Args:

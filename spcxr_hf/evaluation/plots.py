@@ -1,7 +1,7 @@
 """Figures of a report, for screen, print and colour-blind readers.
 
 Colours are Okabe and Ito's (Color Universal Design, 2008), in an order in which neighbours differ in brightness too;
-every line has a style and a marker of its own besides, every word is at least 8 points. Each function takes numbers and
+every line also has its own style and marker, every word is at least 8 points. Each function takes numbers and
 returns a matplotlib figure; `save_figure` writes it. The contact sheet shows radiographs: it belongs
 on the user's disk, not into a repository.
 """
@@ -122,7 +122,7 @@ def _draw_curves(
             axes.plot(*point, marker=marker, markersize=9, color="#E69F00", markeredgecolor="black", linestyle="none",
                       label=name)  # fmt: skip
         _unit_square(axes, x_label, y_label)
-        # Low curves of precision lie where the words of high ones stand.
+        # Low precision curves would cross the legend in its usual place.
         low_down = area == "AP" and max(curve.area for curve in curves.values()) < 0.5
         axes.legend(loc="upper right" if low_down else place, fontsize=8, framealpha=0.85, handlelength=2.4)
     return figure
@@ -183,7 +183,7 @@ def draw_contact_sheet(tiles: Sequence[tuple[np.ndarray, str]], columns: int = 4
 
     Args:
         tiles: (H, W) grey or (H, W, 3) colour, 0 .. 1, of any sizes, and the words, at most three short lines.
-        columns: How many stand in a row.
+        columns: Number of pictures in a row.
         title: Over the sheet.
     """
     if not tiles:

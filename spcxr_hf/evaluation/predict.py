@@ -1,4 +1,4 @@
-"""A classifier and the rows that it is judged on: a split with its labels, and the logits on its images."""
+"""Evaluation of a classifier on a split: its labelled rows, and the logits of its images."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 write_evaluation_report -> _draw_all (one figure after the other) -> report.html, results.json
 
-The contact sheet of worst cases shows radiographs, in `worst_*.png` and in the HTML file: a report folder belongs where
+The contact sheet of worst cases shows radiographs, in `worst_*.png` and in the HTML file: keep a report folder where
 the images themselves may be, never into a repository. `images=None` leaves them out.
 """
 
@@ -48,7 +48,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a classifier says of one split, beside what is true.
+    """Predictions of a classifier on one split, with the true labels.
 
     Attributes:
         name: The split.
@@ -74,7 +74,7 @@ class ReportOptions:
         sums: More targets, labels joined by " + ", whose probabilities are added.
         points: Target -> name of an operating point -> threshold (`SpcxrConfig.operating_points`); marked on the curves
             of the first split, and tabled.
-        settings: What was run, by name, for the last table. Paths say who and where: give names.
+        settings: What was run, by name, for the last table. Use names, not paths, which may identify people.
         worst: How many of the most confident errors to show.
         resamples: Draws of the bootstrap.
         seed: Of the bootstrap.
@@ -98,7 +98,7 @@ class _Page:
     results: dict[str, Any] = field(default_factory=dict)
 
     def add_figure(self, name: str, title: str, figure: Any, words: str) -> None:
-        """Write `name`.png, and show it under a title; `words` say what it shows to whoever cannot see it too."""
+        """Write `name`.png, and show it under a title; `words` describe it, also as the alternative text."""
         data = base64.b64encode(save_figure(figure, self.folder / f"{name}.png").read_bytes()).decode("ascii")
         self.sections.append({"title": title, "png": data, "caption": words})
 
@@ -120,7 +120,7 @@ def write_evaluation_report(
         folder: Where to; made if need be, files of these names are replaced.
         title: Of the page.
         names: What to call each class.
-        splits: At least one; curves of several stand in one panel.
+        splits: At least one; curves of several are drawn in one panel.
         options: See there.
         images: Gives the picture (H, W) in 0 .. 1 of a split's row, for the worst cases; None leaves those out.
     """
@@ -144,7 +144,7 @@ def write_evaluation_report(
 
 def _check(names: Sequence[str], splits: Sequence[Evaluated], multi_label: bool) -> None:
     if not splits or len({one.name for one in splits}) < len(splits):
-        raise SpcxrError("a report needs at least one split, each with a name of its own")
+        raise SpcxrError("a report needs at least one split, each with a unique name")
     for one in splits:
         shape = (len(one.ids), len(names))
         if np.shape(one.probabilities) != shape or np.shape(one.targets) != shape or not one.ids:
@@ -306,9 +306,9 @@ def worst_cases(
     Args:
         one: A split.
         names: Of the classes.
-        multi_label: Then an error is a label whose probability lies on the wrong side of 0.5, and its confidence the
+        multi_label: Then an error is a label whose probability is on the wrong side of 0.5, and its confidence the
             probability of what is wrong; else it is a most probable class that is wrong, and its probability.
-        count: How many at most; an image stands there once.
+        count: How many at most; an image is listed once.
 
     Returns:
         Row, what is true, what was said, and the confidence, 0 .. 1.

@@ -1,4 +1,4 @@
-"""What tells images apart without a look into the lungs: probes on a few grey values, and images with parts filled."""
+"""Shortcut tests: probes on low-resolution grey values and borders, and images with regions masked out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Classify = Callable[[np.ndarray], np.ndarray]  # (n, features) -> probabilities 
 # ---- probes --------------------------------------------------------------------------------------------------------
 
 
-def thumbnails(images: torch.Tensor, side: int) -> np.ndarray:
+def grey_means(images: torch.Tensor, side: int) -> np.ndarray:
     """Images (n, 1, S, S) uint8 -> mean grey values (n, side * side) in 0 .. 1."""
     parts = [
         torch.nn.functional.interpolate(part.float() / 255, size=(side, side), mode="area").flatten(1)
@@ -32,12 +32,12 @@ def border(images: torch.Tensor) -> np.ndarray:
     """Images (n, 1, S, S) uint8 -> the outermost ring of their 16 x 16 thumbnail, (n, 60)."""
     ring = np.ones((16, 16), dtype=bool)
     ring[1:-1, 1:-1] = False
-    return thumbnails(images, 16)[:, ring.ravel()]
+    return grey_means(images, 16)[:, ring.ravel()]
 
 
 FEATURES: dict[str, Features] = {
-    "thumbnail_16": lambda images: thumbnails(images, 16),
-    "thumbnail_32": lambda images: thumbnails(images, 32),
+    "thumbnail_16": lambda images: grey_means(images, 16),
+    "thumbnail_32": lambda images: grey_means(images, 32),
     "border": border,
 }
 
@@ -48,7 +48,7 @@ def choose_probe(
     """Logistic regression fitted on `train`, with the strength that has the best mean AUROC on `val`.
 
     Args:
-        features: What it looks at.
+        features: Images -> features.
         found: The features (n, features) of the splits `train` and `val`.
         targets: (n, classes) of both: 1, 0, or NaN where a label is missing.
         multi_label: Whether labels may hold together; a regression for each then.
@@ -72,7 +72,7 @@ def choose_probe(
 def fit_regression(values: np.ndarray, targets: np.ndarray, multi_label: bool, strength: float) -> Classify:
     """Logistic regression from (n, features) to probabilities (n, classes): one of all classes, or one for each label.
 
-    Classes weigh alike, so that the accuracy by which the most probable class is right is a balanced one.
+    Classes have equal weight, so that the accuracy by which the most probable class is right is a balanced one.
     """
     with needs("train", "scikit-learn"):
         from sklearn.linear_model import LogisticRegression

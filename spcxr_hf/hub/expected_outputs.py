@@ -1,4 +1,4 @@
-"""What a checkpoint gave when it was made, kept beside its weights: whoever has the folder can see that it still does.
+"""Expected outputs of a checkpoint, stored beside its weights, to verify that it still computes the same.
 
 `expected_outputs.json` holds, for a made picture, some of the pixel values and of each output of `AutoModel` and of
 the checkpoint's own class: its shape, and up to 32 values spread evenly over it.

@@ -1,4 +1,4 @@
-"""What every export begins with (`Source`), and a checkpoint as a plain ViT of transformers; ONNX is `export_onnx`'s.
+"""Common parts of the exports (`ExportSource`), and the export as a plain ViT of transformers; see also `export_onnx`.
 
 The ViT's weights are written under the names that every release of the library reads, `encoder.layer.0.attention.
 attention.query.weight` and so on; releases of late 5.x have other names inside and convert these on loading.
@@ -44,7 +44,7 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """What is exported: the model in evaluation mode, float32, on the CPU, and how its image processor makes its input.
 
     Attributes:
@@ -62,10 +62,10 @@ class Source:
     std: float
 
 
-def load_source(model: str | os.PathLike | PreTrainedModel, processor: Any = None) -> Source:
+def load_source(model: str | os.PathLike | PreTrainedModel, processor: Any = None) -> ExportSource:
     """The model to export, with its image processor; of a pretraining checkpoint, its encoder.
 
-    A model in memory is put into evaluation mode and used where it lies: on the CPU, in float32. The image processor is
+    A model in memory is put into evaluation mode and must be on the CPU, in float32. The image processor is
     by default the checkpoint's, or one of the model's native size.
 
     Raises:
@@ -84,11 +84,11 @@ def load_source(model: str | os.PathLike | PreTrainedModel, processor: Any = Non
     task, _ = TASKS.get(type(network).__name__, ("embedding", None))
     network = network if task != "embedding" else cast(PreTrainedModel, network.base_model)
     if network.device.type != "cpu" or network.dtype != torch.float32:
-        raise SpcxrError(f"{name}: lies on {network.device} in {network.dtype}; give it as model.float().cpu()")
+        raise SpcxrError(f"{name}: is on {network.device} in {network.dtype}; give it as model.float().cpu()")
     side = network.config.image_size
     size = (processor.size["height"], processor.size["width"]) if processor else (side, side)
     means, stds = (processor.image_mean, processor.image_std) if processor else (RADIOGRAPH_MEAN, RADIOGRAPH_STD)
-    return Source(name, network.eval(), task, size, _one_value(means, name), _one_value(stds, name))
+    return ExportSource(name, network.eval(), task, size, _one_value(means, name), _one_value(stds, name))
 
 
 def _one_value(values: Any, name: str) -> float:
@@ -98,7 +98,7 @@ def _one_value(values: Any, name: str) -> float:
     return found.pop()
 
 
-def check_channels(source: Source, num_channels: int) -> None:
+def check_channels(source: ExportSource, num_channels: int) -> None:
     """Refuse a number of channels that the exported model cannot have."""
     if num_channels not in (1, 3) or num_channels < source.model.config.num_channels:
         raise SpcxrError(
@@ -107,7 +107,7 @@ def check_channels(source: Source, num_channels: int) -> None:
 
 
 @torch.no_grad()
-def patch_weight(source: Source, num_channels: int) -> torch.Tensor:
+def patch_weight(source: ExportSource, num_channels: int) -> torch.Tensor:
     """The patch projection (D, num_channels, patch, patch).
 
     For three channels of a grey model: each is weighed by its share of the luminance. All channels share one mean and
@@ -119,7 +119,7 @@ def patch_weight(source: Source, num_channels: int) -> torch.Tensor:
     return weight * weight.new_tensor(LUMINANCE).reshape(1, 3, 1, 1)
 
 
-def picture_processor(source: Source, num_channels: int) -> ViTImageProcessor:
+def picture_processor(source: ExportSource, num_channels: int) -> ViTImageProcessor:
     """The library's image processor that does the same: RGB for three channels; one channel asks for mode L pictures.
 
     It rounds to 8 bits after resizing, which ours does not: up to 1/255 of the grey range apart, before normalising.
@@ -134,7 +134,7 @@ def picture_processor(source: Source, num_channels: int) -> ViTImageProcessor:
     )
 
 
-def plain_config(source: Source, num_channels: int, **others: Any) -> ViTConfig:
+def plain_config(source: ExportSource, num_channels: int, **others: Any) -> ViTConfig:
     """The configuration of the library's ViT for this encoder and, of a classifier, its labels and thresholds."""
     ours = source.model.config
     same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "qkv_bias",
@@ -221,10 +221,7 @@ def export_vit(
 
 
 def check_target(target: Path, written: Collection[str]) -> None:
-    """Refuse to replace what is no export of the same kind: a checkpoint, the model's own folder, somebody's files.
-
-    Args:
-        written: What an export writes into its folder.
+    """Refuse to replace anything but an earlier export, which consists of the files `written`.
 
     Raises:
         SpcxrError: a file is there, or a folder that holds something else.
@@ -239,7 +236,7 @@ def check_target(target: Path, written: Collection[str]) -> None:
 
 
 @torch.no_grad()
-def vit_state_dict(source: Source, num_channels: int) -> dict[str, torch.Tensor]:
+def vit_state_dict(source: ExportSource, num_channels: int) -> dict[str, torch.Tensor]:
     """The weights under the names of `ViTModel`, or of `ViTForImageClassification` for a classifier."""
     ours = source.model.base_model.state_dict()
     weights = {
@@ -277,7 +274,7 @@ def _block(ours: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]
 
 
 @torch.no_grad()
-def _compare(source: Source, folder: Path, num_channels: int) -> None:
+def _compare(source: ExportSource, folder: Path, num_channels: int) -> None:
     """Load the folder by the library's own class and compare it with the original."""
     vit_class: Any = ViTForImageClassification if source.task == "classification" else ViTModel
     vit, loading = vit_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True)

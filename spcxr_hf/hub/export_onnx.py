@@ -1,7 +1,7 @@
 """A checkpoint as ONNX, for ONNX Runtime and, through Transformers.js, for the browser; in float32 and in 8 bits.
 
 export_onnx -> Graph                 the model with positions that are always interpolated, inside the graph
-            -> _write_metadata       labels, mean, deviation, size, purpose: a file tells them by itself
+            -> _write_metadata       labels, mean, deviation, size, purpose, in the file's metadata
             -> _write_configs        config.json and preprocessor_config.json, as Transformers.js looks for them
 quantize_int8                        8-bit weights, activations quantised as they come
 """
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import RESEARCH_NOTICE, atomic_folder, write_json
 from spcxr_hf.hub.export import (
-    Source,
+    ExportSource,
     check_channels,
     check_target,
     load_source,
@@ -58,14 +58,14 @@ SLOPE = 2.0  # the amplitude of a frequency f is 1 / f ** SLOPE
 
 
 class Graph(nn.Module):
-    """The model's forward as it stands in the graph: pixel values (B, C, H, W) -> the outputs of its task.
+    """The forward pass that is exported: pixel values (B, C, H, W) -> the outputs of its task.
 
     It differs from the model in the embeddings alone. The positions are interpolated at every size, which at the native
     one is the identity: a condition on the size would be decided once, at export. And the patch projection has as many
     channels as were asked for.
     """
 
-    def __init__(self, source: Source, num_channels: int) -> None:
+    def __init__(self, source: ExportSource, num_channels: int) -> None:
         super().__init__()
         self.model = source.model
         self.task = source.task
@@ -165,7 +165,7 @@ def _import_onnx() -> Any:
     return onnx
 
 
-def _trace(graph: Graph, source: Source, file: Path, opset: int, dynamic: bool, num_channels: int) -> None:
+def _trace(graph: Graph, source: ExportSource, file: Path, opset: int, dynamic: bool, num_channels: int) -> None:
     patch = source.model.config.patch_size
     free = torch.export.Dim.DYNAMIC
     # No two of these alike: torch.export takes equal sizes for one and the same.
@@ -187,7 +187,7 @@ def _trace(graph: Graph, source: Source, file: Path, opset: int, dynamic: bool, 
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """No warnings, and of these loggers errors alone: both speak of the tools' own insides."""
+    """No warnings, and of these loggers errors alone: both report internals of the tools."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
@@ -201,7 +201,7 @@ def _quiet(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _write_metadata(onnx: Any, file: Path, source: Source, num_channels: int) -> None:
+def _write_metadata(onnx: Any, file: Path, source: ExportSource, num_channels: int) -> None:
     """Put what a reader of the file alone must know into it, each value as JSON."""
     config = source.model.config
     facts: dict[str, Any] = {
@@ -222,7 +222,7 @@ def _write_metadata(onnx: Any, file: Path, source: Source, num_channels: int) ->
         facts["operating_point"] = getattr(config, "operating_point", None)
     proto = onnx.load(file)
     onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in facts.items()})
-    # torch notes the weights' shapes a second time, which stands in the way once a quantiser turns one round.
+    # torch notes the weights' shapes a second time, which is wrong once a quantiser transposes one.
     weights = {tensor.name for tensor in proto.graph.initializer}
     kept = [entry for entry in proto.graph.value_info if entry.name not in weights]
     del proto.graph.value_info[:]
@@ -245,8 +245,8 @@ def read_metadata(file: str | os.PathLike) -> dict[str, Any]:
         raise SpcxrError(f"{file}: no ONNX file of this package ({type(error).__name__})") from error
 
 
-def _write_configs(folder: Path, source: Source, num_channels: int) -> None:
-    if source.task == "segmentation":  # no model of Transformers.js stands for it: the graph is for ONNX Runtime
+def _write_configs(folder: Path, source: ExportSource, num_channels: int) -> None:
+    if source.task == "segmentation":  # no Transformers.js model has this graph: it is for ONNX Runtime
         config = json.loads(source.model.config.to_json_string())
         write_json(folder / "config.json", config | {"notice": RESEARCH_NOTICE})
     else:
@@ -266,14 +266,13 @@ def quantize_int8(
     Dynamic quantisation: the weights of linear layers are stored in 8 bits, one scale per output channel, and their
     inputs quantised as they come, one scale per tensor. The inputs of each MLP's second layer are centred first
     (`centre_hidden_units`), and a classifier's bias is corrected by the mean of what is left (`correct_bias`).
-    Attention,
-    norms, convolutions and the classifier stay in float32: in 8 bits the latter cost most of the accuracy.
+    Attention, norms, convolutions and the classifier stay in float32: in 8 bits the latter cost most of the accuracy.
 
     Args:
         path: `model.onnx`, as `export_onnx` wrote it.
         output: The file to write; by default `model_quantized.onnx` beside it, which Transformers.js calls "q8".
         reduce_range: Use 7 bits for the weights. For x86 processors without VNNI (`lacks_vnni`), on which the sum of
-            two products of 8 bits can overflow 16, where a session cannot be told to sum exactly (`EXACT_SUMS`).
+            two products of 8 bits can overflow 16, where a session cannot be configured to sum exactly (`EXACT_SUMS`).
 
     Raises:
         SpcxrError: ONNX Runtime is not installed, or the file cannot be read or written.

@@ -47,7 +47,7 @@ class Checkpoint:
 
     Attributes:
         repo_id: The Hub id.
-        folder: Where it lies.
+        folder: The folder.
         files: Each file by its path in the repository: those of the folder, and the installed package's code.
         hashes: The SHA-256 (64 hex digits) of each.
     """
@@ -68,7 +68,7 @@ def read_checkpoint(folder: Path, namespace: str) -> Checkpoint:
 
     Args:
         folder: Its name is the last part of the id.
-        namespace: What stands before the `/` of the id.
+        namespace: User or organisation, the part of the id before the `/`.
 
     Raises:
         SpcxrError: the name makes no Hub id, a file is missing, damaged, a link, or may hold a pickle.
@@ -118,7 +118,7 @@ def checkpoint_folders(folder: Path) -> list[Path]:
         raise SpcxrError(f"{folder}: no such folder")
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     if (folder / "config.json").is_file():
-        raise SpcxrError(f"{folder}: a checkpoint itself; give the folder that it lies in")
+        raise SpcxrError(f"{folder}: a checkpoint itself; give its parent folder")
     if not folders:
         raise SpcxrError(f"{folder}: holds no checkpoints; each is a folder with {' and '.join(REQUIRED)}")
     return folders

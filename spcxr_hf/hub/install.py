@@ -1,4 +1,4 @@
-"""Puts the checkpoints that lie in the tree into the local cache of the Hub, so that their ids load with no network.
+"""Installs the checkpoints of the source tree into the local Hub cache, so that their ids load without network.
 
 The layout is the cache's own, so that every library of the Hub finds it, in offline mode or not:
 
@@ -35,7 +35,7 @@ from spcxr_hf.hub.folder import (
     read_checkpoint,
 )
 
-# Optional files. Where the cache says that they do not exist, nobody spends a minute on a Hub that cannot be reached.
+# Optional files. Marked as absent in the cache, since looking for them on an unreachable Hub takes a minute.
 OPTIONAL = ("adapter_config.json", "processor_config.json")
 
 
@@ -64,8 +64,8 @@ def install_checkpoints(
         folder: Holds one folder per checkpoint, each with `config.json` and `model.safetensors`; hidden files are left
             out. By default the source tree's `model_cards`.
         cache_dir: The cache; by default the Hub's own, which follows `HF_HOME` and `HF_HUB_CACHE`.
-        namespace: What stands before the `/` of the ids.
-        force: Point `main` at the checkpoint even where it stands at a revision that was downloaded from the Hub.
+        namespace: User or organisation, the part of the ids before the `/`.
+        force: Point `main` at the checkpoint even where it points to a revision that was downloaded from the Hub.
 
     Raises:
         SpcxrError: the folder has no checkpoints; one of them lacks a file, is damaged, holds a pickle, or has a name
@@ -95,7 +95,7 @@ def install_checkpoints(
 
 
 def _main(repository: Path) -> str | None:
-    """The revision that `main` stands at, if there is one."""
+    """The revision that `main` points to, if there is one."""
     path = repository / "refs" / "main"
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 

@@ -5,13 +5,13 @@ publish -> check_publishable, check_outputs  every folder, before anything is se
         -> _send                             creates the repository where there is none; one commit; then a tag
 
 Nothing is sent before every folder has passed. A commit is one request, so a repository is at its old or its new
-commit whatever breaks, and the same command goes on from there: what is on the Hub already is not sent again.
+commit whatever fails; running the same command again sends only what is missing.
 
 * The repository becomes what the folder is, and the installed package's code: files that the folder has no longer are
   deleted (and stay in its history), `.gitattributes` and other hidden ones left alone. A repository of another model
   type is refused.
-* The tag is `v<version of this package>`. Where that one stands at another commit, the next is `v<version>-2`, and so
-  on: a tag never moves. A tag that the caller names is refused where it stands elsewhere, before anything is sent.
+* The tag is `v<version of this package>`. Where that one points to another commit, the next is `v<version>-2`, and so
+  on: tags are never moved. A given tag that points elsewhere is refused before anything is sent.
 * With another namespace the card's `spcxr/<name>` become `<namespace>/<name>`, in front matter and text, for every
   checkpoint that is published by the same command; those left out keep their ids.
 * A repository that exists keeps its visibility; `private` refuses one that is public.
@@ -53,7 +53,7 @@ from spcxr_hf.modeling.configuration_spcxr import SpcxrConfig
 
 NAMESPACE = "spcxr"
 CARD = "README.md"
-# What the client raises: huggingface_hub 1.x stands on httpx, 2.x on httpx2, so their base is asked for, not imported.
+# What the client raises: huggingface_hub 1.x uses httpx, 2.x httpx2, so the base class is looked up, not imported.
 HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError, ValueError, RuntimeError)
 REASONS = {
     401: "the token is missing, wrong or expired: log in with `hf auth login`, or set HF_TOKEN",
@@ -76,7 +76,7 @@ class Publication:
         unchanged: Files that are not sent.
         size: Bytes in the files that are added and updated.
         tag: The name of the version; None where the commit carries one already.
-        commit: The commit that `main` stands at afterwards, 40 hex digits; None where nothing was sent (a dry run).
+        commit: The commit that `main` points to afterwards, 40 hex digits; None where nothing was sent (a dry run).
     """
 
     repo_id: str
@@ -235,7 +235,7 @@ def _free_tag(repo_id: str, tag: str | None, tags: dict[str, str], head: str | N
     """The tag to set, or None where `head` carries one already; `head` is None where a commit is about to follow."""
     if tag is not None:
         if tag in tags and tags[tag] != head:
-            raise SpcxrError(f"{repo_id}: the tag {tag} stands at another commit, {tags[tag]}; a tag never moves")
+            raise SpcxrError(f"{repo_id}: the tag {tag} points to another commit, {tags[tag]}; tags are never moved")
         return None if tag in tags else tag
     first = _default_tag()
     number, name = 1, first
@@ -261,7 +261,7 @@ def _send(
             *(CommitOperationAdd(name, str(checkpoint.files[name])) for name in (*plan.added, *plan.updated)),
             *(CommitOperationDelete(name, is_folder=False) for name in plan.deleted),
         ]
-        # With the parent named, a change by somebody else in between is refused, not written over.
+        # With the parent named, a concurrent change is refused, not overwritten.
         commit = api.create_commit(
             plan.repo_id, operations, commit_message=f"Publish {tag or plan.tag}", parent_commit=head
         ).oid
@@ -275,9 +275,9 @@ def _send(
 
 @contextmanager
 def hub_errors(
-    repo_id: str, token: str | None, state: str = "The repository is whole; the same command goes on from there"
+    repo_id: str, token: str | None, state: str = "The repository is unchanged or complete; run the same command again"
 ) -> Iterator[None]:
-    """Say what the Hub, or the way to it, refused, in one line and without the token, and how things stand.
+    """Raise errors of the Hub or the connection as one line without the token, with the state of the repository.
 
     Raises:
         SpcxrError: for whatever the client raises.
@@ -305,7 +305,7 @@ def _reason(error: BaseException) -> str:
 
 
 def without_token(words: str, token: str | None) -> str:
-    """Words in which no token stands, neither this one nor another that looks like one."""
+    """The text with this token, and anything that looks like one, removed."""
     if token:
         words = words.replace(token, "<token>")
     return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "<token>", words)
@@ -399,7 +399,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def check_card(path: Path) -> None:
-    """Refuse a card whose front matter the Hub would not take, as far as that can be told without it.
+    """Refuse a card whose front matter the Hub would reject, as far as can be checked offline.
 
     Raises:
         SpcxrError: the front matter cannot be read or lacks what a model's card has; or the text does not say that the

@@ -1,9 +1,9 @@
-"""Pixel data of a DICOM file decoded in a process of its own, which may die or hang without harm.
+"""Pixel data of a DICOM file decoded in a child process, which may crash or hang without harm.
 
 decode_apart -> _Child -> main, in the child, which runs this file alone and so starts fast
 
-GDCM, the only freely licensed decoder for lossless JPEG, ends the whole process on some damaged files (an exception of
-C++ that nobody catches), and pyjpegls takes many seconds over some (64 x 64 pixels of JPEG-LS: 9 s). A training run
+GDCM, the only freely licensed decoder for lossless JPEG, ends the whole process on some damaged files (an uncaught C++
+exception), and pyjpegls takes many seconds over some (64 x 64 pixels of JPEG-LS: 9 s). A training run
 must survive that, so both run here. The child is started on first use and serves all later files; the pixels go through
 pipes as plain bytes.
 """
@@ -23,7 +23,7 @@ LENGTH = 8  # bytes of a message's length, little-endian
 
 
 class DecoderError(RuntimeError):
-    """The decoder refused the pixel data, died of them or took too long."""
+    """The decoder refused the pixel data, crashed or took too long."""
 
 
 def decode_apart(data: bytes) -> np.ndarray:
@@ -107,7 +107,7 @@ def _receive(stream: IO[bytes]) -> bytes:
 
 
 def main() -> None:
-    """Decode what comes through the standard input until it ends; `stdout` belongs to the answers alone."""
+    """Decode what comes through the standard input until it ends; `stdout` carries the answers only."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # decoders print
     import pydicom

@@ -74,7 +74,7 @@ _quiet_lock = threading.Lock()
 def read_dicom(
     source: "bytes | Dataset", *, full_depth: bool = False, window: int = 0
 ) -> tuple[Image.Image, HeaderKind]:
-    """Read a DICOM radiograph as its maker wants it shown, lungs dark and bones bright.
+    """Read a DICOM radiograph as displayed by a viewer, lungs dark and bones bright.
 
     Stored values go through the modality LUT or rescale slope and intercept (PS3.3 C.11.1), a VOI LUT or window
     (C.11.2: linear, linear exact, sigmoid) and, for MONOCHROME1, inversion (C.7.6.3.1.2); pixel padding (C.7.5.1.1.2)
@@ -160,7 +160,7 @@ def _parse(data: bytes) -> "Dataset":
 
 
 def _technical_part(dataset: "Dataset") -> "Dataset":
-    """A dataset of its own: the technical attributes, numbers and texts as such, and the transfer syntax."""
+    """A new dataset of the technical attributes, numbers and texts as such, and the transfer syntax."""
     from pydicom import Dataset
     from pydicom.dataset import FileMetaDataset
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, UID_dictionary
@@ -523,7 +523,7 @@ class _Lut(NamedTuple):
         if len(descriptor) != 3 or descriptor[2] not in LUT_BITS:
             raise SpcxrError("a LUT of the DICOM file has no descriptor of three numbers, the last from 8 to 16 bits")
         length, first, bits = (int(number) for number in descriptor)
-        length = length % 2**16 or 2**16  # 0 stands for 65,536; negative where it is written as a signed number
+        length = length % 2**16 or 2**16  # 0 means 65,536; negative where it is written as a signed number
         data = item.get("LUTData")
         if isinstance(data, bytes):
             order = "<u2" if little or item["LUTData"].VR == "OB" else ">u2"

@@ -4,7 +4,7 @@ quality_warnings -> header_warnings           what a DICOM header says
                  -> colourfulness, features   of the grey values
                  -> chest_score               a linear rule on 16 x 16 pixels
 
-The rule is a logistic regression between radiographs (and their mirror images) and what they must be told from: the
+The rule is a logistic regression between radiographs (and their mirror images) and negatives for it: the
 same radiographs as photographic negatives and lying on a side or upside down, and noise with the 1/f amplitude spectrum
 of natural images (Field, "Relations between the statistics of natural images and the response properties of cortical
 cells", 1987, section 3). It does not detect lateral views. Fitted, with its threshold, on a random half of the
@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image
 
 SIDE = 16  # the rule takes SIDE x SIDE pixels
-MIN_SAMPLED_SIDE = 64  # pixels along the shorter side that are looked at, where there are so many
+MIN_SAMPLED_SIDE = 64  # pixels along the shorter side that are used, if there are as many
 
-MIN_DEVIATION = 8.0  # grey levels (of 256) of the SIDE x SIDE pixels; darker or flatter images cannot be judged
+MIN_DEVIATION = 8.0  # grey levels (of 256) of the SIDE x SIDE pixels; no score for darker or flatter images
 # A brightest grey level (of 256) up to here is that of 14 bits or less in a 16-bit file, not scaled to 0..65535.
 MAX_NEARLY_BLACK = 64
 MAX_EQUAL_SHARE = 0.9  # of the pixels that have one and the same grey level (of 256)
@@ -83,7 +83,7 @@ VIEWS = {  # DICOM PS3.3 C.8.11.5.1 and what is in use beside it
 
 
 class HeaderKind(NamedTuple):
-    """The kind of image by a DICOM header, as it stands there; "" where it is missing."""
+    """The kind of image by a DICOM header, unchanged; "" where it is missing."""
 
     modality: str = ""
     body_part: str = ""
@@ -155,7 +155,7 @@ def count_doubtful(images: np.ndarray) -> Counter[str]:
 
 
 def set_warning(found: Counter[str], count: int) -> str | None:
-    """The result of `count_doubtful` for so many images, in one line; None for a plausible set."""
+    """The result of `count_doubtful` as one line; None for a plausible set."""
     texts = []
     if found["dark"]:
         texts.append(f"{found['dark']} of {count} images are nearly black ({SCALE_THEM})")

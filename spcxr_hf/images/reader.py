@@ -29,7 +29,7 @@ PICTURE_FORMATS: dict[str, tuple[bytes, ...]] = {
     "JPEG": (b"\xff\xd8\xff",),
     "WEBP": (b"RIFF",),
 }
-# These may stand in the preamble of a DICOM file too (PS3.10 section 7.1), whose own prefix takes precedence.
+# These may also be in the preamble of a DICOM file (PS3.10 section 7.1), whose own prefix takes precedence.
 PREAMBLE_FORMATS: dict[str, tuple[bytes, ...]] = {"TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "BMP": (b"BM",)}
 DICOM_PREFIX = slice(128, 132)  # DICOM PS3.10 section 7.1: a preamble of 128 bytes, then "DICM"
 DICOM_SUFFIXES = (".dcm", ".dicom")  # they decide where a file has no prefix
@@ -61,8 +61,8 @@ def read_radiograph(
             picture; the image processor of this package takes both.
         window: which of a DICOM's VOI LUTs or windows is used, from 0.
         strict: what happens to an image that is constant, nearly empty, nearly black, colourful, a probable negative or
-            not an upright frontal chest radiograph, judged by `plausibility` on its grey values and a DICOM's header:
-            an `ImplausibleWarning` (False), a SpcxrError (True), or no test (None).
+            not an upright frontal chest radiograph, by the tests of `plausibility` on its grey values and a DICOM's
+            header: an `ImplausibleWarning` (False), a SpcxrError (True), or no test (None).
 
     Returns:
         Mode `L`, 0..255; with `full_depth`, mode `I;16`, 0..65535, for files of more than 8 bits per pixel. A DICOM's

@@ -36,7 +36,7 @@ PANEL_WIDTH = 352  # pixels
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that the demo prints or draws.
+    """Results that the demo prints or draws.
 
     Attributes:
         embedding: (1, D).
@@ -128,7 +128,7 @@ def describe_file(path: Path, radiograph: Image.Image) -> str:
         import pydicom
 
         technical = ["BitsStored", "PhotometricInterpretation"]
-        with quiet():  # pydicom's warnings repeat what stands in the header
+        with quiet():  # pydicom's warnings quote the header
             header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=technical)
         kind, bits = f"DICOM {header.PhotometricInterpretation}", header.BitsStored
     return f"{printable(path.name)}  {kind}, {radiograph.width} x {radiograph.height} pixels, {bits} bits"

@@ -1,6 +1,6 @@
 """A lung mask as a DICOM segmentation object (PS3.3 A.51) that refers to the radiograph it was made of.
 
-By `highdicom`, which the extra `seg` brings. Of the patient and the study the object takes over only what the standard
+By `highdicom` (the extra `seg`). Of the patient and the study the object takes over only what the standard
 requires there (PS3.3 C.7.1.1, C.7.2.1: types 1 and 2), so that an archive files it beside its source; physicians' names
 are left empty. A viewer lays it over its source by the geometry.
 """
@@ -30,7 +30,7 @@ GEOMETRY = ("SpecificCharacterSet", "SOPClassUID", "Modality", "Rows", "Columns"
 
 
 class SourceError(SpcxrError):
-    """The radiograph is nothing that a segmentation can refer to; other files are."""
+    """No segmentation can refer to this radiograph; others may still be written."""
 
 
 def check_highdicom() -> None:
@@ -42,7 +42,7 @@ def check_highdicom() -> None:
 
 
 def write_segmentation(mask: np.ndarray, source: Path, output: Path, model: str) -> None:
-    """Write a mask as a binary DICOM segmentation with one segment, "Lung", whole or not at all.
+    """Write a mask as a binary DICOM segmentation with one segment, "Lung", atomically.
 
     Args:
         mask: (rows, columns) booleans of the source's size; true on the lungs.

@@ -1,4 +1,4 @@
-"""Whether a model was made for a radiograph: `config.intended_use` against age and view in a DICOM header."""
+"""Compares `config.intended_use` of a model with age and view in a DICOM header."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_age_and_view(path: str | os.PathLike) -> AgeAndView:
         import pydicom
 
         tags: list[Any] = ["PatientAge", "PatientBirthDate", "StudyDate", "ViewPosition"]
-        with quiet():  # pydicom's warnings repeat what stands in the header
+        with quiet():  # pydicom's warnings quote the header
             header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=tags)
             age, born, taken, view = (str(header.get(tag) or "").strip() for tag in tags)
     except Exception:  # whatever is wrong with the file, its reader reports it
@@ -53,7 +53,7 @@ def read_age_and_view(path: str | os.PathLike) -> AgeAndView:
 
 
 def use_warnings(intended_use: Mapping[str, Any] | None, header: AgeAndView) -> list[str]:
-    """How the header differs from what a model was made for; the header's own values are not repeated.
+    """How the header differs from a model's intended use; the header's own values are not repeated.
 
     A lateral view is left to `quality_warnings`.
     """
@@ -63,7 +63,7 @@ def use_warnings(intended_use: Mapping[str, Any] | None, header: AgeAndView) -> 
     found = []
     if header.age is not None and (
         (youngest is not None and header.age < youngest)
-        or (oldest is not None and header.age >= oldest + 1)  # somebody of 5.9 years is 5 years old
+        or (oldest is not None and header.age >= oldest + 1)  # 5.9 years count as 5
     ):
         found.append(f"{made_for}, and the header gives another age")
     view, views = header.view.upper(), [str(view).upper() for view in use.get("views") or ()]

@@ -1,7 +1,7 @@
-"""Which radiographs are most alike in a model's feature space: an exact index on disk.
+"""Nearest neighbours in a model's feature space: an exact index on disk.
 
-The index holds features and ids, no pictures. Features can say who somebody is as a picture can: an index of patients
-is to be kept as their images are.
+The index holds features and ids, no pictures. Features can identify a patient as images can: protect an index
+like the images.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class NeighborIndex:
         """An index of features (n, D), not yet normalised.
 
         Raises:
-            SpcxrError: there are none, their number is not that of the ids, an id stands there twice, or a feature
+            SpcxrError: there are none, their number is not that of the ids, an id is a duplicate, or a feature
                 vector is 0 or not finite, so that it has no direction.
         """
         _check(features, ids)
@@ -102,7 +102,7 @@ class NeighborIndex:
         return [Neighbor(self.ids[row], max(-1.0, min(1.0, similarities[row].item()))) for row in kept]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file, whole or not at all: the features, and ids and model as JSON in its header."""
+        """Write one safetensors file, atomically: the features, and ids and model as JSON in its header."""
         header = {"format": FORMAT, "ids": json.dumps(list(self.ids)), "model": self.model}
         try:
             with atomic_file(path) as partial:
@@ -189,7 +189,7 @@ def _check(features: torch.Tensor, ids: Sequence[str]) -> None:
     seen: set[str] = set()
     for name in ids:
         if name in seen:
-            raise SpcxrError(f"an index names each image once; {name!r} stands there twice")
+            raise SpcxrError(f"an index names each image once; {name!r} appears twice")
         seen.add(name)
 
 

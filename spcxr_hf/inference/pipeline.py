@@ -6,7 +6,7 @@ read_batches -> prepare   files -> batches, a bounded number of images ahead of 
 answers                   batches -> records, by one of the functions of `tasks`
 Job.run                   all of it into a file, with progress, `--resume` and an exit status
 
-A file that cannot be read is a `Failed`, and the others go on.
+A file that cannot be read becomes a `Failed`; the others are processed.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def find_sources(words: Sequence[str | os.PathLike], left_out: list[Path] | None
 
     Args:
         words: Files, folders and patterns.
-        left_out: Is extended by what is left out of folders, as of `pictures_below`.
+        left_out: Extended by the entries of folders that are left out, as in `pictures_below`.
     """
     found: dict[Path, Source] = {}
     for word in map(os.fspath, words):
@@ -215,7 +215,7 @@ def prepare(source: Source, processor: Any, intended_use: Mapping[str, Any] | No
         pixel_values = processor(image, return_tensors="pt").pixel_values[0]
     except SpcxrError as error:
         return Failed(source, str(error))
-    except Exception as error:  # whatever a damaged file does to a library, the others go on
+    except Exception as error:  # libraries raise any type on damaged files; the others are processed
         return Failed(source, f"{source.path}: cannot be used ({type(error).__name__})")
     return Prepared(source, pixel_values, (image.height, image.width), found)
 
@@ -335,7 +335,7 @@ class Outcome:
 
 @dataclass
 class Job:
-    """Files to answer for, and where the records go.
+    """Files to process, and where the records go.
 
     Attributes:
         output: File of the records; None is standard output.
@@ -343,7 +343,7 @@ class Job:
         resume: Leave out files whose records are in `output`.
         overwrite: Replace `output`.
         left_out: What was left out of the folders, as of `find_sources`.
-        place: Where the picture made of a file lies, for tasks that make one: with `resume`, a file whose picture is
+        place: Path of the picture made of a file, for tasks that make one: with `resume`, a file whose picture is
             missing is not finished.
 
     Raises:
@@ -367,10 +367,10 @@ class Job:
         check_output(self.output, self.resume and not by_picture, self.overwrite)
         places = [] if self.place is None or self.resume or self.overwrite else map(self.place, self.sources)
         if there := next((picture for picture in places if picture.exists()), None):
-            raise SpcxrError(f"{there}: is there already; --resume leaves it, --overwrite makes all anew")
+            raise SpcxrError(f"{there}: already exists; --resume leaves it, --overwrite makes all anew")
 
     def run(self, loaded: Loaded, answer: Answer) -> Outcome:
-        """Answer for every file, report broken ones on standard error, and end with a line of counts."""
+        """Process every file, report broken ones on standard error, and end with a line of counts."""
         with nullcontext() if self.output is None else locked(self.output.absolute().parent, self.output.name):
             return self._run(loaded, answer)
 

@@ -1,7 +1,7 @@
 """A batch through a model to records: predict, embed, segment, reconstruct, explain.
 
 Each takes a loaded model and a batch and returns a record per image, in order: a dict with `path`, the task's own
-findings, `model`, `warnings` and `note`. Nothing in a record is a diagnosis: a probability lies above or below a
+findings, `model`, `warnings` and `note`. Nothing in a record is a diagnosis: a probability is above or below a
 threshold, and the threshold has a name. A task that draws is given `place`, the path of each source's picture.
 """
 
@@ -51,7 +51,7 @@ def _finite_rows(loaded: Loaded, values: torch.Tensor) -> list[list[float]]:
 
 
 class Predictor:
-    """Probabilities of a classifier, and on which side of an operating point's thresholds they lie.
+    """Probabilities of a classifier, and decisions by an operating point's thresholds.
 
     Probabilities are the softmax or, for labels that may hold together, the sigmoid of the logits; calibration is part
     of a checkpoint's head.

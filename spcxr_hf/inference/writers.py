@@ -63,15 +63,15 @@ def choose_format(output: Path | None, stated: str | None = None, is_terminal: b
 
 
 def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
-    """Refuse early what would fail, or destroy something, after the work.
+    """Check the output before any work: that it can be written and destroys nothing.
 
     Raises:
-        SpcxrError: the folder is missing, or the file is there and nobody said what to do with it.
+        SpcxrError: the folder is missing, or the file exists and neither `resume` nor `overwrite` is set.
     """
     if resume and overwrite:
         raise SpcxrError("--resume keeps what is there and --overwrite does not: give one of them")
     if resume and output is None:
-        raise SpcxrError("--resume goes on with a file: give --output FILE")
+        raise SpcxrError("--resume continues a file: give --output FILE")
     if output is None:
         return
     if output.is_dir():
@@ -81,7 +81,7 @@ def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
     if not os.access(output if output.exists() else output.absolute().parent, os.W_OK):
         raise SpcxrError(f"{output}: may not be written")
     if output.exists() and not (resume or overwrite):
-        raise SpcxrError(f"{output}: is there already; --resume goes on with it, --overwrite begins anew")
+        raise SpcxrError(f"{output}: already exists; --resume continues it, --overwrite replaces it")
 
 
 @contextmanager
@@ -267,7 +267,7 @@ def _open_parquet(path: Path) -> Any:
 
 
 class _Vectors:
-    """`embeddings` (n, D) float32; what belongs to the rows is JSON in the metadata. In memory until it is closed."""
+    """`embeddings` (n, D) float32; the rows' other fields are JSON in the metadata. In memory until it is closed."""
 
     def __init__(self, output: Path, resume: bool) -> None:
         self.output = output
@@ -304,7 +304,7 @@ def _read_vectors(path: Path) -> tuple[dict[str, str], np.ndarray]:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if not {"path", "model", "warnings"} <= metadata.keys():
-                raise SpcxrError(f"{path}: not written by spcxr embed; --resume cannot go on with it")
+                raise SpcxrError(f"{path}: not written by spcxr embed; --resume cannot continue it")
             return metadata, file.get_tensor("embeddings")
     except SafetensorError as error:
         raise SpcxrError(f"{path}: not a readable safetensors file ({error})") from error

@@ -1,4 +1,4 @@
-"""Weights from elsewhere, and other image sizes: timm and GMML-release state dicts, three channels to one.
+"""Conversion of weights and image sizes: timm and GMML-release state dicts, three channels to one.
 
 The names below are facts about two file formats: the vision transformers of timm (`vit_*_patch*`), and the checkpoints
 of the public GMML release, which keeps timm's names for the encoder under `backbone.` and adds `head_recons.`. Both
@@ -66,7 +66,7 @@ def change_image_size(model: SpcxrPreTrainedModel, image_size: int) -> None:
     """
     if image_size < 1 or image_size % model.config.patch_size:
         raise SpcxrError(f"image_size ({image_size}) must be a multiple of patch_size ({model.config.patch_size})")
-    # A cast, not isinstance: a model that was loaded by remote code has a class of its own.
+    # A cast, not isinstance: a model loaded by remote code has another class.
     embeddings = cast(SpcxrEmbeddings, model.base_model.embeddings)
     grid = image_size // model.config.patch_size
     trainable = embeddings.position_embeddings.requires_grad
@@ -153,7 +153,7 @@ def _read(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _plain_state_dict(source: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The state dict inside a checkpoint, without wrappers' prefixes and without what is left out."""
+    """The state dict inside a checkpoint, without wrappers' prefixes and left-out weights."""
     if not isinstance(source, Mapping):
         raise SpcxrError(f"expected a state dict or the path of one; got {type(source).__name__}")
     while inner := next((source[name] for name in CONTAINERS if isinstance(source.get(name), Mapping)), None):

@@ -1,6 +1,6 @@
 """Frozen encoders: any vision model that transformers loads, ours or another, behind one way from images to features.
 
-What differs between the families is told from the model itself, not from a list of names: how many tokens come before
+Differences between the families are detected on the model itself, not from a list of names: how many tokens come before
 the patches (CLS, distillation, registers), whether the features are a map, what the image processor normalises with,
 and whether patches are masked (a masked autoencoder is run on all of them, in order).
 """
@@ -38,7 +38,7 @@ class Encoder:
         std: (C) standard deviation that it divides by.
         image_size: Native side of the square input in pixels.
         bf16: Whether the model runs in bfloat16 autocast. Features are float32 in any case.
-        random_pooler: Whether the checkpoint held no weights for the model's pooler, so that its output says nothing.
+        random_pooler: Whether the checkpoint held no weights for the model's pooler, so that its output is random.
         num_prefix_tokens: Tokens before the patch tokens; 0 for feature maps. Counted on a blank image.
 
     Raises:

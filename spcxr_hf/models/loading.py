@@ -8,7 +8,7 @@ to_pixel_values     pictures -> pixel values, by the image processor
 forward             pixel values -> the model's outputs, in bfloat16 if asked
 probabilities       logits -> probabilities, by the problem type of the configuration
 
-Weights are read from safetensors alone, and code that lies in a checkpoint is never run. Whatever is wrong with a
+Weights are read from safetensors alone, and code in a checkpoint is never run. Whatever is wrong with a
 checkpoint is a `SpcxrError` of one line that names it.
 """
 
@@ -128,7 +128,7 @@ def load_network(
         model, loading = model_class.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=new == "head", **options
         )
-    # The mask token stands in for masked patches in pretraining; no output of another task depends on it.
+    # The mask token replaces masked patches in pretraining; no output of another task depends on it.
     fresh = sorted(
         name
         for name in {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
@@ -275,7 +275,7 @@ def to_pixel_values(processor: Any, images: Sequence[Image.Image], image_size: i
 
 
 def forward(model: PreTrainedModel, pixel_values: torch.Tensor, bf16: bool = False, **options: Any) -> Any:
-    """The outputs of a model of any family on one batch, on any device; gradients are the caller's affair.
+    """The outputs of a model of any family on one batch, on any device; gradients are left to the caller.
 
     `bf16` computes in bfloat16 autocast; `options` are what the model's forward takes besides.
     """

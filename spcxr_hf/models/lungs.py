@@ -29,7 +29,7 @@ from spcxr_hf.models.loading import Loaded, forward, load_checkpoint, to_pixel_v
 def segment_lungs(
     loaded: Loaded, pixel_values: torch.Tensor, sizes: Sequence[tuple[int, int]], bf16: bool = False
 ) -> list[torch.Tensor]:
-    """True where lung is: booleans (height, width) of each image itself, on the CPU.
+    """Lung masks, booleans (height, width) at each image's size, on the CPU.
 
     Args:
         loaded: A segmentation model with a label "lung".
@@ -136,7 +136,7 @@ def measure_lungs(mask: np.ndarray) -> LungAreas:
 def connected_regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Area in pixels and mean column of each region of a boolean mask (height, width) whose pixels touch by a side.
 
-    Row by row: a row is a few runs of true pixels, and a run belongs to the regions of the runs that it touches in the
+    Row by row: a row is a few runs of true pixels, and a run joins the regions of the runs that it touches in the
     row above.
     """
     edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
@@ -150,7 +150,7 @@ def connected_regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _join_runs(rows: list[int], starts: list[int], ends: list[int]) -> list[int]:
-    """For each run, sorted by row and start, the index of a run that stands for its region."""
+    """For each run, sorted by row and start, the index of the run that represents its region."""
     parents = list(range(len(rows)))
 
     def representative(run: int) -> int:

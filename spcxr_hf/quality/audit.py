@@ -1,4 +1,4 @@
-"""A set of radiographs as a page to look at: what is in it, what is missing, what is broken, what is there twice.
+"""Audit of a data set as an HTML page: contents, missing values, broken files, duplicates, leaks.
 
 audit -> _survey (each image is decoded once) -> find_duplicates -> _numbers (audit.json) -> _page (audit.html)
 
@@ -193,7 +193,7 @@ def _numbers(
     patient_column: str,
 ) -> dict[str, Any]:
     ids, patients = table.ids, known_patients(table, patient_column)
-    told = None if pairs is None else [_describe_pair(pair, ids, splits) for pair in pairs]
+    described = None if pairs is None else [_describe_pair(pair, ids, splits) for pair in pairs]
     leaks = find_patient_leaks(patients, splits, ids)
     return {
         "set": table.name,
@@ -211,10 +211,10 @@ def _numbers(
         "warnings": _warnings(survey, ids),
         "grey": _grey_by_split(survey, splits),
         "broken": [{"id": ids[row], "cause": cause} for row, cause in survey.broken.items()],
-        "duplicates": told,
+        "duplicates": described,
         "leaks": {
             "patients": [{"patient": leak.patient, "ids": leak.ids} for leak in leaks],
-            "images": None if told is None else [pair for pair in told if _crosses(pair)],
+            "images": None if described is None else [pair for pair in described if _crosses(pair)],
         },
     }
 
@@ -253,9 +253,9 @@ def _count(values: Iterable[str | None]) -> dict[str, int]:
 
 def _by_split(values: Sequence[str | None], splits: Sequence[str | None]) -> dict[str, dict[str, int]]:
     """Label -> split -> images."""
-    told = ["(none)" if split is None else split for split in splits]
-    counts = Counter(zip(["(missing)" if value is None else value for value in values], told, strict=True))
-    names = list(dict.fromkeys(told))
+    shown = ["(none)" if split is None else split for split in splits]
+    counts = Counter(zip(["(missing)" if value is None else value for value in values], shown, strict=True))
+    names = list(dict.fromkeys(shown))
     return {label: {split: counts[label, split] for split in names} for label in _count(values)}
 
 
@@ -385,7 +385,7 @@ def _png(pixels: np.ndarray) -> str:
 def _histogram(grey: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The histograms of all splits as PNG in base64; None where matplotlib (the extra `demo`) is missing."""
     try:
-        from matplotlib.figure import Figure  # a figure of its own touches no global state
+        from matplotlib.figure import Figure  # not pyplot, which keeps global state
     except ImportError:
         return None
     figure = Figure(figsize=(8, 3.5), layout="constrained")

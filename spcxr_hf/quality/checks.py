@@ -1,4 +1,4 @@
-"""What the scripts' command lines say of their set: rows to leave out, broken files, leaks of the split.
+"""Checks of a data set shared by the training scripts: excluded rows, broken files, split leakage.
 
 check_split -> refuse_leaks, with the way out
 write_skipped -> skipped.csv
@@ -26,12 +26,12 @@ from spcxr_hf.quality.duplicates import SAME_IMAGE, LeakError, Leaks, refuse_lea
 
 SKIPPED_FILE = "skipped.csv"
 WITHOUT_PRETRAIN = "--splits train takes the rows of a split, --pretrain-only false every row"
-Processes: TypeAlias = Accelerator | PartialState | None  # None: this process is alone
+Processes: TypeAlias = Accelerator | PartialState | None  # None: a single process
 
 
 @dataclass
 class SetArguments:
-    """What the command lines of all scripts say of their set."""
+    """Dataset arguments shared by the training scripts."""
 
     exclude: str | None = field(
         default=None,
@@ -58,11 +58,11 @@ class SetArguments:
 
 @dataclass
 class SplitArguments(SetArguments):
-    """What the command lines of scripts that learn from one side of a split say besides."""
+    """Split arguments of the scripts that train on one side of a split."""
 
     allow_leaks: Leaks = field(
         default="no",
-        metadata={"help": "go on although the split leaks: no (the default), patients (one may be on several sides), "
+        metadata={"help": "train although the split leaks: no (the default), patients (one may be on several sides), "
                   "images (nearly the same one may; they are not compared then) or all"},
     )  # fmt: skip
 
@@ -91,28 +91,28 @@ def check_split(
     processes: Processes = None,
     cache: str | os.PathLike | None = None,
 ) -> None:
-    """Refuse a split that leaks; the first of several processes looks, the others hear of it.
+    """Refuse a split that leaks; the first of several processes checks and broadcasts the result.
 
     Args:
-        allow: What `refuse_leaks` takes; where images may leak, they are not compared.
+        allow: As for `refuse_leaks`; where images may leak, they are not compared.
         sides: The splits in use; by default all values of the column.
         cache: A folder to keep the verdict in where no image leaks, so that the next start need not compare them.
 
     Raises:
         SpcxrError: the split leaks; the message says how, and the way out.
     """
-    told: list[str | None] = [None]
+    message: list[str | None] = [None]
     if processes is None or processes.is_main_process:
         try:
             _compare(table, split_column, allow, sides, cache)
         except LeakError as error:
-            told = [f"{error}; {_way_out(error, split_column)}"]
+            message = [f"{error}; {_way_out(error, split_column)}"]
         except SpcxrError as error:
-            told = [str(error)]
+            message = [str(error)]
     if processes is not None and processes.num_processes > 1:
-        broadcast_object_list(told)
-    if told[0] is not None:
-        raise SpcxrError(told[0])
+        broadcast_object_list(message)
+    if message[0] is not None:
+        raise SpcxrError(message[0])
 
 
 def _compare(
@@ -135,7 +135,7 @@ def _compare(
 
 def _way_out(error: LeakError, split_column: str) -> str:
     kinds = [name for name in ("patients", "images") if getattr(error.report, name)]
-    ways = [f"--allow_leaks {'all' if len(kinds) > 1 else kinds[0]} goes on all the same"]
+    ways = [f"--allow_leaks {'all' if len(kinds) > 1 else kinds[0]} continues anyway"]
     if "images" in kinds:
         write = f"spcxr audit SET --split {split_column} --copies-list FILE"
         ways.insert(0, f"--exclude FILE leaves copies out ({write} writes them)")

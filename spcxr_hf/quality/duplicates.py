@@ -8,7 +8,7 @@ whole of the other shows, whatever the resolution, compression, brightness or co
 rotated copies, a wide frame around a picture, two crops that each lack much of what the other shows.
 
 Every pair is compared by short descriptors, of the whole picture on one side and of 49 windows of it on the other; what
-is alike enough is laid over one another and judged by the correlation of its finest detail. Chest radiographs are alike
+is similar enough is aligned and compared by the correlation of its finest detail. Chest radiographs are alike
 as a kind: descriptors are whitened, so that what all of them share counts for little.
 """
 
@@ -509,11 +509,11 @@ def _verify(wholes: torch.Tensor, others: torch.Tensor, windows: torch.Tensor) -
     whole, other = (_normalise_contrast(part, TO_PLACE) for part in small)
     windows, scores = _fit(whole, other, windows, COARSE_STEPS)
     near = (scores > WORTH_A_LOOK).nonzero().squeeze(1)
-    judged = torch.full_like(scores, -1)
+    checked = torch.full_like(scores, -1)
     if len(near):
         whole, other = (_normalise_contrast(part[near], TO_JUDGE) for part in (wholes, others))
-        judged[near] = _fit(whole, other, windows[near], FINE_STEPS)[1]
-    return judged
+        checked[near] = _fit(whole, other, windows[near], FINE_STEPS)[1]
+    return checked
 
 
 def _fit(

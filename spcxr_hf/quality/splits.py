@@ -1,4 +1,4 @@
-"""Splits by patient: nobody is on two sides, and every side has its share of every label."""
+"""Splits by patient, stratified by label."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def split_by_patient(
     seed: int = 0,
     patient_column: str = "patient",
 ) -> list[str]:
-    """Share out the rows of a set, each patient to one split, with the labels in the same proportions everywhere.
+    """Divide the rows of a set, each patient into one split, with the same label proportions in all.
 
     Iterative stratification (Sechidis et al., ECML PKDD 2011, algorithm 1) with patients in place of examples: the
     rarest label that is still to be shared out is dealt with first, those with most images of it first, each to the
@@ -64,7 +64,7 @@ def split_by_patient(
 def with_splits(table: RadiographTable, column: str, seed: int = 0) -> RadiographTable:
     """The set with a column of splits: its own, else its column `split`, else one that `split_by_patient` draws.
 
-    The same set always gets the same splits; that they are drawn is told in one line.
+    The same set always gets the same splits; a drawn split is reported in one line.
     """
     if column in table.rows.column_names:
         return table
@@ -164,7 +164,7 @@ def _neediest(lacking: np.ndarray, room: np.ndarray, generator: np.random.Genera
 
 
 def _fill_empty(sides: np.ndarray, images: np.ndarray, count: int) -> np.ndarray:
-    """Give a split that got nobody the patient with fewest images from the split that has most patients."""
+    """Give an empty split the patient with fewest images from the split that has most patients."""
     for side in range(count):
         if not (sides == side).any():
             largest = np.bincount(sides, minlength=count).argmax()

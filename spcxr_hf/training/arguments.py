@@ -160,7 +160,7 @@ def _recipe_words(arguments_class: type, path: Path) -> list[str]:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML without aliases: a few hundred bytes of nested ones stand for gigabytes."""
+    """YAML without aliases: a few hundred bytes of nested ones can expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -224,7 +224,7 @@ def run_script(main: Callable[[], object]) -> None:
         _let_the_first_say_it()
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from what was saved", file=sys.stderr)
+        print("stopped; run the same command to resume from what was saved", file=sys.stderr)
         raise SystemExit(130) from None
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -289,10 +289,10 @@ class RunArguments:
     save_every: int = flag(500, "steps between checkpoints")
     keep_checkpoints: int = flag(2, "number of checkpoints to keep")
     log_every: int = flag(20, "steps between rows of the log")
-    max_nonfinite_steps: int = flag(10, "stop after so many steps in a row with a loss or gradient that is not finite")
+    max_nonfinite_steps: int = flag(10, "stop after this many steps in a row with a non-finite loss or gradient")
     trackers: list[str] = flag([], "experiment trackers: tensorboard, trackio, wandb, ...")
     push_to_hub: str | None = flag(None, "id of a Hub repository that gets every checkpoint, in the background")
-    allow_other_data: bool = flag(False, "go on from checkpoints although rows or labels have changed since")
+    allow_other_data: bool = flag(False, "resume from checkpoints although rows or labels have changed since")
     seed: int = flag(0, "seed of everything random")
 
 
@@ -319,7 +319,7 @@ class FineTuningArguments(RunArguments):
     from_scratch: bool = flag(False, "random weights; of `init_from` only the config is used")
     size: Literal["tiny", "small", "base"] = flag("small", "tiny, small or base: from scratch, without init_from")
     layer_decay: float = flag(0.75, "learning rate of a block relative to the one above it")
-    patience: int = flag(0, "stop after so many checkpoints in a row without a better figure on val; 0: never")
+    patience: int = flag(0, "stop after this many checkpoints in a row without a better metric on val; 0: never")
     batch_size: int = flag(32, "images per optimiser step over all processes")
     learning_rate: float = flag(5e-4, "peak learning rate of the head; it falls along a cosine to at most 1e-6")
     warmup_steps: int = flag(50, "steps of linear warm-up")
@@ -349,7 +349,7 @@ def check_run(arguments: RunArguments) -> None:
             f"image_size {arguments.image_size} is above stored_size {arguments.stored_size}, as images are kept: "
             f"add --stored-size {arguments.image_size}"
         )
-    if arguments.fsdp and arguments.compile:  # nobody has measured or tested the two together
+    if arguments.fsdp and arguments.compile:  # the combination is untested
         raise SpcxrError("fsdp and compile exclude each other")
 
 
@@ -367,7 +367,7 @@ def keep_recipe(output: Path, arguments: RunArguments) -> None:
     if changed:
         said = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed)
         logger.warning(
-            "%s goes on from %s, which was trained with another recipe (%s); another --output begins anew",
+            "%s resumes from %s, which was trained with another recipe (%s); another --output starts a new run",
             output, checkpoints[-1].name, said,
         )  # fmt: skip
     with os_errors(output):

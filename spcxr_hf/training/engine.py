@@ -108,7 +108,7 @@ class Run:
         self.pusher: HubPusher | None = None
 
     def __enter__(self) -> Run:
-        """Lock the output folder, and have SIGTERM end the run in order."""
+        """Lock the output folder, and install a SIGTERM handler that ends the run with a checkpoint."""
         if self.is_main:
             if self.arguments.push_to_hub is not None:
                 self.pusher = HubPusher(self.arguments.push_to_hub)
@@ -138,7 +138,7 @@ class Run:
         """Within a step the run ends after it, with a checkpoint; elsewhere nothing is lost by ending at once."""
         self._asked_to_stop = True
         if not self._in_steps:
-            self._say("stopped by SIGTERM; the same command goes on from the newest checkpoint")
+            self._say("stopped by SIGTERM; run the same command to resume from the newest checkpoint")
             raise SystemExit(0)
 
     @property
@@ -265,7 +265,7 @@ class Run:
                     if self.pusher is not None:
                         self.pusher.close(WAIT_WHEN_ASKED)
                     self.accelerator.end_training()
-                    self._say(f"stopped by SIGTERM after step {step + 1}; the same command goes on from there")
+                    self._say(f"stopped by SIGTERM after step {step + 1}; run the same command to resume")
                     raise SystemExit(0)
                 if self.state.get("stopped_early"):
                     break
@@ -381,7 +381,7 @@ class Run:
         """Write the model to `best/` if its `metric` (more is better) is the highest so far.
 
         Args:
-            patience: End the run after so many values in a row without a new best; 0: never.
+            patience: End the run after this many values in a row without a new best; 0: never.
         """
         self.scores[metric] = value
         if value > self.state.get("best", -math.inf):

@@ -4,7 +4,7 @@
     pusher.push(checkpoint, "step 500")        # at each save; returns at once
     pusher.close(wait=120)                     # at the end: pushes the newest, or prints the command that does
 
-A push is the client's `hf upload` in a process of its own. `HfApi.upload_folder(run_as_future=True)` would be a thread,
+A push is the client's `hf upload` in a separate process. `HfApi.upload_folder(run_as_future=True)` would be a thread,
 and the client has no time limit on its requests: the interpreter joins such a thread at exit, so that a Hub that
 accepts a connection and never answers would keep the training from ending. A process can be killed.
 
@@ -32,10 +32,10 @@ from spcxr_hf.hub.publish import without_token
 
 logger = logging.getLogger(__name__)
 
-# Needed to resume a run and by nobody else: two to three times the size of the weights.
+# Needed only to resume a run: two to three times the size of the weights.
 LEFT_OUT = ("optimizer.safetensors", "average.safetensors", "training_state.json", "checksums.json")
 SNAPSHOT = ".push"  # in the run's folder
-# In these variables the client finds its token and is told to be quiet.
+# Environment of the client: its token, and no progress bars.
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_VERBOSITY": "error"}
 
 
@@ -162,7 +162,7 @@ class HubPusher:
         self._not_before = time.monotonic() + self._retry_after
         if not self._warned:  # once, until a push works again
             self._warned = True
-            logger.warning("not pushed to %s: %s. Training goes on; the next save is pushed", self.repo_id, cause)
+            logger.warning("not pushed to %s: %s. Training continues; the next save is pushed", self.repo_id, cause)
 
     def _kill(self) -> None:
         if self._process is not None and self._process.poll() is None:

@@ -46,7 +46,7 @@ class Shards:
             {**group, "params": [self._shares[names[parameter]] for parameter in group["params"]]}
             for group in optimizer.param_groups
         ]
-        # Each group brings its own rates and betas.
+        # Each group keeps its own rates and betas.
         self.optimizer = torch.optim.AdamW(groups, fused=optimizer.defaults["fused"])
         for parameter, state in optimizer.state.items():
             share = self._shares[names[parameter]]
@@ -98,14 +98,14 @@ class Shards:
 
 
 def divide(model: PreTrainedModel, mesh: DeviceMesh) -> nn.Module:
-    """Shard the blocks of a model, then what is left of it, over all processes of a mesh.
+    """Shard the blocks of a model, then its other parameters, over all processes of a mesh.
 
     The blocks are the members of module lists whose class is in the model's `_no_split_modules`. Weights stay float32
     under autocast, so that the losses are those of data parallelism in any precision.
     """
     for tensor in [*model.parameters(), *model.buffers()]:  # all start from the first process's model, as in DDP
         distributed.broadcast(tensor.data, 0)
-    # gloo cannot average. Where gradients are reduced in float64, FSDP divides by itself.
+    # gloo cannot average. Where gradients are reduced in float64, FSDP does the division.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float64 if mesh.device_type == "cpu" else None)
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     unsplit = set(getattr(model, "_no_split_modules", None) or ())

@@ -36,7 +36,7 @@ GROUPS_PER_ROUND = 96
 # they are independent; drawing all of them would take more than half of the time of the whole corruption on a CPU.
 NOISE_SHEET = 4
 
-# On a CPU, so many images are filled, and so many unions computed, at a time: they fit the cache. Other devices work on
+# On a CPU, images filled, and unions computed, at a time: they fit the cache. Other devices work on
 # the whole batch.
 CPU_PART = 8
 CPU_UNION_PART = 32
@@ -156,7 +156,7 @@ class GroupMasking:
         runs = []
         for mode, length in zip(self.fill_modes, counts, strict=True):
             stop = start + length
-            runs += [_Run(mode, start, min(stop, count)), _Run(mode, 0, stop - count)]  # it may go on at the start
+            runs += [_Run(mode, start, min(stop, count)), _Run(mode, 0, stop - count)]  # it may wrap around
             start = stop % count
         return [run for run in runs if run.start < run.stop]
 
@@ -228,7 +228,7 @@ def _draw_noise(images: torch.Tensor, generator: torch.Generator | None) -> torc
 
 class _Spans(NamedTuple):
     """Intervals of cells along one axis, `start` and `length` (images, groups); `inside` (images, groups, positions) is
-    1.0 where a position of the lattice lies in the interval."""
+    1.0 where a position of the lattice is in the interval."""
 
     start: torch.Tensor
     length: torch.Tensor
@@ -286,8 +286,8 @@ def _draw_groups(
 
 
 def _inside(start: torch.Tensor, length: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-    """(images, groups, positions): 1.0 where each of `cells` (positions,) lies in the interval, else 0.0."""
-    # One comparison: a cell lies inside if it is nearer to the middle of the interval than half its length.
+    """(images, groups, positions): 1.0 where each of `cells` (positions,) is in the interval, else 0.0."""
+    # One comparison: a cell is inside if it is nearer to the middle of the interval than half its length.
     middle = (start + (length - 1) / 2).unsqueeze(2)
     return (cells.to(middle.dtype) - middle).abs_().lt_((length / 2).unsqueeze(2))
 
@@ -319,7 +319,7 @@ def _groups_to_keep(first: torch.Tensor, target: torch.Tensor) -> tuple[torch.Te
 def _union(vertical: _Spans, horizontal: _Spans, kept: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """`out` (n, rows, columns) uint8, filled: 1 for the cells in any of each image's first `kept` (n,) groups."""
     images, rows, columns = out.shape
-    # Corners (n, 4 groups): what each adds to the word of eight counts that it lies in, and to all words behind it.
+    # Corners (n, 4 groups): what each adds to the word of eight counts that it is in, and to all words behind it.
     sign = (torch.arange(vertical.start.shape[1], device=out.device) < kept.unsqueeze(1)).long()
     top, bottom = vertical.start, vertical.start + vertical.length
     left, right = horizontal.start, horizontal.start + horizontal.length
@@ -383,7 +383,7 @@ def as_pixels(config: Any, reconstruction: torch.Tensor, clean: torch.Tensor) ->
 
 
 def _patch_statistics(images: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of the patch that each pixel lies in, (B, C, H, W) float32."""
+    """Mean and deviation of each pixel's patch, (B, C, H, W) float32."""
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     patches = images.float().reshape(batch, channels, rows, patch_size, columns, patch_size)

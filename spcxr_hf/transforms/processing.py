@@ -1,4 +1,4 @@
-"""Random changes of how a radiograph was processed, for batches: what differs between archives, not between patients.
+"""Random changes of image processing, for batches: differences between archives, not between patients.
 
 The same film looks different in two archives: another grey curve, another filter when it was scaled down, another
 compression, a frame or letters burnt in. A network that reads those recognises the archive. Each change is drawn for
@@ -144,7 +144,7 @@ def equalize_histogram(images: torch.Tensor, tiles: int, clip_limit: torch.Tenso
 
 
 def _nearest_tiles(size: int, tiles: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each pixel of an axis: the two tiles whose centres it lies between, and the weight of the second, (size,)."""
+    """Of each pixel of an axis: the two tiles with the nearest centres, and the weight of the second, (size,)."""
     place = (torch.arange(size, device=device) + 0.5) * tiles / size - 0.5
     first = place.floor().clamp(0, tiles - 1)
     return first.long(), (first + 1).clamp(max=tiles - 1).long(), (place - first).clamp(0, 1)
@@ -229,7 +229,7 @@ def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     distance = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.exp(-0.5 * (distance / sigma.reshape(-1, 1).clamp(min=1e-3)) ** 2)
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).reshape(batch, 1, -1, 1)
-    # The images are the channels of one image, so that each has a kernel of its own.
+    # The images are the channels of one image, so that each has its own kernel.
     padded = nn.functional.pad(images.reshape(1, batch, height, width), (radius,) * 4, mode="replicate")
     blurred = nn.functional.conv2d(padded, kernel, groups=batch)
     return nn.functional.conv2d(blurred, kernel.transpose(2, 3), groups=batch).reshape(images.shape)

@@ -25,7 +25,6 @@ from spcxr_hf.inference.tasks import embed
 from tests.inference.test_pipeline import save_model
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-pytest.importorskip("gradio", reason="the extra app is not installed")
 
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
@@ -39,6 +38,7 @@ EVIL = "${7*7}{{7*7}}<img src=x onerror=document.title=1>.png"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[SimpleNamespace]:
+    pytest.importorskip("gradio", reason="the extra app is not installed")
     cards, uploads = tmp_path_factory.mktemp("cards"), tmp_path_factory.mktemp("uploads")
     save_model(SpcxrForPreTraining, cards / "base")
     save_model(SpcxrForSemanticSegmentation, cards / "lung-segmentation", id2label={0: "background", 1: "lung"})

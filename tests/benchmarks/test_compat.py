@@ -39,6 +39,7 @@ def test_the_hubs_modules_are_there():
     assert [name for name in compat.HUB if not (ROOT / name).is_file()] == []
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_suite_are_counted_together(tmp_path, monkeypatch):
     (tmp_path / "test_made_up.py").write_text(FAILING)
     monkeypatch.setattr(compat, "ROOT", tmp_path)

@@ -38,6 +38,7 @@ def test_a_row_for_each_image(words, tmp_path, capsys):
     assert Image.open(tmp_path / "sheet.png").width > 300
 
 
+@pytest.mark.slow
 def test_images_of_the_same_patient_are_no_neighbors(words, tmp_path):
     table = pq.read_table(words[-1])
     patients = table["patient"].to_pylist()

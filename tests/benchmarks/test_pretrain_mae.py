@@ -106,6 +106,7 @@ def test_it_learns(shard, tmp_path):
     assert sum(losses[-10:]) / 10 < 0.75 * sum(losses[:5]) / 5
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(shard, finished, tmp_path, monkeypatch):
     calls = 0
     draw_views = pretrain_mae.draw_views
@@ -142,6 +143,7 @@ def test_other_scripts_take_it_as_a_model_of_another_family(shard, finished, tmp
     assert tuned.config.model_type == "vit" and tuned.config.num_channels == 1 and tuned.config.num_labels == 3
 
 
+@pytest.mark.slow
 def test_as_many_steps_as_the_minutes_allow(shard, tmp_path, caplog):
     timed = [*BRIEF, "--max_minutes", "0.05", "--images_per_second", "8"]  # 3 seconds, 24 images, 6 steps
     pretrain_mae.main(["--data", shard, "--output", str(tmp_path), *timed])

@@ -167,7 +167,7 @@ def test_targets_of_a_cell():
 def test_a_class_may_join_labels():
     words = ["normal", "pneumonia=bacterial+viral"]
     assert parse_classes(words) == {"normal": ["normal"], "pneumonia": ["bacterial", "viral"]}
-    with pytest.raises(SpcxrError, match="a class stands twice among normal normal"):
+    with pytest.raises(SpcxrError, match="a class appears twice among normal normal"):
         parse_classes(["normal", "normal"])
 
 

@@ -59,6 +59,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_a_report_stands_by_itself(tmp_path, multi_label):
     splits = [evaluated(multi_label=multi_label), evaluated("test <1>", 50, 1, multi_label)]

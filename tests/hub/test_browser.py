@@ -17,15 +17,13 @@ import torch
 from PIL import Image
 
 from spcxr_hf import SpcxrForImageClassification, SpcxrImageProcessor
+from spcxr_hf.hub.export_onnx import export_onnx, quantize_int8
 from tests.common import SIDE, build, tiny_config
 from tests.made_up import picture
 
-pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 
 from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
-
-from spcxr_hf.hub.export_onnx import export_onnx, quantize_int8  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "browser"
 PROCESSOR = SpcxrImageProcessor(size={"height": SIDE, "width": SIDE})
@@ -53,6 +51,7 @@ class LoggedRequests(SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> SimpleNamespace:
     """The folder that is served: the page, its library, two classifiers, pictures."""
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     if not (shutil.which("npm") and shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("npm, chromium or chromedriver is missing")
     folder = tmp_path_factory.mktemp("site")

@@ -474,7 +474,7 @@ def test_a_processor_without_vnni(monkeypatch):
 @pytest.mark.data
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="the development radiographs are not beside the checkout")
-@pytest.mark.parametrize("name", ["base", "lung-segmentation", "pneumonia", "screening", "covid"])
+@pytest.mark.parametrize("name", ["base", "lung-segmentation", "covid"])  # one of each head
 def test_onnx_on_real_radiographs(tmp_path, name):
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     from spcxr_hf.hub.export_onnx import export_onnx, quantize_int8

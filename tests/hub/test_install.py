@@ -247,7 +247,7 @@ def test_force_moves_main_and_removes_nothing(cards, cache, downloaded):
         ("config.json", None, "no checkpoint, config.json missing"),
         ("model.safetensors", None, "no checkpoint, model.safetensors missing"),
         ("config.json", b"{'model_type'", "config.json: not valid JSON"),
-        ("config.json", b'{"transformers_weights": "../base/model.safetensors"}', "lies outside the folder"),
+        ("config.json", b'{"transformers_weights": "../base/model.safetensors"}', "outside the checkpoint folder"),
         ("model.safetensors.index.json", b'{"weight_map": {"a": "x.bin"}}', r"names 'x\.bin'; only safetensors"),
         ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "model.safetensors: damaged"),
         ("model.safetensors", b"", "model.safetensors: damaged"),
@@ -415,6 +415,7 @@ def test_auto_model_loads_the_id_offline_in_a_fresh_process(tmp_path):
     assert printed == "spcxr_hf.modeling.modeling_spcxr SpcxrModel SpcxrImageProcessor 48.0"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "model_cards" / "base").is_dir(), reason="the tree has no trained checkpoint yet")
 def test_auto_model_loads_the_bundled_base_offline_in_a_fresh_process(tmp_path):
     assert run_that_line(ROOT / "model_cards", tmp_path).startswith("spcxr_hf.modeling.modeling_spcxr SpcxrModel")

@@ -215,7 +215,7 @@ def test_a_tag_never_moves(hub, token, cards, unchecked):
     assert named.commit == second.commit
     change(cards / "base")
     before = hub.uploaded
-    with pytest.raises(SpcxrError, match=f"the tag paper stands at another commit, {second.commit}"):
+    with pytest.raises(SpcxrError, match=f"the tag paper points to another commit, {second.commit}"):
         publish(cards, token=token, only=["base"], tag="paper")
     assert hub.uploaded - before < 5000  # the card's text alone, to be validated
 
@@ -287,6 +287,8 @@ def test_the_token_in_use_is_looked_for(cards, tmp_path):
     (tmp_path / "log.txt").write_text("a\nb oddly_shaped_secret")
     assert list(find_unwanted(tmp_path / "log.txt", "oddly_shaped_secret")) == [(2, "the token that is in use")]
     assert list(find_unwanted(tmp_path / "log.txt", None)) == []
+    (tmp_path / "log.txt").write_text("oddly_shaped_secret")
+    assert list(find_unwanted(tmp_path / "log.txt", "oddly_shaped_secret")) == [(1, "the token that is in use")]
 
 
 # Put together here, so that no scanner takes them for real ones.
@@ -454,7 +456,7 @@ def test_an_update_cut_at_any_request(hub, token, cards, unchecked, number, kind
     weights = (cards / "base" / "model.safetensors").read_bytes()
     hub.forget_requests()
     hub.faults = [Fault(kind, first=number)]
-    ends = "the same command goes on from there|nothing was sent"
+    ends = "run the same command again|nothing was sent"
     with pytest.raises(SpcxrError, match=rf"^spcxr/base: .* ({ends})$") as caught:
         publish(cards, token=token, only=["base"])
     assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """read_radiograph: a file becomes one grey image, lungs dark, or an error that names the file and the cause."""
 
 import os
+import struct
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,21 @@ PNG = encoded(Image.fromarray(GREY), "PNG")
 JPEG = encoded(Image.fromarray(GREY), "JPEG", quality=95)
 
 
+def tiff_of_12_bits() -> bytes:
+    """2 x 2 pixels of 12 bits, packed: 0, 4095; 2048, 1."""
+    pixels = bytes([0x00, 0x0F, 0xFF, 0x80, 0x00, 0x01])
+    tags = {256: 2, 257: 2, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 2, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(pixels))
+    return head + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
 # Pictures
+
+
+def test_tiff_of_12_bits_fills_the_range():
+    image = read_radiograph(tiff_of_12_bits(), full_depth=True, strict=None)
+    assert np.asarray(image).tolist() == [[0, 65535], [32776, 16]]
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P"])

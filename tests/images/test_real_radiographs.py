@@ -34,12 +34,12 @@ def test_pretraining_sees_no_image_that_a_task_is_judged_on():
 
 
 @pytest.mark.slow
-def test_back_ends_agree_on_a_thousand_radiographs():
+def test_back_ends_agree_on_two_hundred_radiographs():
     folder = TREE / "model_cards" / "pneumonia"
     kinds = (SpcxrImageProcessor, SpcxrImageProcessorPil)
     processors = [kind.from_pretrained(folder) for kind in kinds]
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
-    cells = [cell for shard in ("nih-00", "kermany-00") for cell in first_images(shard, 500)]
+    cells = [cell for shard in ("nih-00", "kermany-00") for cell in first_images(shard, 100)]
     for start in range(0, len(cells), 50):
         images = [open_image(cell, "image") for cell in cells[start : start + 50]]
         one, other = (processor(images, return_tensors="pt").pixel_values for processor in processors)
@@ -47,7 +47,7 @@ def test_back_ends_agree_on_a_thousand_radiographs():
         with torch.no_grad():
             first, second = (model(values).logits.argmax(dim=1) for values in (one, other))
         assert torch.equal(first, second)
-    assert len(cells) == 1000
+    assert len(cells) == 200
 
 
 def first_images(shard: str, count: int) -> list:

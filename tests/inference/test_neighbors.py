@@ -79,7 +79,7 @@ def test_files_that_are_no_index(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("vectors", "ids", "message"),
-    [(torch.ones(2, 3), ["a"], "n ids"), (torch.ones(2, 3), ["a", "a"], "stands there twice"),
+    [(torch.ones(2, 3), ["a"], "n ids"), (torch.ones(2, 3), ["a", "a"], "appears twice"),
      (torch.zeros(1, 3), ["a"], "a: its features are 0"), (torch.full((1, 3), torch.nan), ["a"], "not finite"),
      (torch.ones(0, 3), [], "needs")],
 )  # fmt: skip
@@ -124,5 +124,5 @@ def test_an_index_of_a_set(encoder, tmp_path):
     again = build_index(encoder, table, batch_size=5)
     torch.testing.assert_close(found.features, again.features, rtol=1e-4, atol=1e-5)
     twice = RadiographTable(pa.concat_tables([table.rows, table.rows]), "twice")
-    with pytest.raises(SpcxrError, match="stands there twice"):
+    with pytest.raises(SpcxrError, match="appears twice"):
         build_index(encoder, twice)

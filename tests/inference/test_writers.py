@@ -232,9 +232,9 @@ def test_formats_that_are_refused(output, stated, complaint):
 def test_nothing_is_destroyed_by_chance(tmp_path):
     (tmp_path / "out.csv").write_text("precious")
     for output, resume, overwrite, complaint in (
-        (tmp_path / "out.csv", False, False, "is there already; --resume goes on with it"),
+        (tmp_path / "out.csv", False, False, "already exists; --resume continues it"),
         (tmp_path / "out.csv", True, True, "give one of them"),
-        (None, True, False, "--resume goes on with a file"),
+        (None, True, False, "--resume continues a file"),
         (tmp_path, False, False, "a folder, and a file is needed"),
         (tmp_path / "missing" / "out.csv", False, False, "no such folder"),
     ):

@@ -232,15 +232,15 @@ def with_a_malformed_header(folder: Path, weights: dict[str, torch.Tensor]) -> N
 REFUSED = {
     as_a_pickle: (OSError, "no file named model.safetensors"),
     as_a_pickle_by_another_name: (SafetensorError, "header"),
-    through_a_link: (ValueError, r"model\.safetensors: lies outside the folder"),
+    through_a_link: (ValueError, r"model\.safetensors: outside the checkpoint folder"),
     through_an_index: (
         ValueError,
-        r"elsewhere\.safetensors: lies outside the folder .*; weights lie in their own folder",
+        r"elsewhere\.safetensors: outside the checkpoint folder",
     ),
     as_a_pickle_in_an_index: (ValueError, r"index\.json: names 'pytorch_model\.bin'; only safetensors are loaded"),
     as_a_pickle_in_the_configuration: (ValueError, r"adapter_model\.bin: no index of weights"),
-    through_an_index_in_a_subfolder: (ValueError, r"elsewhere\.safetensors: lies outside the folder"),
-    through_a_linked_subfolder: (ValueError, r"a/model\.safetensors: lies outside the folder"),
+    through_an_index_in_a_subfolder: (ValueError, r"elsewhere\.safetensors: outside the checkpoint folder"),
+    through_a_linked_subfolder: (ValueError, r"a/model\.safetensors: outside the checkpoint folder"),
     as_an_adapter: (ValueError, "adapters of a model that lies elsewhere"),
     with_a_broken_index: (ValueError, r"index\.json: no index of weights \(TypeError\)"),
     with_an_oversized_header: (SafetensorError, "header too large"),
@@ -306,6 +306,7 @@ print(json.dumps({name: [said(load, folder) for load in (as_remote_code, through
 """
 
 
+@pytest.mark.slow
 def test_unsafe_weights_are_refused_without_the_package(unsafe):
     caches = {"HF_HOME": str(unsafe / "home"), "HF_MODULES_CACHE": str(unsafe / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

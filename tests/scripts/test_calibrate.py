@@ -144,6 +144,7 @@ def test_on_val_the_named_points_hold_what_they_say(calibrated):
     assert sum(one["images"] for one in entry["reliability"]["after"]) == entry["images"] == 24
 
 
+@pytest.mark.slow
 def test_labels_that_hold_together_by_the_recipe(shard, tmp_path):
     """Columns and classes come from the recipe beside the weights, and any finding is abnormal."""
     names = dict(enumerate(word.partition("=")[0] for word in MULTI_CLASSES))
@@ -209,7 +210,7 @@ def test_thresholds_do_not_depend_on_what_is_reported(calibrated, shard, tmp_pat
         (["--resamples", "0"], "resamples must be at least 1"),
         (["--operating_point", "best"], "operating_point must be youden"),
         (["--classes", "normal", "ill"], "its classes are normal, .* --classes names normal, ill"),
-        (["--classes", "normal", "normal"], "a class stands twice among normal normal"),
+        (["--classes", "normal", "normal"], "a class appears twice among normal normal"),
         (["--sums", "normal + ill"], "'ill' is no label"),
         (["--label_column", "nothing"], "no column 'nothing'"),
         (["--splits", "shift"], "no row has pneumonia_split = 'shift'"),
@@ -229,7 +230,7 @@ def test_no_column_and_no_folder_of_its_own(calibrated, shard, tmp_path):
     model = str(calibrated[0])
     with pytest.raises(SpcxrError, match="give --label_column"):
         calibrate.main(["--model", model, "--data", shard, "--output", str(tmp_path / "out")])
-    with pytest.raises(SpcxrError, match="needs a folder of its own"):
+    with pytest.raises(SpcxrError, match="needs a separate folder"):
         calibrate.main(["--model", model, "--data", shard, "--output", model])
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(SpcxrError, match="holds something else"):
@@ -286,6 +287,7 @@ def test_intervals_are_by_patient(calibrated, shard, tmp_path):
     assert decided["accuracy_ci95"] == pytest.approx([min(shares), max(shares)])
 
 
+@pytest.mark.slow
 def test_rows_that_the_training_left_out_are_left_out(shard, tmp_path):
     (tmp_path / "copies.txt").write_text("row-5\nrow-30\n")
     recipe = f"label_column: pneumonia_label\nsplit_column: pneumonia_split\nexclude: {tmp_path / 'copies.txt'}\n"

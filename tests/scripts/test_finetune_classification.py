@@ -283,6 +283,7 @@ def test_training_never_opens_what_it_is_reported_on(tmp_path, pretrained):
     assert (run(str(shard), tmp_path / "run", "--init_from", pretrained, "--steps", "1") / "final").is_dir()
 
 
+@pytest.mark.slow
 def test_seeds(shard, pretrained, tmp_path):
     flags = ["--init_from", pretrained, "--label_fraction", "0.7", "--steps", "2"]
     run(shard, tmp_path / "all", *flags, "--seeds", "3", "4")
@@ -630,6 +631,7 @@ def test_evaluation_agrees_with_scikit_learn(shard, finished, reported):
     assert entry["accuracy_ci95"][0] <= entry["accuracy"] <= entry["accuracy_ci95"][1]
 
 
+@pytest.mark.slow
 def test_two_processes_report_what_one_does(reported, tmp_path):
     """Images do not share out evenly: none is counted twice."""
     words, _ = reported
@@ -648,6 +650,7 @@ def close(one, other) -> bool:
     return one == pytest.approx(other, rel=1e-4) if isinstance(one, float) else one == other
 
 
+@pytest.mark.slow
 def test_training_by_two_processes(shard, pretrained, tmp_path):
     """Two seeds, one after the other, with the processes still together."""
     flags = [*COLUMNS, *BRIEF, *HARD, "--init_from", pretrained, "--seeds", "0", "1", "--steps", "2"]
@@ -739,7 +742,7 @@ def test_a_set_that_is_more_than_half_broken_stops_in_any_case(pretrained, tmp_p
         (["--label_column", "no"], r"pneumonia_split=train\]: no column 'no'; there are image, "),
         (["--split_column", "no"], "set.parquet: no column 'no'"),
         (["--classes", "normal"], "holds one class only: normal"),
-        (["--classes", "normal", "normal"], "a class stands twice"),
+        (["--classes", "normal", "normal"], "a class appears twice"),
         (["--classes", "normal", "covid"], "the rows train have no images of covid"),
         (["--label_fraction", "0.1"], "label_fraction 0.1 leaves no images of bacterial, "),
         (["--label_fraction", "0"], r"label_fraction must lie in \(0, 1\]; got 0.0"),
@@ -755,7 +758,7 @@ def test_a_set_that_is_more_than_half_broken_stops_in_any_case(pretrained, tmp_p
         (["--label_smoothing", "1"], r"label_smoothing must lie in \[0, 1\)"),
         (["--mixup", "-1"], "mixup must be at least 0"),
         (["--crop_scale", "0.5"], "crop_scale is the least and the largest area"),
-        (["--seeds", "1", "1"], "a seed stands twice"),
+        (["--seeds", "1", "1"], "a seed appears twice"),
     ],
 )
 def test_refusals(shard, tmp_path, flags, message):

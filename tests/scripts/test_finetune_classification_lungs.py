@@ -60,6 +60,7 @@ def test_the_model_is_chosen_by_both_versions_of_val(shard, flags, tmp_path):
     assert result["val_lungs"]["loss"] == pytest.approx(lungs[best], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(shard, flags, tmp_path, monkeypatch):
     flags = [*flags, "--cache_folder", str(tmp_path / "cache"), "--head_from_probe", "true"]
     run(shard, tmp_path / "whole", *flags)

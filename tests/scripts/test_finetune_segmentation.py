@@ -190,11 +190,6 @@ def test_as_a_command_with_the_smoke_recipe(shard, tmp_path):
     assert "image/s" in done.stderr
     config = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run" / "final").config
     assert config.hidden_size == 192
-    wrong = subprocess.run(
-        [*command, "--data", str(tmp_path / "no"), "--output", str(tmp_path)], capture_output=True, text=True
-    )
-    assert wrong.returncode == 1
-    assert wrong.stderr.splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.slow
@@ -336,6 +331,7 @@ def test_broken_files_are_skipped_and_a_leak_is_refused(tmp_path, pretrained):
     assert [line.partition(",")[0] for line in listed] == ["id", "row-1", "row-19"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_and_masks_in_one_command(tmp_path, capsys):
     for seed in range(12):
         for kind, pixels in zip(("images", "masks"), picture(seed), strict=True):

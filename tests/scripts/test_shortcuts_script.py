@@ -19,7 +19,7 @@ from spcxr_hf import (
 )
 from spcxr_hf.data.table import RadiographTable
 from spcxr_hf.evaluation.predict import LabelledRows
-from spcxr_hf.evaluation.shortcuts import border, boxes, choose_probe, filled, thumbnails
+from spcxr_hf.evaluation.shortcuts import border, boxes, choose_probe, filled, grey_means
 from tests.common import build, tiny_config
 from tests.made_up import break_rows, encoded, picture, write_set
 from training_scripts import shortcuts
@@ -132,7 +132,7 @@ def images(count: int = 4, side: int = 32) -> torch.Tensor:
 
 
 def test_thumbnails_are_means():
-    found = thumbnails(images(), 16).reshape(4, 16, 16)
+    found = grey_means(images(), 16).reshape(4, 16, 16)
     assert found[1, 3, 5] == pytest.approx(images()[1, 0, 6:8, 10:12].float().mean().item() / 255, abs=1e-6)
     assert border(images()).shape == (4, 60)
 

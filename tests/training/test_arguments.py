@@ -170,7 +170,7 @@ def test_how_scripts_end(capsys):
         with pytest.raises(SystemExit) as end:
             run_script(main)
         assert end.value.code == code
-    assert capsys.readouterr().err == "stopped; the same command goes on from what was saved\n"
+    assert capsys.readouterr().err == "stopped; run the same command to resume from what was saved\n"
     run_script(lambda: {"a result": 1})
 
 

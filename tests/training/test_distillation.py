@@ -105,6 +105,7 @@ def test_the_students_loss_has_both_parts():
     assert torch.equal(kept(clean).reconstruction, model(clean).reconstruction)
 
 
+@pytest.mark.slow
 def test_pretraining_with_a_teacher(shard, teacher, tmp_path):
     command = ["--data", shard, "--teacher", teacher, *BRIEF, "--output", str(tmp_path)]
     pretrain.main([*command, "--steps", "2"])

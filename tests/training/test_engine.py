@@ -22,7 +22,7 @@ from spcxr_hf.training import checkpoints, engine
 from spcxr_hf.training.arguments import PretrainingArguments, check_run, run_script
 from spcxr_hf.training.checkpoints import list_checkpoints
 from tests.made_up import SMALL_PRESET, write_set
-from tests.processes import finish, start, start_group
+from tests.processes import finish, start, start_group, with_small_models
 from training_scripts import pretrain
 
 BRIEF = ["--size", "tiny", "--image_size", "32", "--stored_size", "40", "--batch_size", "4", "--warmup_steps", "2"]
@@ -130,15 +130,18 @@ def killed_in_writing(call: int, argv: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("call", [0, 1, 2, 4])
-def test_a_run_killed_inside_the_writing_of_a_checkpoint(shard, whole, tmp_path, call):
+def test_a_run_killed_inside_the_writing_of_a_checkpoint(shard, tmp_path):
     """0 dies before the first file of a checkpoint, and so on."""
-    dying = functools.partial(killed_in_writing, call)
-    assert finish([start(dying, words(shard, tmp_path, *HARD), tmp_path / "console")]) == [-signal.SIGKILL]
-    assert list(tmp_path.glob(".checkpoint-*.partial"))
-    assert finish([start(pretrain.main, words(shard, tmp_path, *HARD), tmp_path / "console")]) == [0]
-    assert contents(tmp_path) == contents(whole)
-    assert not list(tmp_path.glob(".*partial"))
+    main, steps = with_small_models(pretrain.main), ["--steps", "10"]
+    assert finish([start(main, words(shard, tmp_path / "whole", *HARD, *steps), tmp_path / "console")]) == [0]
+    for call in (0, 1, 2, 4):
+        dying = with_small_models(functools.partial(killed_in_writing, call))
+        command = words(shard, tmp_path / str(call), *HARD, *steps)
+        assert finish([start(dying, command, tmp_path / "console")]) == [-signal.SIGKILL]
+        assert list((tmp_path / str(call)).glob(".checkpoint-*.partial"))
+        assert finish([start(main, command, tmp_path / "console")]) == [0]
+        assert contents(tmp_path / str(call)) == contents(tmp_path / "whole")
+        assert not list((tmp_path / str(call)).glob(".*partial"))
 
 
 @pytest.mark.slow
@@ -243,6 +246,7 @@ def with_little_room(argv: list[str]) -> None:
         raise SystemExit(3) from error
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(shard, tmp_path):
     short = [*BRIEF, "--steps", "2"]
     assert finish([start(pretrain.main, words(shard, tmp_path, *short), tmp_path / "console")]) == [0]
@@ -260,8 +264,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(shard, tmp_path
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(shard, tmp_path):
     flags = [*BRIEF, "--steps", "20", "--log_every", "1"]
-    one = start(pretrain.main, words(shard, tmp_path / "one", *flags), tmp_path / "console-one")
-    two = start_group(pretrain.main, words(shard, tmp_path / "two", *flags), tmp_path / "console-two")
+    main = with_small_models(pretrain.main)
+    one = start(main, words(shard, tmp_path / "one", *flags), tmp_path / "console-one")
+    two = start_group(main, words(shard, tmp_path / "two", *flags), tmp_path / "console-two")
     assert finish([one, *two]) == [0, 0, 0], (tmp_path / "console-two.0").read_text()
     losses = [[float(row["loss"]) for row in log_rows(tmp_path / name)] for name in ("one", "two")]
     assert len(losses[0]) == 20
@@ -272,13 +277,10 @@ def test_two_processes_have_the_losses_of_one(shard, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_go_on_as_if_never_killed(shard, tmp_path):
-    flags = [*BRIEF, "--steps", "9"]
-    assert finish(start_group(pretrain.main, words(shard, tmp_path / "whole", *flags), tmp_path / "console")) == [0, 0]
-    for steps in ("5", "9"):  # the second command finds the first one's checkpoint
+    main = with_small_models(pretrain.main)
+    for name, steps in (("cut", "5"), ("cut", "9"), ("not", "9")):  # the second finds the first one's checkpoint
         flags = [*BRIEF, "--steps", steps, "--decay_steps", "0", "--final_weight_decay", "0.04"]
-        assert finish(start_group(pretrain.main, words(shard, tmp_path / "cut", *flags), tmp_path / "cut")) == [0, 0]
-    flags = [*BRIEF, "--steps", "9", "--decay_steps", "0", "--final_weight_decay", "0.04"]
-    assert finish(start_group(pretrain.main, words(shard, tmp_path / "not", *flags), tmp_path / "n")) == [0, 0]
+        assert finish(start_group(main, words(shard, tmp_path / name, *flags), tmp_path / "console")) == [0, 0]
     assert contents(tmp_path / "cut") == contents(tmp_path / "not")
 
 
@@ -350,6 +352,7 @@ def test_fp16_computes_in_fp16(shard, tmp_path):
     assert "| steps skipped, loss scale too high | 0 |" in (tmp_path / "half" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_by_another_recipe_says_so(shard, tmp_path, caplog):
     for flags in ([], ["--steps", "3", "--save_every", "3"], ["--steps", "3", "--learning_rate", "0.1"]):
         caplog.clear()
@@ -359,8 +362,8 @@ def test_a_run_that_goes_on_by_another_recipe_says_so(shard, tmp_path, caplog):
             assert not said
         elif "--learning_rate" in flags:
             assert said == [
-                f"{tmp_path} goes on from checkpoint-3, which was trained with another recipe "
-                "(learning_rate 0.0005 -> 0.1); another --output begins anew"
+                f"{tmp_path} resumes from checkpoint-3, which was trained with another recipe "
+                "(learning_rate 0.0005 -> 0.1); another --output starts a new run"
             ]
         else:
             assert len(said) == 1 and "(steps 2 -> 3)" in said[0]

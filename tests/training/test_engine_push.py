@@ -100,7 +100,7 @@ def test_a_run_that_is_asked_to_end_does_not_wait_long_for_the_hub(hub, words):
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     assert re.search(r"step \d was not pushed to me/model", said)
-    assert "the same command goes on from there" in said
+    assert "run the same command to resume" in said
 
 
 def test_what_cannot_be_pushed_is_told_before_anything_is_read(tmp_path, monkeypatch):

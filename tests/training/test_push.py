@@ -104,6 +104,7 @@ def test_the_newest_state_wins(hub, tmp_path):
     assert titles == ["initial commit", "Training: step 1", "Training: step 5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
@@ -122,7 +123,7 @@ def test_a_hub_in_trouble_does_not_matter_and_the_last_state_follows(hub, tmp_pa
         quickly(pusher.push, save(tmp_path / "run", step), f"step {step}")
         wait_for(lambda: pusher._collect() or caplog.records)
     assert len(caplog.records) == 1
-    assert "not pushed to me/model" in caplog.text and "Training goes on" in caplog.text
+    assert "not pushed to me/model" in caplog.text and "Training continues" in caplog.text
     hub.faults, pusher._timeout = [], 90.0  # a client that starts on a busy machine takes more than 8 s
     assert pusher.close(wait=90)
     assert weights_on(hub) == b"\x03" * 50_000

@@ -17,9 +17,10 @@ from spcxr_hf.training.checkpoints import list_checkpoints
 from spcxr_hf.training.optim import parameter_groups
 from spcxr_hf.training.sharding import Shards, own_share
 from tests.made_up import write_set
-from tests.processes import finish, start, start_group
+from tests.processes import finish, start, start_group, with_small_models
 from training_scripts import finetune_segmentation, pretrain
 
+PRETRAIN, SEGMENT = with_small_models(pretrain.main), with_small_models(finetune_segmentation.main)
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason=f"torch {torch.__version__} shards on GPUs only"
 )
@@ -77,7 +78,7 @@ def assert_same_losses(one: Path, other: Path) -> None:
 def one(shard, tmp_path_factory):
     """A run of 20 steps in one process."""
     output = tmp_path_factory.mktemp("one")
-    process = start(pretrain.main, words(shard, output, *OPEN, "--steps", "20"), output / "console")
+    process = start(PRETRAIN, words(shard, output, *OPEN, "--steps", "20"), output / "console")
     assert finish([process]) == [0], (output / "console").read_text()
     return output
 
@@ -87,7 +88,7 @@ def sharded(shard, tmp_path_factory):
     """The same run in two processes, sharded."""
     output = tmp_path_factory.mktemp("sharded")
     command = words(shard, output, *OPEN, *SHARD, "--steps", "20")
-    assert finish(start_group(pretrain.main, command, output / "console")) == [0, 0], console(output)
+    assert finish(start_group(PRETRAIN, command, output / "console")) == [0, 0], console(output)
     return output
 
 
@@ -118,14 +119,14 @@ def test_the_checkpoints_of_one_process(one, sharded):
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(shard, sharded, tmp_path):
     command = words(shard, tmp_path, *OPEN, *SHARD, "--steps", "20")
-    processes = start_group(pretrain.main, command, tmp_path / "console")
-    while processes[0].is_alive() and len(list_checkpoints(tmp_path)) < 2:
+    processes = start_group(PRETRAIN, command, tmp_path / "console")
+    while processes[0].is_alive() and not list_checkpoints(tmp_path):
         time.sleep(0.01)
     for process in processes:
         process.kill()
     assert finish(processes) == [-signal.SIGKILL] * 2
     assert int(list_checkpoints(tmp_path)[-1].name.split("-")[1]) < 20
-    assert finish(start_group(pretrain.main, command, tmp_path / "console")) == [0, 0], console(tmp_path)
+    assert finish(start_group(PRETRAIN, command, tmp_path / "console")) == [0, 0], console(tmp_path)
     assert_close(tmp_path, sharded)
     assert column(tmp_path, "loss") == column(sharded, "loss")
 
@@ -135,7 +136,7 @@ def test_a_killed_run_ends_with_the_same_weights(shard, sharded, tmp_path):
 def test_a_run_goes_on_with_another_number_of_processes(shard, one, tmp_path, before_is_sharded):
     for steps, is_sharded in (("9", before_is_sharded), ("20", not before_is_sharded)):
         command = words(shard, tmp_path, *OPEN, "--steps", steps, *(SHARD if is_sharded else []))
-        processes = start_group(pretrain.main, command, tmp_path / "console", 2 if is_sharded else 1)
+        processes = start_group(PRETRAIN, command, tmp_path / "console", 2 if is_sharded else 1)
         assert set(finish(processes)) == {0}, console(tmp_path)
     assert_same_losses(tmp_path, one)
     assert_close(tmp_path, one, atol=KINK)
@@ -146,7 +147,7 @@ def test_a_run_that_is_over_writes_its_final_model_again(shard, sharded, tmp_pat
     before = load_file(sharded / "final" / "model.safetensors")
     (sharded / "final" / "model.safetensors").unlink()
     command = words(shard, sharded, *OPEN, *SHARD, "--steps", "20")
-    assert finish(start_group(pretrain.main, command, tmp_path / "console")) == [0, 0], console(tmp_path)
+    assert finish(start_group(PRETRAIN, command, tmp_path / "console")) == [0, 0], console(tmp_path)
     after = load_file(sharded / "final" / "model.safetensors")
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
@@ -154,13 +155,13 @@ def test_a_run_that_is_over_writes_its_final_model_again(shard, sharded, tmp_pat
 @pytest.mark.slow
 def test_a_run_that_is_asked_to_end_saves(shard, sharded, tmp_path):
     command = words(shard, tmp_path, *OPEN, *SHARD, "--steps", "20", "--save_every", "100")
-    processes = start_group(pretrain.main, command, tmp_path / "console")
+    processes = start_group(PRETRAIN, command, tmp_path / "console")
     while processes[0].is_alive() and not (tmp_path / "log.csv").is_file():
         time.sleep(0.01)
     processes[1].terminate()  # one of them, and not the one that writes
     assert finish(processes) == [0, 0], console(tmp_path)
     assert "stopped by SIGTERM" in console(tmp_path)
-    assert finish(start_group(pretrain.main, command, tmp_path / "console")) == [0, 0], console(tmp_path)
+    assert finish(start_group(PRETRAIN, command, tmp_path / "console")) == [0, 0], console(tmp_path)
     assert_close(tmp_path, sharded)
 
 
@@ -169,8 +170,8 @@ def test_fine_tuning_has_the_metrics_of_one_process(tmp_path):
     """Validation on all processes, the best checkpoint and a decoder that is no block."""
     data = str(write_set(tmp_path / "set.parquet", ["train"] * 8 + ["val"] * 3))
     flags = ["--from_scratch", "true", *BRIEF, "--steps", "8", "--drop_path_rate", "0.1", "--patience", "5"]
-    first = start(finetune_segmentation.main, words(data, tmp_path / "one", *flags), tmp_path / "console-one")
-    both = start_group(finetune_segmentation.main, words(data, tmp_path / "two", *flags, *SHARD), tmp_path / "console")
+    first = start(SEGMENT, words(data, tmp_path / "one", *flags), tmp_path / "console-one")
+    both = start_group(SEGMENT, words(data, tmp_path / "two", *flags, *SHARD), tmp_path / "console")
     assert finish([first, *both]) == [0, 0, 0], console(tmp_path)
     for name in ("loss", "val_dice"):
         assert column(tmp_path / "one", name) == pytest.approx(column(tmp_path / "two", name), abs=1e-5)
@@ -183,12 +184,12 @@ def test_fine_tuning_has_the_metrics_of_one_process(tmp_path):
 def test_other_precisions(shard, tmp_path, flags):
     for name, more in (("plain", []), ("sharded", SHARD)):
         command = words(shard, tmp_path / name, *BRIEF, "--steps", "6", *flags, *more)
-        assert finish(start_group(pretrain.main, command, tmp_path / f"console-{name}")) == [0, 0], console(tmp_path)
+        assert finish(start_group(PRETRAIN, command, tmp_path / f"console-{name}")) == [0, 0], console(tmp_path)
     assert column(tmp_path / "plain", "loss") == pytest.approx(column(tmp_path / "sharded", "loss"), abs=1e-3)
 
 
 def test_one_process_has_nothing_to_share(shard, tmp_path):
-    process = start(pretrain.main, words(shard, tmp_path, *BRIEF, *SHARD, "--steps", "1"), tmp_path / "console")
+    process = start(PRETRAIN, words(shard, tmp_path, *BRIEF, *SHARD, "--steps", "1"), tmp_path / "console")
     assert finish([process]) == [0], console(tmp_path)
     assert "| processes | 1 |" in (tmp_path / "report.md").read_text()
 
@@ -220,6 +221,7 @@ def weigh(argv: list[str]) -> None:
     print(json.dumps({"filled": sum(parameter.numel() for parameter in model.parameters()) / total, "digest": digest}))
 
 
+@pytest.mark.slow
 def test_a_process_holds_half(tmp_path):
     assert finish(start_group(weigh, [], tmp_path / "console")) == [0, 0], console(tmp_path)
     told = [
@@ -238,7 +240,7 @@ def test_a_process_holds_half(tmp_path):
 
 def test_accelerates_own_way_is_refused_by_name(shard, tmp_path):
     process = start(
-        pretrain.main, words(shard, tmp_path, *BRIEF, "--steps", "1"), tmp_path / "console", ACCELERATE_USE_FSDP="true"
+        PRETRAIN, words(shard, tmp_path, *BRIEF, "--steps", "1"), tmp_path / "console", ACCELERATE_USE_FSDP="true"
     )
     assert finish([process]) == [1]
     assert "configured to divide the model itself (FSDP)" in console(tmp_path)

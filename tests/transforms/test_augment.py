@@ -51,6 +51,15 @@ def test_identity_view_is_a_plain_resize(images, size):
     assert torch.allclose(resize(images.float() / 255, size), expected, atol=1e-4)
 
 
+def test_the_ratio_is_width_to_height():
+    rows, columns = torch.linspace(0, 1, 64).reshape(1, 1, 64, 1), torch.linspace(0, 1, 64).reshape(1, 1, 1, 64)
+    images = torch.cat([rows.expand(1, 1, 64, 64), columns.expand(1, 1, 64, 64)], dim=1)
+    wide = Views(32, scale=(0.25, 0.25), ratio=(4, 4), flip=0, brightness=0, contrast=0, blur=0)
+    view = wide(images)[0]
+    height, width = (view.amax(dim=(1, 2)) - view.amin(dim=(1, 2))).tolist()
+    assert height == pytest.approx(0.25, abs=0.03) and width == pytest.approx(1, abs=0.03)
+
+
 def test_flip_mirrors(images):
     plain = Views(size=24, **PLAIN)(images, generator())
     flipped = Views(size=24, **{**PLAIN, "flip": 1})(images, generator())

@@ -54,9 +54,9 @@ def test_both_kinds_are_equally_likely():
 def test_one_group_stays_within_its_largest_side():
     # A target of nearly nothing is met by the first group that covers any pixel at all.
     single = GroupMasking(fill_modes=("zeros",), mask_ratio=(1e-6, 1e-6), max_block_size=0.3)
-    mask = single(images(300, 40), generator()).mask.squeeze(1)
+    mask = single(torch.ones(300, 1, 40, 60), generator()).mask.squeeze(1)
     heights, widths = mask.any(dim=2).sum(dim=1), mask.any(dim=1).sum(dim=1)
-    assert heights.max() == widths.max() == 12  # 0.3 x 40; reached among 300
+    assert (heights.max(), widths.max()) == (12, 18)  # 0.3 of the height and of the width; reached among 300
     assert heights.min() == widths.min() == 1
     assert torch.equal(mask.sum(dim=(1, 2)), heights * widths)  # one filled rectangle each
 

@@ -1,4 +1,4 @@
-"""How well leaks are found: seeded ones on real radiographs, the leaks that there are, and the price in false pairs.
+"""Measure leak detection on real radiographs: recall on seeded copies, leaks of the set, and false pairs.
 
     python -m training_scripts.benchmarks.check_leaks --data ../shared/data \
         --output training_scripts/benchmarks/results/leaks.json
@@ -11,8 +11,9 @@ may see and those of any other split, and the patients that are on both sides. (
     python -m training_scripts.benchmarks.check_leaks --data DATA --verify pretrain \\
         --exclude training_scripts/recipes/near_copies.txt
 
-looks whether anything leaks, patient or picture, once those are left out; where something does, it is told and the exit
-status is 1. `pretrain` is from the images that pretraining may see to any val, test or shift split; else name a split.
+looks whether anything leaks, patient or picture, once those are left out; where something does, it is printed and the
+exit status is 1. `pretrain` is from the images that pretraining may see to any val, test or shift split; else name a
+split.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure_search(arguments: Arguments) -> None:
-    """All that the first paragraphs above tell of."""
+    """The measurements of the module's docstring."""
     generator = np.random.default_rng(arguments.seed)
     table = read_set(arguments.data, arguments.exclude)
     if arguments.rows:
@@ -131,7 +132,7 @@ def measure_search(arguments: Arguments) -> None:
 
 
 def verify(arguments: Arguments, column: str) -> None:
-    """Say that nothing leaks between the sides of a column, or refuse it.
+    """Check that nothing leaks between the sides of a column.
 
     Raises:
         LeakError: something does.
@@ -146,14 +147,14 @@ def verify(arguments: Arguments, column: str) -> None:
         pairs = [pair for pair in read_pairs(Path(arguments.known_pairs)) if is_leak(*map(side_of.get, pair))]
         if pairs:
             raise LeakError(f"{table.name}: {column} leaks: {len(pairs)} nearly equal pair(s), as {pairs[0]}", report)
-    told = {"rows": report.rows, "patients": len(report.patients), "image_pairs": 0}
-    print(json.dumps(told | {"unknown_patients": report.unknown_patients, "unreadable": len(report.broken)}))
+    found = {"rows": report.rows, "patients": len(report.patients), "image_pairs": 0}
+    print(json.dumps(found | {"unknown_patients": report.unknown_patients, "unreadable": len(report.broken)}))
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
     """The ids of those pairs of a file of `--pairs` that count as one image.
 
-    Similarities stand there rounded to three digits: one that may be above the threshold counts.
+    Similarities are rounded there to three digits: one that may be above the threshold counts.
 
     Raises:
         SpcxrError: the file cannot be read, or holds something else.
@@ -312,7 +313,7 @@ def measure(found: Found, half: int | None, threshold: float) -> dict[str, Any]:
 
 
 def relation(first: str | None, second: str | None) -> str:
-    """What the patients of two images are to each other."""
+    """Whether two images are of the same patient."""
     if first is None or second is None:
         return "unknown"
     return "same" if first == second else "different"
@@ -377,7 +378,7 @@ def images_by_side(sides: Sequence[str | None], pairs: Sequence[Pair]) -> dict[s
 
 
 def count_sources(table: RadiographTable, pairs: Sequence[Pair]) -> dict[str, int]:
-    """How many pairs lie within a source, or between two."""
+    """How many pairs are within a source, or between two."""
     sources = table.column("source")
     between = Counter(" and ".join(sorted({sources[pair.first], sources[pair.second]})) for pair in pairs)
     return dict(between.most_common())

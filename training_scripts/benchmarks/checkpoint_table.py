@@ -2,8 +2,8 @@
 
     python -m training_scripts.benchmarks.checkpoint_table
 
-`<!-- checkpoints -->` and `<!-- pretraining -->` stand in README.md, `<!-- absolute goals -->` in benchmarks/README.md.
-A checkpoint that is not in `model_cards/` is left out. `{file/key/key}` in a cell below stands for that entry of the
+`<!-- checkpoints -->` and `<!-- pretraining -->` are in README.md, `<!-- absolute goals -->` in benchmarks/README.md.
+A checkpoint that is not in `model_cards/` is left out. `{file/key/key}` in a cell below is that entry of the
 card's `results/file.json`, with its interval.
 """
 
@@ -74,7 +74,7 @@ ROWS = {
 
 
 class Goal(NamedTuple):
-    """A figure that a checkpoint is to reach: entries of its results files, the last key of each without `_ci95`."""
+    """A target value of a checkpoint: entries of its results files, the last key of each without `_ci95`."""
 
     checkpoint: str
     what: str
@@ -84,7 +84,7 @@ class Goal(NamedTuple):
 
 
 def _thumbnails(split: str, figure: str) -> dict[str, str]:
-    """What logistic regression on thumbnails reaches in this figure."""
+    """Result of logistic regression on thumbnails in this figure."""
     return {f"{side} px": f"shortcuts/splits/{split}/variants/thumbnail_{side}/{figure}" for side in (16, 32)}
 
 

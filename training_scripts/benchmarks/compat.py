@@ -1,4 +1,4 @@
-"""Run tests on the oldest and the newest versions that the package claims, each in an environment of its own.
+"""Run tests on the oldest and the newest supported versions, each in its own environment.
 
     python -m training_scripts.benchmarks.compat --environments oldest newest
     python -m training_scripts.benchmarks.compat --render CONTRIBUTING.md
@@ -12,7 +12,7 @@ small one) and keeps them for the next time:
 
 The tests are the quick suite whole and, of the modules in HUB, the slow ones too: publishing cut at any request, the
 round trip through a Hub in fresh processes, remote code, and what other libraries do with the model. `--suite hub` runs
-these modules alone. Each environment is an entry of its own in the results file, so they can be run one by one. Exit
+these modules alone. Each environment has its own entry in the results file, so they can be run one by one. Exit
 status 1 if a test failed. `--render` runs nothing and writes the table of the results between `<!-- compat -->` and
 `<!-- /compat -->`.
 """
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_environment(folder: Path, setup: Setup) -> Path:
-    """Make it, or bring it up to date; its interpreter.
+    """Create or update an environment; returns its interpreter.
 
     Raises:
         SpcxrError: uv is missing, or there is no such Python, or no versions that fit together.
@@ -169,7 +169,7 @@ def find_python(version: str) -> str:
 
 
 def call(command: Sequence[str]) -> None:
-    """Run it; what it prints is seen.
+    """Run a command with its output shown.
 
     Raises:
         SpcxrError: it failed.
@@ -239,8 +239,8 @@ def table_of(results: Mapping[str, Any]) -> str:
     lines = [HEAD]
     for name, entry in results.items():
         versions = entry["versions"]
-        told = [versions[key] for key in ("python", "torch", "transformers", "huggingface_hub", "numpy")]
-        lines.append(f"| {name} | {' | '.join(told)} | {in_words(entry)} |")
+        shown = [versions[key] for key in ("python", "torch", "transformers", "huggingface_hub", "numpy")]
+        lines.append(f"| {name} | {' | '.join(shown)} | {in_words(entry)} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Count what a training saw: images by source, licence, label and view, for the table on a checkpoint's card.
+"""Count training images by source, licence, label and view, for the table on a checkpoint's card.
 
     python -m training_scripts.benchmarks.count_sources --data ../shared/data --split_column pneumonia_split \
         --label_column pneumonia_label --output training_data.json

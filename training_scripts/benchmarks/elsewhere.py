@@ -1,4 +1,4 @@
-"""Measure the heads on images of other archives, hospitals and file processings than those they were trained on.
+"""Evaluate the heads on archives, hospitals and image processings other than those of their training.
 
     python -m training_scripts.benchmarks.elsewhere --data ../shared/data --rsna ../shared/rsna_jsrt
 
@@ -32,7 +32,7 @@ from spcxr_hf.files import write_json
 from spcxr_hf.models.encoders import load_encoder
 from spcxr_hf.models.loading import label_names, probabilities
 from spcxr_hf.models.lungs import load_segmenter
-from spcxr_hf.training.arguments import parse_arguments
+from spcxr_hf.training.arguments import parse_arguments, run_script
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 ANATOMY = {"lungs": 1 + 2, "lungs and heart": 1 + 2 + 4}  # bits of JSRT's masks
@@ -232,7 +232,7 @@ def share(called: np.ndarray, rows: Sequence[dict]) -> dict:
 
 
 def measure_lungs(folder: Path, table: RadiographTable, rows: Sequence[dict]) -> dict:
-    """Dice on JSRT by both meanings of "lung": without what lies behind the heart (SCR), and with the heart."""
+    """Dice on JSRT by both meanings of "lung": without the area behind the heart (SCR), and with the heart."""
     those = np.flatnonzero([row.get("anatomy_split") is not None for row in rows])
     part = RadiographTable(table.rows.take(pa.array(those)), "JSRT")
     masks = [
@@ -269,7 +269,4 @@ def measure_encoder(folder: Path, table: RadiographTable, rows: Sequence[dict]) 
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpcxrError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(main)

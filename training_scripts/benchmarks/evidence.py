@@ -1,4 +1,4 @@
-"""What pretraining is worth: a grid of fine-tunings, frozen-feature probes and short ablations, and its tables.
+"""Evidence for pretraining: a grid of fine-tunings, frozen-feature probes and short ablations, and its tables.
 
     python -m training_scripts.benchmarks.evidence --grid training_scripts/recipes/evidence_cpu_112.yaml --data DATA \\
         --output runs/evidence_cpu_112 --results training_scripts/benchmarks/results/evidence_cpu_112.json \\
@@ -6,11 +6,11 @@
     python -m training_scripts.benchmarks.evidence --render training_scripts/benchmarks/README.md \
         --results training_scripts/benchmarks/results/evidence_cpu_112.json
 
-A cell of the grid is a process (or two, one behind the other) with a folder of its own under `--output`. A cell that
-has its `result.json` is not run again, one that was killed goes on from its checkpoint, so that the command may be
+A cell of the grid is a process (or two, one behind the other) with its own folder under `--output`. A cell that
+has its `result.json` is not run again, one that was killed resumes from its checkpoint, so that the command may be
 stopped at any time and started again. `--kept` names a folder for the results and predictions of finished cells:
-small files that outlive `--output`. Cells run the cheapest first, all inits of a task, share of the labels and
-seed before the next. The results file is written anew behind every cell; what was not run is called so.
+small files that are kept without `--output`. Cells run the cheapest first, all inits of a task, share of the labels and
+seed before the next. The results file is rewritten after every cell; cells that were not run are marked.
 
 Settings are chosen on `val`; `test`, `shift` and other hospitals are for the report. `--render` fills every block of a
 page that stands between `<!-- evidence -->` and `<!-- /evidence -->`, `<!-- evidence pneumonia -->`, ... and draws the
@@ -58,7 +58,7 @@ class Arguments:
     )
     runs: list[str] = field(
         default_factory=list,
-        metadata={"help": "name=FOLDER of a pretraining's run, for its cost; a name may stand several times"},
+        metadata={"help": "name=FOLDER of a pretraining's run, for its cost; a name may be repeated"},
     )
     only: list[str] = field(
         default_factory=list,
@@ -69,9 +69,9 @@ class Arguments:
         default=None, metadata={"help": "folder that keeps results and predictions; a cell in it is not run again"}
     )
     keep_models: bool = field(default=False, metadata={"help": "keep the weights of finished cells"})
-    list_only: bool = field(default=False, metadata={"help": "run nothing; list the cells and what became of them"})
+    list_only: bool = field(default=False, metadata={"help": "run nothing; list the cells and their state"})
     cache_folder: str | None = field(default=None, metadata={"help": "folder that keeps the decoded images"})
-    device: str = field(default="cpu", metadata={"help": "where finished models are judged: cpu or cuda"})
+    device: str = field(default="cpu", metadata={"help": "where finished models are evaluated: cpu or cuda"})
     resamples: int = field(default=1000, metadata={"help": "draws of the bootstrap"})
     render: str | None = field(default=None, metadata={"help": "run nothing; fill the blocks of this page"})
     figures: str | None = field(default=None, metadata={"help": "folder for the curves"})
@@ -117,7 +117,7 @@ def run(arguments: Arguments, plan: dict[str, Any], grid: Grid, cells: list[Cell
     if "jobs" in plan:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan["jobs"]))
     deadline = None if arguments.max_minutes is None else time.monotonic() + 60 * arguments.max_minutes
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the processes at work are asked to end
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: running processes are terminated
     publish(arguments, plan, grid, cells)  # also where nothing is left to run
     energy = EnergyMeter()
     with energy:

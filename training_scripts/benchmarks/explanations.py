@@ -1,4 +1,5 @@
-"""Check a classifier's maps on radiographs: deletion and insertion curves against random maps, and the lungs' share.
+"""Faithfulness of a classifier's saliency maps: deletion and insertion curves against random maps, and the lungs'
+share.
 
     python -m training_scripts.benchmarks.explanations --model model_cards/pneumonia \
         --lungs model_cards/lung-segmentation \
@@ -6,11 +7,11 @@
     python -m training_scripts.benchmarks.explanations --render training_scripts/GUIDES.md
 
 Deletion and insertion are those of RISE (arXiv 1806.07421, section 4.1), by patches. Two controls: random maps, several
-for each image, and the relevance map of another image, which has the same habits but has not seen this one. Differences
+for each image, and the relevance map of another image, of the same model but not of this image. Differences
 are paired by image, positive where the map is better, with 95 % intervals by patient. `--pictures FOLDER` draws the
 curves, and the first maps over their radiographs: keep those where the images may be.
 
-Each model is an entry of its own in the results file. Columns and classes that are left out are those of the recipe in
+Each model has its own entry in the results file. Columns and classes that are left out are those of the recipe in
 the model's folder. `--render` measures nothing and writes the tables of the results between `<!-- explain -->` and
 `<!-- /explain -->`.
 """
@@ -63,7 +64,7 @@ AGAINST = {"random": "random maps", "relevance of another image": "another image
 
 @dataclass
 class Arguments:
-    """Check a classifier's maps."""
+    """Measure the faithfulness of saliency maps."""
 
     model: str | None = field(default=None, metadata={"help": "folder or Hub id of an SPCXR classifier"})
     data: str | None = field(default=None, metadata={"help": "a set with a column of labels and a column of splits"})
@@ -225,7 +226,7 @@ def describe(
     maps: dict[str, torch.Tensor],
     masks: list[torch.Tensor],
 ) -> dict:
-    """Areas under the curves, paired differences, and what lies inside the lungs, each with its 95 % interval."""
+    """Areas under the curves, paired differences, and the share inside the lungs, each with its 95 % interval."""
     groups = patient_groups(rows.patients, len(rows))
 
     def mean(values: np.ndarray) -> dict:

@@ -1,11 +1,11 @@
-"""Damaged files against the reader and the image processor: each ends in an image or in a SpcxrError that says why.
+"""Fuzz the reader and the image processor with damaged files: each must give an image or a SpcxrError.
 
 python -m training_scripts.benchmarks.fuzz_reader --count 10000 --seed 0 --output fuzz.json
 
 A seeded corpus (PNG, JPEG, TIFF, BMP, WebP, DICOM in several transfer syntaxes; more than 8 bits too; sets in Parquet,
 of which every row is read) is mutated: bits flipped, cut short, the head of one file on the body of another, declared
 sizes overwritten by huge ones. Each file is read in a child process that may take 1 GiB beyond what it starts with and
-5 s per file; a child that dies or hangs is started anew. Anything but an image or a SpcxrError that names the file is a
+5 s per file; a child that dies or hangs is restarted. Anything but an image or a SpcxrError that names the file is a
 finding.
 
 `--coverage true` runs atheris, a coverage-guided fuzzer, on the DICOM and processor path instead, for `--count` runs,
@@ -51,7 +51,7 @@ HUGE = (0xFFFFFFFF, 0x7FFFFFFF, 0xFFFF, 0x7FFF, 0x10000, 0)
 
 @dataclass
 class Arguments:
-    """Read damaged files, and say what became of them."""
+    """Read damaged files and report the outcomes."""
 
     count: int = field(default=10_000, metadata={"help": "files"})
     seed: int = field(default=0, metadata={"help": "of the corpus and the mutations"})
@@ -263,7 +263,7 @@ def mutated(count: int, seed: int) -> Iterator[tuple[str, str, bytes]]:
 
 
 def read(kind: str, data: bytes, processor: Any) -> str:
-    """What became of a file: 'image', 'refused', or what is wrong."""
+    """Outcome of a file: 'image', 'refused', or what is wrong."""
     if not kind.startswith("parquet"):
         return outcome_of(lambda: [read_radiograph(named(data))], processor)
     path = Path(tempfile.gettempdir()) / SET
@@ -332,7 +332,7 @@ def memory_taken(field: int = 1) -> int:
 
 
 class Reader:
-    """A child process that reads files, and its successor where it dies."""
+    """A child process that reads files; restarted when it dies."""
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("fork")

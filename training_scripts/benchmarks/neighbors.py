@@ -42,7 +42,7 @@ class Arguments:
     output: str = field(metadata={"help": "folder for sheet.png, index.safetensors and results.json"})
     split_column: str = field(default="split", metadata={"help": "column of the splits"})
     split: str | None = field(default=None, metadata={"help": "search its rows alone; by default all rows"})
-    label_column: str | None = field(default=None, metadata={"help": "column of labels, to stand under the pictures"})
+    label_column: str | None = field(default=None, metadata={"help": "column of labels, shown under the pictures"})
     queries: int = field(default=6, metadata={"help": "how many images to look for, drawn at random"})
     ids: list[str] = field(default_factory=list, metadata={"help": "these images instead"})
     neighbors: int = field(default=5, metadata={"help": "how many of each to show"})

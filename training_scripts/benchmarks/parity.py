@@ -1,4 +1,4 @@
-"""Do converted weights compute the same? Beside timm's ViT-S/16 and, given a checkout of it, the GMML release.
+"""Check that converted weights compute the same as timm's ViT-S/16 and, given a checkout, the GMML release.
 
     python -m training_scripts.benchmarks.parity [--gmml_release CHECKOUT] [--output parity.json]
 
@@ -202,7 +202,7 @@ def run_release_step(release: Any, model: nn.Module, images: torch.Tensor, corru
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(torch.Tensor, "cuda", lambda tensor, **_: tensor))
         patches.enter_context(mock.patch.object(torch.cuda, "synchronize", lambda: None))
-        # Only the main process draws example reconstructions, into a folder that nobody asked for.
+        # Only the main process draws example reconstructions, into an unrequested folder.
         patches.enter_context(mock.patch.object(release.utils, "is_main_process", lambda: False))
         patches.enter_context(mock.patch.object(Path, "mkdir"))
         patches.enter_context(contextlib.redirect_stdout(io.StringIO()))

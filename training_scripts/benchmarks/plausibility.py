@@ -1,4 +1,4 @@
-"""How often is a real radiograph called implausible, and how often is something else found? And the rule behind it.
+"""False alarms and detection rate of the plausibility test, and the fit of its rule.
 
 python -m training_scripts.benchmarks.plausibility --data ../shared/data --output false_alarms.json
 python -m training_scripts.benchmarks.plausibility --data ../shared/data --fit true --output false_alarms.json
@@ -39,7 +39,7 @@ class Arguments:
     fit: bool = field(default=False, metadata={"help": "fit weights and threshold anew (needs scikit-learn)"})
     rate: float = field(default=0.005, metadata={"help": "false alarms that the fitted threshold allows on its half"})
     seed: int = field(default=0, metadata={"help": "of the halves and the noise"})
-    limit: int | None = field(default=None, metadata={"help": "look at so many radiographs only"})
+    limit: int | None = field(default=None, metadata={"help": "use only this many radiographs"})
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Pretrain the same encoder by another pretext, a masked autoencoder (MAE), to compare with `pretrain.py`.
+"""Pretrain the same encoder as a masked autoencoder (MAE), to compare with `pretrain.py`.
 
     python -m training_scripts.benchmarks.pretrain_mae training_scripts/recipes/pretrain_mae_small_224.yaml \
         --data DATA --max_minutes MINUTES
 
 transformers' `ViTMAEForPreTraining` with SPCXR's width, depth, heads and patches, one grey channel, the same images,
-views, optimiser and precision. `--max_minutes` gives it as long on the device as the other pretraining had: the rate is
+views, optimiser and precision. `--max_minutes` gives it the same device time as the other pretraining: the rate is
 measured on a few steps of a throwaway model (or given: `--images_per_second`), the number of steps follows and is kept
 in `output/plan.json`, so that a run that is started again keeps to its schedule.
 
@@ -63,7 +63,7 @@ class Arguments(PretrainingArguments):
     drop_path_rate: float = flag(0.0, "ViTMAE has no stochastic depth: 0")
     mask_ratio: float = flag(0.75, "share of the patches that the encoder does not see")
     norm_pix_loss: bool = flag(True, "each patch's target has mean 0 and deviation 1")
-    decoder_width: int = flag(256, "of the decoder, which is left aside afterwards")
+    decoder_width: int = flag(256, "of the decoder, which is dropped afterwards")
     decoder_depth: int = flag(4, "blocks of the decoder")
     decoder_heads: int = flag(8, "attention heads of the decoder")
 
@@ -165,7 +165,7 @@ def position_embeddings(side: int, width: int) -> torch.Tensor:
     return torch.cat([torch.zeros(1, width), torch.cat([columns, rows], dim=1)])[None]
 
 
-# ---- as long as the other pretraining --------------------------------------------------------------------------
+# ---- number of steps ------------------------------------------------------------------------------------------
 
 
 def as_planned(arguments: Arguments) -> Arguments:

@@ -1,4 +1,4 @@
-"""Frozen encoders side by side: one fixed list of probes, ours and its peers, into one results file.
+"""Compare frozen encoders, ours and its peers, by a fixed list of probes.
 
     python -m training_scripts.benchmarks.probes --data ../shared/data --rsna ../shared/rsna_jsrt \
         --models model_cards/base efficientnet-lite0 --exclude training_scripts/recipes/near_copies.txt

@@ -1,4 +1,4 @@
-"""Write the page on scale: what 1 and 10 million radiographs cost on 1, 8 and 64 GPUs, and what breaks first.
+"""Write SCALE.md: cost of 1 and 10 million radiographs on 1, 8 and 64 GPUs, and the first bottleneck.
 
     python -m training_scripts.benchmarks.scale [--data DATA]
 
@@ -179,7 +179,7 @@ def decoding_cores(figures: Figures) -> float | None:
 
 
 def loads(figures: Figures, radiographs: int, gpus: int) -> dict[str, float | None]:
-    """What is needed over what is there, the largest first; above 1 it breaks."""
+    """Required over available resources, the largest first; above 1 is a bottleneck."""
     decoded = radiographs * STORED_SIZE**2
     cores, reading, gradients = decoding_cores(figures), read_rate(figures, gpus), gradient_rate(figures, gpus)
     found: dict[str, float | None] = {
@@ -286,7 +286,7 @@ images that fit are decoded once, before the training.
 
 
 def advice(ranked: Mapping[str, float | None]) -> str:
-    """What to do about what breaks."""
+    """Advice for each bottleneck."""
 
     def breaks(what: str) -> bool:
         load = ranked[what]

@@ -1,4 +1,4 @@
-"""Measure what is fast and what is not: ratios of ours to a peer or to a plain version, interleaved, medians.
+"""Measure speed and memory: ratios of ours to a peer or to a plain version, interleaved, medians.
 
     python -m training_scripts.benchmarks.speed --gmml_release CHECKOUT \
         --output training_scripts/benchmarks/results/benchmark_cpu.json
@@ -61,7 +61,7 @@ from training_scripts.benchmarks.lib.timing import (
 )
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# A smoke run: everything once, on next to nothing.
+# A smoke run: everything once, on tiny inputs.
 QUICK: dict[str, Any] = {"size": "tiny", "image_size": 32, "stored_size": 40, "batch_size": 4, "step_batch_size": 4}
 QUICK |= {
     "repeats": 1,
@@ -81,7 +81,7 @@ class Arguments:
     only: list[str] = field(
         default_factory=lambda: list(PARTS), metadata={"help": "corruption, step, encoder, memory, growth"}
     )
-    quick: bool = field(default=False, metadata={"help": "a smoke run of a tiny model; its figures mean nothing"})
+    quick: bool = field(default=False, metadata={"help": "a smoke run of a tiny model; its figures are not valid"})
     render: str | None = field(default=None, metadata={"help": "measure nothing; rewrite the table in this page"})
     results: str = field(default=str(RESULTS), metadata={"help": "folder of the results files, for --render"})
     gmml_release: str | None = field(default=None, metadata={"help": "folder of a checkout of the GMML release"})
@@ -96,15 +96,15 @@ class Arguments:
     attention: str = field(default="auto", metadata={"help": "of our model; auto: eager on a CPU, sdpa on a GPU"})
     compile: bool = field(default=False, metadata={"help": "torch.compile our step, and every encoder"})
     repeats: int = field(default=7, metadata={"help": "measurements of each, taken in turn"})
-    threads: int = field(default=0, metadata={"help": "threads of torch; 0: as many as it takes by itself"})
+    threads: int = field(default=0, metadata={"help": "threads of torch; 0: torch's default"})
     loader_workers: int = field(default=0, metadata={"help": "processes of the release's loader; 0: one per core"})
-    device: str = field(default="cpu", metadata={"help": "where the images lie: cpu or cuda"})
+    device: str = field(default="cpu", metadata={"help": "where the images are kept: cpu or cuda"})
     growth_sizes: list[int] = field(default_factory=lambda: [112, 224, 448], metadata={"help": "sides in pixels"})
     growth_processes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "numbers of processes"})
     growth_rows: list[int] = field(default_factory=lambda: [1, 10, 100], metadata={"help": "shards streamed"})
     shard_rows: int = field(default=1024, metadata={"help": "rows per shard streamed"})
-    stream: str | None = field(default=None, metadata={"help": "for its own use: shards to stream"})
-    probe: str | None = field(default=None, metadata={"help": "for its own use: measure one thing in this process"})
+    stream: str | None = field(default=None, metadata={"help": "internal: shards to stream"})
+    probe: str | None = field(default=None, metadata={"help": "internal: measure one thing in this process"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -170,7 +170,7 @@ def measure_corruption(arguments: Arguments) -> dict:
     earlier = masking(images, generator)  # as in training: the last batch's memory is used again
     at_once, looped = in_turn(
         [lambda: masking(images, generator, earlier), lambda: corrupt_one_by_one(masking, images, generator)],
-        3 * arguments.repeats,  # short, so that a busy moment of the machine weighs more
+        3 * arguments.repeats,  # short, so that other load on the machine weighs more
     )
     return {
         "batch_size": arguments.batch_size,
@@ -357,7 +357,7 @@ def measure_encoder_in(arguments: Arguments, shared: StepSettings) -> dict:
     return result
 
 
-# ---- memory, each in a process of its own ----------------------------------------------------------------------
+# ---- memory, each in a separate process ----------------------------------------------------------------------
 
 
 def measure_memory(arguments: Arguments) -> dict:

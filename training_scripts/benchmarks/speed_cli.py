@@ -1,4 +1,4 @@
-"""The command line's flow beside the bare model, its memory over many files, and how long `--help` takes.
+"""Throughput of `spcxr embed` relative to the bare model, memory over many files, and start-up time.
 
     python -m training_scripts.benchmarks.speed_cli --memory_images 0 \
         --output training_scripts/benchmarks/results/cli.json
@@ -184,7 +184,7 @@ def measure_help(rounds: int) -> dict[str, Any]:
 
 
 def table_of(results: Mapping[str, Any]) -> str:
-    """Markdown; what was not measured is called so."""
+    """Markdown; parts that were not measured are marked."""
     lines = ["| | measured | machine |", "|---|---|---|"]
     if found := results.get("throughput"):
         rates = found["images_per_second"]

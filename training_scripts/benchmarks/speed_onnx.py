@@ -1,10 +1,10 @@
-"""Measure ONNX exports beside PyTorch: speed ratios on two threads, and what 8 bits cost in accuracy or Dice on val.
+"""Measure ONNX exports beside PyTorch: speed ratios on two threads, and the loss of 8 bits in accuracy or Dice on val.
 
     python -m training_scripts.benchmarks.speed_onnx --model model_cards/pneumonia --data ../shared/data \
         --output training_scripts/benchmarks/results/onnx.json
     python -m training_scripts.benchmarks.speed_onnx --render training_scripts/GUIDES.md
 
-Encoder, classifier and segmentation alike; without `--data` speed alone. Each model is an entry of its own in the
+Encoder, classifier and segmentation alike; without `--data` speed alone. Each model has its own entry in the
 results file, in which `--parts accuracy` or `--parts speed` renew the one and leave the other: accuracy takes minutes
 and any machine will do, speed takes one and wants a machine with nothing else on it. Which column holds the labels and
 the split, and which labels are which class, comes from the recipe in the checkpoint's folder unless a flag says it.
@@ -39,7 +39,7 @@ from spcxr_hf.evaluation.calibration import to_probabilities
 from spcxr_hf.evaluation.metrics import dice
 from spcxr_hf.evaluation.predict import match_classes, select_rows
 from spcxr_hf.files import read_json, write_json
-from spcxr_hf.hub.export import Source, load_source
+from spcxr_hf.hub.export import ExportSource, load_source
 from spcxr_hf.hub.export_onnx import EXACT_SUMS, export_onnx, lacks_vnni, quantize_int8
 from spcxr_hf.models.loading import is_multi_label, label_names
 from spcxr_hf.training.arguments import parse_arguments, read_recipe, run_script
@@ -88,7 +88,7 @@ class Arguments:
     )
     threads: int = field(default=2, metadata={"help": "threads of each"})
     repeats: int = field(default=30, metadata={"help": "runs of each, taken in turn"})
-    most_rows: int | None = field(default=None, metadata={"help": "measure accuracy on so many rows, evenly spread"})
+    most_rows: int | None = field(default=None, metadata={"help": "measure accuracy on this many rows, evenly spread"})
     render: str | None = field(default=None, metadata={"help": "measure nothing; rewrite the table in this page"})
 
 
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 def fill_from_recipe(arguments: Arguments, task: str, recipe: Path) -> None:
-    """What the flags leave open is as in the training whose recipe lies beside the weights."""
+    """Flags that are not given are taken from the training recipe beside the weights."""
     known = read_recipe(recipe) if recipe.is_file() else {}
     splits = "split" if task == "classification" else "lung_split"
     arguments.split_column = arguments.split_column or known.get("split_column") or splits
@@ -125,7 +125,7 @@ def fill_from_recipe(arguments: Arguments, task: str, recipe: Path) -> None:
     arguments.classes = arguments.classes or known.get("classes") or []
 
 
-def measure_model(arguments: Arguments, source: Source) -> dict[str, Any]:
+def measure_model(arguments: Arguments, source: ExportSource) -> dict[str, Any]:
     """Sizes, speeds and, where there is a set, accuracy of one model and its two exports."""
     with tempfile.TemporaryDirectory() as folder:
         file = export_onnx(str(arguments.model), Path(folder) / "export", num_channels=source.model.config.num_channels)
@@ -144,7 +144,7 @@ def measure_model(arguments: Arguments, source: Source) -> dict[str, Any]:
     return result
 
 
-def quantize_otherwise(arguments: Arguments, source: Source, file: Path) -> dict[str, Path]:
+def quantize_otherwise(arguments: Arguments, source: ExportSource, file: Path) -> dict[str, Path]:
     """The file in 8 bits as ONNX Runtime does it by itself: dynamic, and static, calibrated on images of `train`."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 
@@ -167,8 +167,8 @@ def quantize_otherwise(arguments: Arguments, source: Source, file: Path) -> dict
 # ---- what is run -------------------------------------------------------------------------------------------------
 
 
-def runners(source: Source, files: dict[str, Path], threads: int, exact: bool = False) -> dict[str, Run]:
-    """PyTorch, as it is used without any export, and the ONNX files, each on so many threads."""
+def runners(source: ExportSource, files: dict[str, Path], threads: int, exact: bool = False) -> dict[str, Run]:
+    """PyTorch, as it is used without any export, and the ONNX files, each on this many threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -192,7 +192,7 @@ def runners(source: Source, files: dict[str, Path], threads: int, exact: bool = 
 # ---- speed -------------------------------------------------------------------------------------------------------
 
 
-def measure_speed(arguments: Arguments, source: Source, files: dict[str, Path]) -> dict[str, Any]:
+def measure_speed(arguments: Arguments, source: ExportSource, files: dict[str, Path]) -> dict[str, Any]:
     """Milliseconds of each and how many times as fast as PyTorch it is, per batch size."""
     runs = runners(source, files, arguments.threads)
     found = {}
@@ -224,7 +224,7 @@ def time_in_turn(runs: list[Run], values: torch.Tensor, repeats: int) -> Sequenc
 Figures = dict[str, dict[str, float]]  # figure -> what computed it -> value
 
 
-def measure_accuracy(arguments: Arguments, source: Source, files: dict[str, Path], exact: bool) -> dict[str, Any]:
+def measure_accuracy(arguments: Arguments, source: ExportSource, files: dict[str, Path], exact: bool) -> dict[str, Any]:
     """The figures of each on the split, the points that the exports lose against PyTorch, and how far they are off."""
     runs = runners(source, files, 1, exact)
     off = dict.fromkeys(files, 0.0)
@@ -235,7 +235,9 @@ def measure_accuracy(arguments: Arguments, source: Source, files: dict[str, Path
             off[name] = max(off[name], float(np.abs(found[name] - found["torch"]).max()))
         return found
 
-    judge = {"classification": judge_classes, "segmentation": judge_lungs, "embedding": judge_embeddings}[source.task]
+    judge = {"classification": measure_classes, "segmentation": measure_lungs, "embedding": measure_embeddings}[
+        source.task
+    ]
     rows, figures = judge(arguments, source, compute, read_set(str(arguments.data)))
     return {
         "split": arguments.split,
@@ -258,7 +260,9 @@ def spread(arguments: Arguments, count: int) -> list[int]:
     return np.linspace(0, count - 1, most).astype(int).tolist()
 
 
-def pixel_values(source: Source, table: RadiographTable, rows: list[int]) -> Iterator[tuple[int, Any, torch.Tensor]]:
+def pixel_values(
+    source: ExportSource, table: RadiographTable, rows: list[int]
+) -> Iterator[tuple[int, Any, torch.Tensor]]:
     """Row, image and its pixel values (1, C, H, W)."""
     height, width = source.size
     processor = SpcxrImageProcessor(
@@ -273,8 +277,8 @@ def pixel_values(source: Source, table: RadiographTable, rows: list[int]) -> Ite
         yield row, image, processor(image, return_tensors="pt").pixel_values
 
 
-def judge_classes(
-    arguments: Arguments, source: Source, compute: Compute, table: RadiographTable
+def measure_classes(
+    arguments: Arguments, source: ExportSource, compute: Compute, table: RadiographTable
 ) -> tuple[int, Figures]:
     """AUROC (mean over the classes), accuracy of the decisions, and how many of PyTorch's decisions are kept."""
     multi_label = is_multi_label(source.model.config)
@@ -296,7 +300,7 @@ def judge_classes(
     }
 
 
-def decisions(source: Source, logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
+def decisions(source: ExportSource, logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
     """The likeliest class (n), or of a multi-label model (n, labels): 1 from the label's threshold on.
 
     The threshold is the operating point that the configuration names; 0.5 where there is none.
@@ -312,7 +316,9 @@ def decisions(source: Source, logits: torch.Tensor, multi_label: bool) -> torch.
     return (to_probabilities(logits, multi_label) >= torch.tensor(named)).float()
 
 
-def judge_lungs(arguments: Arguments, source: Source, compute: Compute, table: RadiographTable) -> tuple[int, Figures]:
+def measure_lungs(
+    arguments: Arguments, source: ExportSource, compute: Compute, table: RadiographTable
+) -> tuple[int, Figures]:
     """Mean Dice of the lung masks, each at its image's own size."""
     config: Any = source.model.config
     lung = config.label2id.get("lung")
@@ -332,10 +338,10 @@ def judge_lungs(arguments: Arguments, source: Source, compute: Compute, table: R
     return len(rows), {"dice": {name: statistics.fmean(values) for name, values in found.items()}}
 
 
-def judge_embeddings(
-    arguments: Arguments, source: Source, compute: Compute, table: RadiographTable
+def measure_embeddings(
+    arguments: Arguments, source: ExportSource, compute: Compute, table: RadiographTable
 ) -> tuple[int, Figures]:
-    """Mean cosine similarity with PyTorch's embedding: what an encoder alone can be judged by."""
+    """Mean cosine similarity with PyTorch's embedding: the accuracy measure of an encoder."""
     table = table.where(str(arguments.split_column), arguments.split)
     rows = spread(arguments, len(table))
     found: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""Images per second on one core: our reader and processor beside what one would write without them.
+"""Images per second on one core: our reader and processor compared with hand-written code.
 
 python -m training_scripts.benchmarks.speed_reader --data ../shared/data --output reader.json
 
@@ -105,7 +105,7 @@ def compare_dicom(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def by_hand(file: bytes) -> Image.Image:
-    """What people write: rescale, window or percentiles, invert, 8 bits."""
+    """A typical hand-written reader: rescale, window or percentiles, invert, 8 bits."""
     import pydicom
 
     made = pydicom.dcmread(BytesIO(file))

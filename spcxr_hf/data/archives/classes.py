@@ -21,7 +21,7 @@ from spcxr_hf.errors import SpcxrError
 
 OF_EACH_IMAGE = "that of each image"  # a licence
 LARGEST_SHEET = 2**28  # bytes of a worksheet, unpacked
-# What a class says of the labels; the others are not known.
+# Labels that follow from a class; the others are not known.
 CLASS_LABELS: Mapping[str, Mapping[str, float]] = {
     "positive": {"COVID-19": 1, "No Finding": 0},
     "negative": {"COVID-19": 0},
@@ -48,7 +48,7 @@ def _class_labels(classes: Sequence[str]) -> dict[str, np.ndarray]:
 def read_covidx(root: Path) -> Rows:
     """COVIDx CXR-2 to CXR-4 (Wang et al. 2020): `{train,val,test}.txt` (patient, file, class, source), their folders.
 
-    The patients of two sources may have one number, so the source stands before it.
+    The patients of two sources may have one number, so the source's name is put before it.
     """
     files = [(root / f"{split}.txt", split) for split in ("train", "val", "test")]
     return stacked([_covidx_part(root, file, split) for file, split in files if file.is_file()])
@@ -147,8 +147,8 @@ def _sheet_row(cells: Sequence[ElementTree.Element], strings: Sequence[str], spa
 def read_kermany(root: Path) -> Rows:
     """Children's pneumonia (Kermany et al. 2018): `{train,val,test}/{NORMAL,PNEUMONIA}/*.jpeg`.
 
-    The names tell the person and bacterial or viral. Persons of `test` are numbered by themselves, so their names have
-    `test/` before them.
+    The file names hold the patient and bacterial or viral. Patients of `test` are numbered separately, so their names
+    have `test/` before them.
     """
     paths, columns = [], {"id": [], "patient": [], "split": [], "label": []}  # type: ignore[var-annotated]
     for split in ("train", "val", "test"):

@@ -1,4 +1,4 @@
-"""Readers of the public archives that say of many findings whether they are there: mined from reports, or read for it.
+"""Readers of the public archives with labels of many findings: mined from reports, or read by radiologists.
 
 Each takes the folder of an archive in its published layout and gives `Rows`; `archives.ARCHIVES` names them all.
 """
@@ -138,7 +138,7 @@ def read_mimic(root: Path) -> Rows:
     """MIMIC-CXR-JPG (Johnson et al. 2019): `mimic-cxr-2.*-{metadata,chexpert,split}.csv[.gz]`, `files/pNN/pN/sN/*.jpg`.
 
     Labels belong to the study; a study without a row, or a blank cell, is missing. Reports are MIMIC-CXR's own:
-    `report_path` is set where `files/pNN/pN/sN.txt` lies beside.
+    `report_path` is set where `files/pNN/pN/sN.txt` exists.
     """
     file, split_file, label_file = (_mimic_table(root, kind) for kind in ("metadata", "split", "chexpert"))
     rows = read_rows(file, ("dicom_id", "subject_id", "study_id", "ViewPosition"))
@@ -312,7 +312,8 @@ def read_siim(root: Path) -> Rows:
     """SIIM-ACR pneumothorax 2019: `train-rle.csv`, `dicom-images-{train,test}/*/*/*.dcm`.
 
     Masks are run-length codes (`rle_mask`), the empty one where there is no pneumothorax. Images of the folder that the
-    table does not name, and those of test, are not labelled. Patients stand in the DICOM headers, which are not read.
+    table does not name, and those of test, are not labelled. Patients are named in the DICOM headers, which are not
+    read.
     """
     file = root / "train-rle.csv"
     rows = read_rows(file, ("ImageId", "EncodedPixels"))

@@ -1,4 +1,4 @@
-"""Public archives of chest radiographs in the layout they are published in, all in one schema.
+"""Public archives of chest radiographs, read from their published layout into one schema.
 
     read_archive  -> which archive? -> its reader (`archives_findings`, `archives_classes`) -> Rows (`archive_rows`)
                   -> files that must exist -> RadiographTable
@@ -72,8 +72,8 @@ class Archive:
 
     Attributes:
         title: Its name in full.
-        licence: What it may be used for, in short.
-        markers: What must lie in its folder: patterns, `a|b` for either.
+        licence: Terms of use, in short.
+        markers: Files that identify its folder: patterns, `a|b` for either.
         read: Its folder -> its rows.
         header: Columns of the table that the first marker finds, by which the archive is recognised.
         classes: The only folders of classes there may be -> a pattern that the names of their files begin with.
@@ -97,7 +97,7 @@ def read_archive(
     """Read a public archive in its published layout: a row per image, in the order of the archive's tables.
 
     Args:
-        folder: Where it lies: its own folder, or the one above.
+        folder: The archive's folder, or the one above.
         name: A key of `ARCHIVES`; None: recognised by its files.
         uncertain: What becomes of labels that are uncertain: `ignore` (missing), `zero`, `one`.
         missing: `error`: every image that the archive's tables name must be there; `skip`: those that are not are left
@@ -189,7 +189,7 @@ def _table_of(name: str, rows: Rows, uncertain: Uncertain, missing: Missing) -> 
     ids = rows.columns["id"]
     twice = next((own for own, seen in zip(sorted(ids), sorted(ids)[1:], strict=False) if own == seen), None)
     if twice is not None:
-        raise SpcxrError(f"{rows.file}: image {twice} stands twice")
+        raise SpcxrError(f"{rows.file}: image {twice} appears twice")
     kept = find_files(rows.paths, lambda row: f"{rows.file}: image {rows.paths[row] or ids[row]}", missing)
     columns = {"licence": ARCHIVES[name].licence, "source": name, **rows.columns}
     for column in ("id", "patient", "study"):

@@ -1,4 +1,4 @@
-"""What the tables of a public archive say, a row per image, and what its readers share."""
+"""Rows of a public archive's tables, one per image, and helpers that the readers share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spcxr_hf.errors import SpcxrError
 
 @dataclass
 class Rows:
-    """What an archive's tables say, a row per image.
+    """Rows of an archive's tables, one per image.
 
     Attributes:
         file: The table, or the folder, that names the images; for messages.

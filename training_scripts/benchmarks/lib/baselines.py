@@ -1,4 +1,4 @@
-"""What is measured side by side: our pretraining step, the GMML release's, ViTMAE's, and encoders of equal shape."""
+"""Baselines for the speed benchmarks: our pretraining step, the GMML release's, ViTMAE's, and encoders of one shape."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ RELEASE_FILES = ("main.py", "utils.py", "vision_transformer.py", "datasets/datas
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What both sides of a comparison share.
+    """Settings common to both sides of a comparison.
 
     Attributes:
         size: "tiny", "small" or "base".
         image_size: Side of a view in pixels.
         device: Where the step runs.
         precision: "fp32", or "bf16" for autocast.
-        attention: Implementation that our model attends by.
+        attention: Attention implementation of our model.
         compile: Whether our model is compiled.
     """
 
@@ -181,7 +181,7 @@ class ReleaseStep:
                 patches.enter_context(mock.patch.object(torch.Tensor, "cuda", lambda tensor, **_: tensor))
                 patches.enter_context(mock.patch.object(torch.cuda, "synchronize", lambda: None))
             patches.enter_context(mock.patch.object(torch.cuda.amp, "autocast", lambda _: self.settings.autocast()))
-            # Only the main process draws example reconstructions, into a folder that nobody asked for.
+            # Only the main process draws example reconstructions, into an unrequested folder.
             patches.enter_context(mock.patch.object(self.release.main.utils, "is_main_process", lambda: False))
             patches.enter_context(mock.patch.object(Path, "mkdir"))
             patches.enter_context(contextlib.redirect_stdout(io.StringIO()))

@@ -1,4 +1,4 @@
-"""A grid of trainings that may be stopped at any time: cells in folders, processes, logs, and what they took.
+"""A resumable grid of trainings: cells in folders, processes, logs, time and energy.
 
 A cell is one or more commands, run one behind the other, and a result that is read from what they leave. Its folder is
 held by a lock that its processes inherit, so that a second runner (or a new one, where the first was killed and its
@@ -29,7 +29,7 @@ RESULT, SETTINGS, LOG, LOCK = "result.json", "settings.json", "log.txt", "lock"
 PREDICTIONS = "predictions.parquet"
 KEPT = (SETTINGS, PREDICTIONS, RESULT)  # of a finished cell; the last makes it one
 NOT_THERE = "not there"  # in place of a weights_digest
-# What a config says besides the network: how its weights came about, and what trainings set anew.
+# Fields of a config that do not describe the network: provenance, and values that trainings overwrite.
 NO_NETWORK = {"transformers_version", "dtype", "architectures", "auto_map"}
 NO_NETWORK |= {"images_seen", "drop_path_rate", "norm_pix_loss"}
 RAPL = Path("/sys/class/powercap")
@@ -38,7 +38,7 @@ POWER_EVERY = 5.0  # seconds between readings of a card's power
 
 @dataclass(frozen=True)
 class Cell:
-    """One comparison's worth of work.
+    """One cell: commands and their result.
 
     Attributes:
         name: Its place in the grid, words divided by "/"; its folder too.
@@ -46,7 +46,7 @@ class Cell:
         settings: What the result depends on, as JSON, without paths: a cell that was run with others is refused.
         cost: By which cells are ordered.
         needs: Checkpoints without which it cannot run yet.
-        about: Whatever the reader of its result wants to know.
+        about: Further values for the reader of its result.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Cell:
 
 @dataclass
 class Summary:
-    """What became of the cells: names, and of those that failed why."""
+    """Outcome of the cells: names, and causes of failures."""
 
     finished: list[str] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
@@ -96,7 +96,7 @@ class Grid:
         self._stopped = threading.Event()
 
     def home(self, cell: Cell) -> Path:
-        """The folder where a cell's result lies, or will."""
+        """The folder of a cell's result."""
         if self.kept is not None and (self.kept / cell.name / RESULT).is_file():
             return self.kept / cell.name
         return self.output / cell.name
@@ -146,7 +146,7 @@ class Grid:
         return self.summary
 
     def stop(self) -> None:
-        """Begin no further cell, and ask the processes at work to end; they leave a checkpoint."""
+        """Start no further cell and terminate running processes, which save a checkpoint."""
         self._stopped.set()
         for child in list(self._children):
             child.terminate()
@@ -156,7 +156,7 @@ class Grid:
         absent = [path for path in cell.needs if not path.exists()]
         try:
             if self.result(cell) is not None:
-                self._keep(cell)  # one that finished before anybody asked to keep it
+                self._keep(cell)  # finished before `kept` was given
                 return False
             if absent:
                 self.summary.waiting.append(cell.name)
@@ -206,7 +206,7 @@ class Grid:
             finally:
                 self._children.discard(child)
         if self._stopped.is_set():
-            raise SpcxrError("stopped; the same command goes on from there")
+            raise SpcxrError("stopped; run the same command to resume")
         if status:
             raise SpcxrError(f"{Path(command[1]).name} ended with status {status}: {_last_words(log)}")
 
@@ -227,7 +227,7 @@ def _agree(before: Any, now: Any) -> bool:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[int | None]:
-    """The descriptor of the folder's lock; None where somebody else holds it, -1 where the system has none."""
+    """The descriptor of the folder's lock; None where another process holds it, -1 where the system has none."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -300,7 +300,7 @@ def _last_words(log: Path) -> str:
     return lines[-1][-240:] if lines else "nothing said"
 
 
-# ---- what it took ------------------------------------------------------------------------------------------------
+# ---- time and energy ---------------------------------------------------------------------------------------------
 
 
 class EnergyMeter:

@@ -1,8 +1,8 @@
-"""What a comparison of trainings rests on: predictions that are kept, and figures of them that are compared in pairs.
+"""Stored predictions of trainings, and paired comparisons of their metrics.
 
-Several trainings (seeds) of several kinds (with and without pretraining, another pretext) are judged on the same rows.
-A resample draws patients with replacement, the same for every training, and, where there are several seeds, seeds with
-replacement too, the same for both sides of a difference: a seed stands for the same draw of labels on both sides. A
+Several trainings (seeds) of several kinds (with and without pretraining, another pretext) are evaluated on the same
+rows. A resample draws patients with replacement, the same for every training, and, where there are several seeds, seeds
+with replacement too, the same for both sides of a difference: a seed is the same draw of labels on both sides. A
 figure is the mean over the seeds drawn of what each reaches on the patients drawn (a bootstrap of two crossed factors,
 Owen, Annals of Applied Statistics 1, 2007); the interval holds the middle 95 % of the resamples.
 """
@@ -33,19 +33,19 @@ METHOD = (
 )
 
 
-# ---- what is asked of which rows ---------------------------------------------------------------------------------
+# ---- reports ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows to judge a classifier on, and as what.
+    """Rows to evaluate a classifier on, and their classes.
 
     Attributes:
         label_column, split_column, split: Where the rows are and what they are called.
         classes: The model's class -> the labels of the rows that count as it; rows of other labels are left out.
-        negative: Judge this class against all others together: rows may then name the others in other words, as
-            `abnormal` for any pneumonia. None: every class by itself.
-        recall: Classes whose recall is reported by itself, as where nearly all rows are of one class.
+        negative: Evaluate this class against all others together: rows may then name the others in other words, as
+            `abnormal` for any pneumonia. None: every class separately.
+        recall: Classes whose recall is reported separately, as where nearly all rows are of one class.
         within: A column and two classes: their AUROC among the images of each value of the column that has both.
     """
 
@@ -91,7 +91,7 @@ def _word(cell: Any) -> str | None:
 
 @dataclass
 class Predictions:
-    """What a classifier says of the rows of a report.
+    """Predictions of a classifier on the rows of a report.
 
     Attributes:
         ids: (n,) names of the rows.
@@ -160,7 +160,7 @@ def as_reported(probabilities: np.ndarray, classes: Sequence[str], report: Repor
 
 
 def write_predictions(path: Path, reports: Mapping[str, Predictions]) -> None:
-    """Keep the predictions of every report in one Parquet file, whole or not at all."""
+    """Keep the predictions of every report in one Parquet file, atomically."""
     tables = [
         pa.table(
             {

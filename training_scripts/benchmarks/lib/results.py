@@ -137,7 +137,7 @@ def _read(path: Path) -> dict[str, Any]:
 def training_costs(
     runs: Mapping[str, Sequence[str]], weights: Mapping[str, str], earlier: Mapping[str, Any]
 ) -> dict[str, dict[str, Any] | None]:
-    """What each checkpoint's training took, by the folders of its runs, and its "weights".
+    """Cost of each checkpoint's training, by the folders of its runs, and its "weights".
 
     Args:
         runs: Name of a checkpoint -> folders.
@@ -167,7 +167,7 @@ def collect(
     """The results file of the cells that are finished.
 
     Args:
-        earlier: What the file held before. A setting of which no cell lies here keeps the figures that it has there.
+        earlier: What the file held before. A setting without cells here keeps the figures that it has there.
     """
     found = {cell.name: result for cell in cells if (result := grid.result(cell)) is not None}
     section = plan["fine_tuning"]
@@ -332,7 +332,7 @@ def _collect_ablations(plan: Plan, cells: Sequence[Cell], found: Mapping[str, di
 
 
 def _collect_minutes(cells: Sequence[Cell], found: Mapping[str, dict]) -> dict[str, Any]:
-    """What the finished cells of every section took, as they ran (several at a time on one machine)."""
+    """Minutes of the finished cells of every section (several ran at a time on one machine)."""
     taken: dict[str, Any] = {}
     for cell in cells:
         entry = taken.setdefault(cell.about["section"], {"cells": 0, "minutes": 0.0, "training_minutes": 0.0})

@@ -1,6 +1,6 @@
-"""The tables, goals and curves of the evidence, made from its results file and from nothing else.
+"""Tables, goals and curves of the evidence, made from its results file only.
 
-What was not run is called so; nothing is filled in.
+Cells that were not run are marked as such.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def blocks(results: Results) -> dict[str, str]:
 
 
 def note(results: Results) -> str:
-    """How the figures came about, in two sentences."""
+    """How the figures were measured, in two sentences."""
     return f"{results['setting']} {results['method']}"
 
 
@@ -159,7 +159,7 @@ def comparison_table(results: Results, tasks: Sequence[str] | None = None, role:
     Args:
         results: The results file.
         tasks: Which; by default all.
-        role: Whom ours stands beside: "floor" (no pretraining) or "peer" (another pretext).
+        role: What ours is compared with: "floor" (no pretraining) or "peer" (another pretext).
     """
     ours, other = (results["compare"][name] for name in ("ours", role))
     head, rows = ["task", "labels", "figure", ours, other, f"{ours} - {other}"], []
@@ -231,7 +231,7 @@ def ablation_table(results: Results) -> str:
 
 
 def cost_table(results: Results) -> str:
-    """What the checkpoints' trainings took, where their runs' folders are there to tell, and what the cells did."""
+    """Cost of the checkpoints' trainings, where their runs' folders are available, and of the cells."""
     tables = [_training_costs(results), _cell_costs(results)]
     return "\n\n".join(table for table in tables if table) or "Not measured."
 
@@ -275,7 +275,7 @@ def _chosen(results: Results, tasks: Sequence[str] | None) -> list[tuple[str, An
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], names: int) -> str:
     """A Markdown table; the first `names` cells of a row say what it is.
 
-    Rows and columns in which nothing was run are named in a line below it, so that the figures stand close together.
+    Rows and columns in which nothing was run are named in a line below it, so that the table stays compact.
     """
     known = [row for row in rows if set(row[names:]) != {NOT_RUN}]
     if not known:
@@ -338,7 +338,7 @@ def _probe(results: Results, model: str, task: str, method: str, fraction: str) 
 
 
 def _dig(entry: Any, *keys: str) -> Any:
-    """What lies at these keys, None where one of them does not."""
+    """The value at these keys, None where one is missing."""
     for key in keys:
         entry = entry.get(key) if isinstance(entry, Mapping) else None
     return entry
@@ -353,7 +353,7 @@ def draw_curves(results: Results, folder: Path) -> list[Path]:
     Without matplotlib (the extra `demo`) it says so and draws none.
     """
     try:
-        from matplotlib.figure import Figure  # a figure of its own touches no global state
+        from matplotlib.figure import Figure  # not pyplot, which keeps global state
     except ImportError:
         print(f'{folder}: no curves without matplotlib; `pip install "spcxr-hf[demo]"`', flush=True)
         return []

@@ -1,6 +1,6 @@
-"""What measurements are made of: times taken in turn, peak memory, FLOPs, results files and the table of them.
+"""Helpers for measurements: interleaved timing, peak memory, FLOPs, results files and their table.
 
-Ratios are medians over pairs that were measured one after the other, so that a busy moment of the machine meets both.
+Ratios are medians over pairs that were measured one after the other, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spcxr_hf.errors import SpcxrError
 
 ROOT = Path(__file__).resolve().parents[3]
 NOT_MEASURED = "not measured"
-# Dense bf16 FLOP/s by the vendor's data sheets, by what stands in the card's name; the first that fits counts.
+# Dense bf16 FLOP/s by the vendor's data sheets, by the card's name; the first match counts.
 BF16_PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 
 # What torch's profiler calls matrix products, and convolutions with their gradients, on a CPU.
@@ -38,13 +38,13 @@ PRODUCTS = (
 
 
 def synchronise() -> None:
-    """Wait until the GPU, if there is one, has done what was asked of it."""
+    """Wait until the GPU, if there is one, has finished its queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def in_turn(functions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Seconds of each function, measured in turn so that a busy moment of the machine meets all, after one warm-up."""
+    """Seconds of each function, measured in turn so that other load on the machine affects all, after one warm-up."""
     seconds: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 1):
         for function, measured in zip(functions, seconds, strict=True):
