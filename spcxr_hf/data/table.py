@@ -478,7 +478,8 @@ def _decode(
 
     # Threads, not processes: Pillow decodes and resizes outside the interpreter's lock.
     with ThreadPoolExecutor(worker_count()) as pool:
-        for _ in tqdm(pool.map(fill, rows), total=len(rows), desc=f"decoding {table.name}", unit="image"):
+        bar = tqdm(pool.map(fill, rows), f"decoding {table.name}", len(rows), unit="image", disable=not rows)
+        for _ in bar:
             pass
     if file is not None and kept is None:
         write_cache(file, pixels, broken=sorted(broken))

@@ -133,7 +133,7 @@ def load_network(
     options = {"use_safetensors": True, "trust_remote_code": False, **_local_files(source), **options}
     if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
         raise SpcxrError(f"{source}: no .safetensors weights in this folder")
-    with loading_errors(source, "its weights cannot be loaded"), _no_progress_bar():
+    with loading_errors(source, "its weights cannot be loaded"), _quietly():
         check_weight_files(_folder_of(source))
         model, loading = model_class.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=new == "head", **options
@@ -274,13 +274,15 @@ def loading_errors(source: str, problem: str) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """The weights of these models load within a second."""
-    was_enabled = logging.is_progress_bar_enabled()
+def _quietly() -> Iterator[None]:
+    """Without the library's bar, since these weights load within a second, and its table of missing weights."""
+    was_enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if was_enabled:
             logging.enable_progress_bar()
 
