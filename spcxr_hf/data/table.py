@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import zlib
 from collections import Counter
@@ -33,6 +34,7 @@ from spcxr_hf.images.plausibility import SIDE, count_doubtful, set_warning
 from spcxr_hf.images.reader import DICOM_PREFIX, read_radiograph, read_with_quality_warnings
 
 MAX_TABLE_BYTES = 2**33  # of encoded images in memory
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None  # bytes
 OnError = Literal["stop", "skip"]  # choices of `on_error`
 # What else may hold images, none of which is read here.
 OTHER_IMAGES = {
@@ -211,13 +213,16 @@ def read_parquet(path: Path) -> pa.Table:
     Raises:
         SpcxrError: it is no Parquet file, is damaged, or takes more memory than a table of images of its size does.
     """
-    most = min(MAX_TABLE_BYTES, max(2**30, 20 * check_regular_file(path, MAX_TABLE_BYTES)))
+    stored = check_regular_file(path, MAX_TABLE_BYTES)
+    most = min(MAX_TABLE_BYTES, max(2**30, 20 * stored))
     batches, size = [], 0
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             _names(schema)
             at_once = 16 if any(_has_binary(field.type) for field in schema) else 4096
+            if (rows := file.metadata.num_rows) > max(2**20, stored):  # they cannot all differ
+                raise SpcxrError(f"{path}: {rows:,} rows in {stored:,} bytes are no table of images")
             for number in range(file.metadata.num_row_groups):
                 if file.metadata.row_group(number).total_byte_size > most:
                     raise SpcxrError(f"{path}: row group {number} is too large: more than {most / 2**30:.0f} GiB")
@@ -465,7 +470,16 @@ def _decode(
     cells, names = table.cells(column), table.ids
     file = None if cache is None else Path(cache) / f"{cache_key(table)}-{column}-{size}.npy"
     shape = (len(table), 1, size, size)
+    if column == "image":
+        nothing = (pc.is_null(pc.struct_field(cells, part)) for part in ("bytes", "path"))
+        if 2 * (empty := pc.sum(pc.and_(*nothing)).as_py() or 0) > len(table):
+            raise SpcxrError(f"{table.name}: {empty} of {len(table)} rows hold no image")
     kept = None if file is None else read_cache(file, shape)
+    if kept is None and MEMORY is not None and math.prod(shape) > MEMORY:
+        raise SpcxrError(
+            f"{table.name}: {len(table):,} images of {size} px take {math.prod(shape) / 2**30:,.0f} GiB; "
+            f"this machine has {MEMORY / 2**30:,.0f}"
+        )
     # rows that were broken are tried again, since a file may have been mended
     pixels, rows = (np.zeros(shape, np.uint8), range(len(table))) if kept is None else (kept[0], kept[1]["broken"])
     broken: dict[int, str] = {}

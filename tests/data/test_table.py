@@ -483,14 +483,19 @@ def test_masks_that_are_no_two_classes_are_refused():
 
 @pytest.mark.slow
 def test_a_table_of_zeros_is_refused_before_it_takes_the_memory(tmp_path):
-    rows = 3 * 2**26
-    batch = pa.record_batch({"zeros": pa.array(np.zeros(2**22, np.int64))})
-    with pq.ParquetWriter(tmp_path / "zeros.parquet", batch.schema) as writer:
-        for _ in range(rows // 2**22):
-            writer.write_batch(batch)
-    assert (tmp_path / "zeros.parquet").stat().st_size < 2**20
-    with pytest.raises(SpcxrError, match=r"zeros\.parquet: takes more than 1 GiB"):
-        read_table(tmp_path / "zeros.parquet")
+    for name, width, rows, message in (
+        ("wide", 2**10, 160 * 2**10, "takes more than 1 GiB"),
+        ("long", 1, 2**21, r"2,097,152 rows in [\d,]+ bytes are no table of images"),
+    ):
+        zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(2**10 * width, np.int64)), width)
+        batch = pa.record_batch({"zeros": zeros})
+        file = tmp_path / f"{name}.parquet"
+        with pq.ParquetWriter(file, batch.schema, compression="zstd") as writer:
+            for _ in range(0, rows, 2**14):
+                writer.write_table(pa.Table.from_batches([batch] * 16))
+        assert file.stat().st_size < 2**20
+        with pytest.raises(SpcxrError, match=rf"{name}\.parquet: {message}"):
+            read_table(file)
 
 
 def test_a_row_group_that_takes_too_much_is_refused_unread(tmp_path, monkeypatch):
@@ -502,6 +507,19 @@ def test_a_row_group_that_takes_too_much_is_refused_unread(tmp_path, monkeypatch
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_: pytest.fail("read"))
     with pytest.raises(SpcxrError, match=r"zeros\.parquet: row group 0 is too large"):
         read_table(file)
+
+
+def test_sets_that_would_fill_the_memory_are_refused_at_once(tmp_path, monkeypatch):
+    """A Parquet file of a few kilobytes can hold ten million rows."""
+    cells = pa.array([None] * 9 + [encoded(picture(0)[0])] * 3, STRUCT)
+    pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
+    with pytest.raises(SpcxrError, match="9 of 12 rows hold no image"):
+        decode_set(read_table(tmp_path / "a.parquet"), 16, on_error="skip")
+    pq.write_table(pa.table({"image": cells[6:]}), tmp_path / "a.parquet")
+    assert len(decode_set(read_table(tmp_path / "a.parquet"), 16, on_error="skip").table) == 3
+    monkeypatch.setattr("spcxr_hf.data.table.MEMORY", 2**10)
+    with pytest.raises(SpcxrError, match=r"6 images of 16 px take 0 GiB; this machine has 0"):
+        decode_set(read_table(tmp_path / "a.parquet"), 16, on_error="skip")
 
 
 def test_rows_that_name_files_elsewhere_are_refused(tmp_path):
