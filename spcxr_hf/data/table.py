@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -71,6 +72,13 @@ class RadiographTable:
         if not kept.num_rows:
             raise SpcxrError(f"{self.name}: no row has {column} = {value!r}")
         return RadiographTable(kept, f"{self.name}[{column}={value}]")
+
+    def where_any(self, column: str, values: Sequence[Any]) -> RadiographTable:
+        """The rows that hold one of `values`, in the order of these; errors as `where` has them."""
+        parts = [self.where(column, value) for value in dict.fromkeys(values)]
+        if not parts:
+            raise SpcxrError(f"{self.name}: no value of {column} was given")
+        return RadiographTable(pa.concat_tables(part.rows for part in parts), f"{self.name}[{'+'.join(values)}]")
 
     def without(self, ids: Collection[str]) -> RadiographTable:
         """The rows whose id is none of these."""
@@ -313,19 +321,44 @@ def check_name(path: str) -> None:
         raise SpcxrError(f"{printable(path)}: a name that is no UTF-8 cannot be kept in a table; rename the file")
 
 
-def open_mask(cell: dict | None, name: str) -> Image.Image:
-    """The lung mask in one cell of the column `lung_mask`, mode L: 255 on the lungs, 0 elsewhere."""
+def open_mask(cell: dict | None, name: str, structures: int = 0) -> Image.Image:
+    """The mask in one cell of a column such as `lung_mask`, mode L: 255 inside, 0 elsewhere.
+
+    Args:
+        name: What to call it in messages.
+        structures: Where above 0, the mask has a bit for each of so many structures, which may overlap, and comes back
+            as it is; at most 8.
+
+    Raises:
+        SpcxrError: there is none, or it cannot be read; the message holds `name`.
+    """
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
-        raise SpcxrError(f"{name}: no lung mask in this row")
+        raise SpcxrError(f"{name}: no mask in this row")
     if cell["bytes"] is None:
         check_name(cell["path"])
         check_regular_file(cell["path"], MAX_FILE_BYTES)
     try:
         with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as mask:
+            if structures:
+                check_size(*mask.size)
+                if mask.mode != "L" or mask.getextrema()[1] >= 2**structures:
+                    raise ValueError(f"it must be 8 bit grey with a bit for each of {structures} structures")
+                return mask.copy()
             inside = mask_pixels(mask)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SpcxrError(f"{name}: the lung mask cannot be read ({error})") from error
+        raise SpcxrError(f"{name}: the mask cannot be read ({error})") from error
     return Image.fromarray((255 * inside).astype(np.uint8))
+
+
+def structure_masks(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """Masks with a bit for each structure, (..., H, W) uint8 -> (..., count, H, W) booleans."""
+    return (bits.unsqueeze(-3) >> torch.arange(count, device=bits.device).reshape(-1, 1, 1)) % 2 == 1
+
+
+def structure_bits(masks: torch.Tensor) -> torch.Tensor:
+    """What `structure_masks` takes apart: (count, H, W) booleans -> (H, W) uint8."""
+    bits = torch.arange(len(masks), dtype=torch.uint8).reshape(-1, 1, 1)
+    return (masks.to(torch.uint8) << bits).sum(dim=0).to(torch.uint8)
 
 
 def mask_pixels(picture: Image.Image) -> np.ndarray:
@@ -368,7 +401,8 @@ class Decoded(NamedTuple):
     """What `decode_set` could read.
 
     `table` its rows, `rows` their numbers (n,) in the set that was given, `images` (n, 1, S, S) uint8, `masks`
-    (n, S, S) booleans or None, `skipped` id -> cause of the rows that are not among them.
+    (n, S, S) booleans, or uint8 with a bit for each structure, or None, `skipped` id -> cause of the rows that are not
+    among them.
     """
 
     table: RadiographTable
@@ -384,16 +418,20 @@ def decode_set(
     cache: str | os.PathLike | None = None,
     *,
     masks: bool = False,
+    mask_column: str = "lung_mask",
+    structures: int = 0,
     on_error: OnError = "stop",
 ) -> Decoded:
-    """Decode a set's images, and lung masks, as `decode_images` and `decode_masks` do; a broken file is an error or is
+    """Decode a set's images, and masks, as `decode_images` and `decode_masks` do; a broken file is an error or is
     skipped.
 
     One line on standard error has the numbers of images that are nearly black, constant or probably negatives.
 
     Args:
         cache: As for `decode_images`; broken files are tried again at the next start.
-        masks: Decode the column `lung_mask` too; a row without a mask counts as broken.
+        masks: Decode the masks too; a row without a mask counts as broken.
+        mask_column: Their column.
+        structures: As for `open_mask`.
         on_error: "stop": the first broken file is an error; "skip": its row is left out, and listed in `skipped`.
 
     Raises:
@@ -403,8 +441,10 @@ def decode_set(
     unreadable = len(broken)
     lungs = None
     if masks:
-        lungs, without = _decode(table, "lung_mask", _decode_mask, size, None)
-        lungs, broken = lungs.squeeze(1) > 127, without | broken
+        decode = partial(_decode_mask, structures=structures)
+        lungs, without = _decode(table, mask_column, decode, size, None)
+        lungs, broken = lungs.squeeze(1), without | broken
+        lungs = lungs if structures else lungs > 127
     check_broken(table.name, [broken[row] for row in sorted(broken)], len(table), on_error)
     doubtful = count_doubtful(images.squeeze(1).numpy()) if size >= SIDE else Counter()
     doubtful["constant"] -= unreadable  # they are black
@@ -442,11 +482,11 @@ def decode_images(table: RadiographTable, size: int, cache: str | os.PathLike | 
     return decode_set(table, size, cache).images
 
 
-def decode_masks(table: RadiographTable, size: int) -> torch.Tensor:
-    """Decode every lung mask (column `lung_mask`), nearest neighbour: (n, size, size) booleans, true on the lungs."""
-    pixels, broken = _decode(table, "lung_mask", _decode_mask, size, None)
+def decode_masks(table: RadiographTable, size: int, column: str = "lung_mask", structures: int = 0) -> torch.Tensor:
+    """Decode every mask, nearest neighbour: (n, size, size) booleans, or uint8 bits of `structures` (`open_mask`)."""
+    pixels, broken = _decode(table, column, partial(_decode_mask, structures=structures), size, None)
     check_broken(table.name, [broken[row] for row in sorted(broken)], len(table), "stop")
-    return pixels.squeeze(1) > 127
+    return pixels.squeeze(1) if structures else pixels.squeeze(1) > 127
 
 
 def _decode_image(cell: dict | None, name: str, size: int) -> np.ndarray:
@@ -455,8 +495,8 @@ def _decode_image(cell: dict | None, name: str, size: int) -> np.ndarray:
     return np.asarray(open_image(cell, name).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _decode_mask(cell: dict | None, name: str, size: int) -> np.ndarray:
-    return np.asarray(open_mask(cell, name).resize((size, size), Image.Resampling.NEAREST))
+def _decode_mask(cell: dict | None, name: str, size: int, structures: int = 0) -> np.ndarray:
+    return np.asarray(open_mask(cell, name, structures).resize((size, size), Image.Resampling.NEAREST))
 
 
 def _decode(
