@@ -8,7 +8,7 @@
 Structures that overlap are the bits of one mask, named from the lowest: a sigmoid map for each.
 
     python training_scripts/finetune_segmentation.py \
-        training_scripts/recipes/finetune_segmentation_anatomy_cpu.yaml \
+        training_scripts/recipes/finetune_segmentation_anatomy_cpu_256.yaml \
         --init-from model_cards/lung-segmentation --data ../shared/rsna_jsrt/jsrt-00.parquet
 
 The same command resumes from the newest checkpoint. `--from-scratch true` trains the same network without pretraining.
