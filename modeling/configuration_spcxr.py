@@ -92,7 +92,10 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
         reconstruction_depth (`int`, defaults to 3): Number of (Linear + activation) layers of the reconstruction head.
         segmentation_layers (`list[int]`, *optional*): Blocks, counted from 1, that the segmentation decoder reads.
             By default four of them, evenly spread over the network: 3, 6, 9, 12 of 12.
-        segmentation_hidden_size (`int`, defaults to 128): Width of the segmentation decoder, a multiple of 32.
+        segmentation_hidden_size (`int`, defaults to 128): Width of the segmentation decoder, a multiple of
+            `8 * 2 ** segmentation_doublings`.
+        segmentation_doublings (`int`, defaults to 2): How often the decoder doubles the grid of patches, 1 to 4; each
+            halves its width.
         semantic_loss_ignore_index (`int`, defaults to 255): Pixels with this label are left out of the loss.
         apply_layernorm (`bool`, defaults to `True`): Whether [`SpcxrBackbone`] normalises its feature maps.
         operating_points (`dict[str, dict[str, float]]`, *optional*): Decision thresholds of a classifier, in [0, 1], by
@@ -141,6 +144,7 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
     reconstruction_depth: int = 3
     segmentation_layers: list[int] | None = None
     segmentation_hidden_size: int = 128
+    segmentation_doublings: int = 2
     semantic_loss_ignore_index: int = 255
     apply_layernorm: bool = True
     operating_points: dict[str, dict[str, float]] | None = None
@@ -224,8 +228,12 @@ class SpcxrConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})")
         if self.num_channels not in (1, 3):
             raise ValueError(f"num_channels must be 1 (grey) or 3; got {self.num_channels}")
-        if self.segmentation_hidden_size % 32:
-            raise ValueError(f"segmentation_hidden_size must be a multiple of 32; got {self.segmentation_hidden_size}")
+        if not 1 <= self.segmentation_doublings <= 4:
+            raise ValueError(f"segmentation_doublings must be 1 to 4; got {self.segmentation_doublings}")
+        if self.segmentation_hidden_size % (multiple := 8 * 2**self.segmentation_doublings):
+            raise ValueError(
+                f"segmentation_hidden_size must be a multiple of {multiple}; got {self.segmentation_hidden_size}"
+            )
         width, decoder = self.hidden_size, self.segmentation_hidden_size
         block = 4 * width**2 + 2 * width * self.intermediate_size
         heads = self.reconstruction_depth * width**2 + 4 * width * decoder + 4 * decoder**2

@@ -33,7 +33,8 @@ classification   "labels": [{"label": str, "score": float}, ...], the most proba
                  threshold. The list is empty where the checkpoint has no operating points.
 segmentation     "width", "height" of the picture in pixels; "segments": [{"label": str, "share": float, "mask": str}]:
                  for each label its share of the picture's area, and a base64 PNG of the picture's size, 255 where the
-                 label is and 0 elsewhere.
+                 label is and 0 elsewhere. Of a model with a heart and two lungs also "cardiothoracic_ratio", null where
+                 one of them was not found.
 
 Parameters, all optional: "top_k" (int, classification: number of labels), "operating_point" (str, classification: its
 decisions alone).
@@ -163,14 +164,21 @@ class EndpointHandler:
         return decisions
 
     def _segment(self, outputs: Any, picture: Any) -> dict[str, Any]:
-        size = (picture.height, picture.width)
-        labels = self.processor.post_process_semantic_segmentation(outputs, [size])[0].cpu()  # (H, W)
-        segments = []
-        for index in range(self.model.config.num_labels):
-            mask = labels == index
-            name = self.model.config.id2label[index]
-            segments.append({"label": name, "share": mask.double().mean().item(), "mask": encode_mask(mask)})
-        return {"width": picture.width, "height": picture.height, "segments": segments}
+        size, config = (picture.height, picture.width), self.model.config
+        if config.problem_type == "multi_label_classification":  # labels that may overlap
+            masks = self.processor.post_process_overlapping_segmentation(outputs, [size])[0].cpu()
+        else:
+            labels = self.processor.post_process_semantic_segmentation(outputs, [size])[0].cpu()  # (H, W)
+            masks = torch.stack([labels == index for index in range(config.num_labels)])
+        by_name = {config.id2label[index]: mask for index, mask in enumerate(masks)}
+        segments = [
+            {"label": name, "share": mask.double().mean().item(), "mask": encode_mask(mask)}
+            for name, mask in by_name.items()
+        ]
+        found = {"width": picture.width, "height": picture.height, "segments": segments}
+        if {"heart", "left lung", "right lung"} <= set(by_name):
+            found["cardiothoracic_ratio"] = self.processor.cardiothoracic_ratio(by_name)
+        return found
 
 
 # ---- requests --------------------------------------------------------------------------------------------------

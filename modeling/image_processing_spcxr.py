@@ -84,9 +84,12 @@ class SpcxrImageProcessorKwargs(ImagesKwargs, total=False):
         1, or 3 to repeat the grey channel for a model that expects RGB.
     value_range (`tuple[float, float]`, *optional*):
         The values that are black and white. Left out, the type says: integers fill its range, floats lie in 0..1.
+    overlapping_labels (`bool`, *optional*):
+        Whether the model's labels may overlap, as structures of an anatomy do: each has a sigmoid of its own.
     """
 
     num_output_channels: int | None
+    overlapping_labels: bool | None
     value_range: tuple[int | float, int | float] | list[int | float] | None
 
 
@@ -322,6 +325,20 @@ def _label_map(labels: Any) -> torch.Tensor:
     return values.unsqueeze(0).to(torch.float32)
 
 
+def _logits_of_size(logits: torch.Tensor, target_sizes: Any) -> list[torch.Tensor]:
+    """Each image's logits (num_labels, height, width) at its size; as they are without sizes."""
+    if target_sizes is None:
+        return list(logits)
+    if len(target_sizes) != len(logits):
+        raise ValueError(f"{len(target_sizes)} target_sizes for {len(logits)} images")
+    return [
+        nn.functional.interpolate(
+            image.unsqueeze(0).float(), size=[int(side) for side in size], mode="bilinear", align_corners=False
+        )[0]
+        for image, size in zip(logits, target_sizes, strict=True)
+    ]
+
+
 def _per_channel(value: float | tuple[float, ...], channels: int, name: str) -> tuple[float, ...]:
     """One value per output channel; a single one serves all."""
     values = (float(value),) if isinstance(value, (int, float)) else tuple(value)
@@ -347,6 +364,7 @@ class _RadiographProcessing(BaseImageProcessor):
     image_mean = RADIOGRAPH_MEAN
     image_std = RADIOGRAPH_STD
     num_output_channels = 1
+    overlapping_labels = None  # no: every pixel has one label
 
     def preprocess(
         self,
@@ -389,19 +407,93 @@ class _RadiographProcessing(BaseImageProcessor):
             B label maps (height, width), int64.
 
         Raises:
+            ValueError: `target_sizes` does not have B entries, or the labels overlap.
+        """
+        if self.overlapping_labels:
+            raise ValueError(
+                "these labels overlap, which one map cannot show: use post_process_overlapping_segmentation, or "
+                'pipeline("image-segmentation") without a subtask'
+            )
+        return [image.argmax(dim=0) for image in _logits_of_size(outputs.logits, target_sizes)]
+
+    def post_process_overlapping_segmentation(
+        self,
+        outputs: Any,
+        target_sizes: list[tuple[int, int]] | torch.Tensor | None = None,
+        mask_threshold: float = 0.5,
+    ) -> list[torch.Tensor]:
+        """Where each label is, for a model with `problem_type="multi_label_classification"`.
+
+        Args:
+            outputs: has `logits` (B, num_labels, H, W).
+            target_sizes: as for `post_process_semantic_segmentation`.
+            mask_threshold: a probability above it is inside.
+
+        Returns:
+            B masks (num_labels, height, width), booleans.
+
+        Raises:
             ValueError: `target_sizes` does not have B entries.
         """
-        logits = outputs.logits
-        if target_sizes is None:
-            return list(logits.argmax(dim=1))
-        if len(target_sizes) != len(logits):
-            raise ValueError(f"{len(target_sizes)} target_sizes for {len(logits)} images")
-        return [
-            nn.functional.interpolate(
-                image.unsqueeze(0).float(), size=[int(side) for side in size], mode="bilinear", align_corners=False
-            )[0].argmax(dim=0)
-            for image, size in zip(logits, target_sizes, strict=True)
-        ]
+        return [image.sigmoid() > mask_threshold for image in _logits_of_size(outputs.logits, target_sizes)]
+
+    @property
+    def post_process_instance_segmentation(self) -> Any:
+        """What `pipeline("image-segmentation")` calls for labels that overlap; other models have no such attribute."""
+        if not self.overlapping_labels:
+            raise AttributeError("post_process_instance_segmentation is for overlapping_labels")
+        return self._post_process_instances
+
+    def _post_process_instances(
+        self, outputs: Any, threshold: float = 0.9, mask_threshold: float = 0.5, target_sizes: Any = None, **_: Any
+    ) -> list[dict[str, Any]]:
+        """In the form of transformers' instance segmentation, but the `id` of a segment is a map (height, width): the
+        segment is where `segmentation` equals it, since one number for each pixel cannot say that two overlap. `score`
+        is the mean probability inside; a label whose score is below `threshold`, or that is nowhere, is left out.
+        """
+        found = []
+        for image in _logits_of_size(outputs.logits, target_sizes):
+            probabilities = image.sigmoid().cpu()
+            masks = probabilities > mask_threshold
+            segments = []
+            for label, (mask, values) in enumerate(zip(masks, probabilities, strict=True)):
+                score = values[mask].mean().item() if mask.any() else 0.0
+                if score >= threshold:
+                    segments.append({"id": mask.long() - 1, "label_id": label, "score": score})
+            found.append({"segmentation": torch.zeros_like(masks[0], dtype=torch.long), "segments_info": segments})
+        return found
+
+    @staticmethod
+    def cardiothoracic_widths(masks: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]] | None:
+        """The widths of the heart and of the lungs together, from the masks of a frontal radiograph.
+
+        Args:
+            masks: label -> (height, width) booleans, "heart", "left lung" and "right lung" among them.
+
+        Returns:
+            "heart" and "lungs": first and last column, both inside. The cardiothoracic ratio is the width of the one
+            divided by that of the other. Columns with less than 2 % of the height inside a structure are passed over:
+            they hold specks rather than an edge. None where a structure is missing.
+        """
+        if not {"heart", "left lung", "right lung"} <= set(masks):
+            return None
+        widths = {}
+        for name, parts in {"heart": ("heart",), "lungs": ("left lung", "right lung")}.items():
+            inside = [masks[part].sum(dim=0) >= max(1.0, 0.02 * len(masks[part])) for part in parts]
+            if not all(columns.any() for columns in inside):
+                return None
+            columns = torch.stack(inside).any(dim=0).nonzero().flatten()
+            widths[name] = (int(columns[0]), int(columns[-1]))
+        return widths
+
+    @classmethod
+    def cardiothoracic_ratio(cls, masks: dict[str, torch.Tensor]) -> float | None:
+        """The width of the heart divided by that of the lungs (`cardiothoracic_widths`); None where one is missing."""
+        widths = cls.cardiothoracic_widths(masks)
+        if widths is None:
+            return None
+        heart, lungs = (widths[name][1] - widths[name][0] + 1 for name in ("heart", "lungs"))
+        return heart / lungs
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `preprocessor_config.json`, `auto_map` for both back ends included."""
@@ -495,6 +587,7 @@ class SpcxrImageProcessor(_RadiographProcessing, TorchvisionBackend):
             it are refused.
         image_mean, image_std: on the scale 0..1, one value or one per output channel.
         num_output_channels: 1, or 3 to repeat grey for a model that expects RGB.
+        overlapping_labels: whether the model's labels may overlap.
 
     The pipelines of transformers open files and convert pictures to 8-bit RGB by themselves, and that cuts 16-bit
     values off at 255, which leaves a white picture (there is a warning): give them 8-bit pictures, which is what

@@ -23,6 +23,7 @@ evaluation.
 Shapes: B images, C channels, H x W pixels, N = (H / patch_size) * (W / patch_size) patches, D = hidden_size.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -666,14 +667,8 @@ class SpcxrForImageClassification(SpcxrPreTrainedModel):
             return loss / (labels != -100).sum().clamp(min=1)
         if problem_type == "regression" and labels.dim() == 1:
             labels = labels.unsqueeze(-1)
-        if labels.shape != logits.shape:
-            raise ValueError(f"labels has shape {tuple(labels.shape)}; {problem_type} expects {tuple(logits.shape)}")
-        known = ~labels.isnan() if labels.is_floating_point() else torch.ones_like(labels, dtype=torch.bool)
-        targets = torch.where(known, labels, 0).to(logits.dtype)
+        targets, known = _known_targets(labels, logits, problem_type)
         if problem_type == "multi_label_classification":
-            if not torch.compiler.is_compiling() and ((targets < 0) | (targets > 1)).any():
-                wrong = targets[(targets < 0) | (targets > 1)][0].item()
-                raise ValueError(f"labels must lie in [0, 1], a missing one being NaN; got {wrong:g}")
             loss = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         else:
             if not torch.compiler.is_compiling() and not targets.isfinite().all():
@@ -702,11 +697,24 @@ def _check_class_indices(labels: torch.Tensor, shape: tuple[int, ...], num_label
         )
 
 
+def _known_targets(labels: torch.Tensor, logits: torch.Tensor, problem_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels of the logits' shape with 0 for NaN, and where they are known. ValueError where they do not fit."""
+    if labels.shape != logits.shape:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; {problem_type} expects {tuple(logits.shape)}")
+    known = ~labels.isnan() if labels.is_floating_point() else torch.ones_like(labels, dtype=torch.bool)
+    targets = torch.where(known, labels, 0).to(logits.dtype)
+    if problem_type == "multi_label_classification" and not torch.compiler.is_compiling():
+        wrong = targets[(targets < 0) | (targets > 1)]
+        if len(wrong):
+            raise ValueError(f"labels must lie in [0, 1], a missing one being NaN; got {wrong[0].item():g}")
+    return targets, known
+
+
 class SpcxrSegmentationDecoder(nn.Module):
-    """Several blocks' tokens -> (B, num_labels, 4 H / patch, 4 W / patch) logits.
+    """Several blocks' tokens -> (B, num_labels, s H / patch, s W / patch) logits, s = 2 ** `segmentation_doublings`.
 
     Each block's tokens are projected to the decoder's width and summed (as in a feature pyramid), then doubled in size
-    twice by transposed convolutions, each followed by a 3 x 3 convolution. GroupNorm, so that an image's mask does not
+    by transposed convolutions, each followed by a 3 x 3 convolution. GroupNorm, so that an image's mask does not
     depend on its batch.
     """
 
@@ -714,8 +722,10 @@ class SpcxrSegmentationDecoder(nn.Module):
         super().__init__()
         width = config.segmentation_hidden_size
         self.projections = nn.ModuleList(SpcxrHeadLinear(config.hidden_size, width) for _ in config.segmentation_layers)
-        self.upsampling = nn.ModuleList(self._doubling(width, width // 2) + self._doubling(width // 2, width // 4))
-        self.classifier = nn.Conv2d(width // 4, config.num_labels, kernel_size=1)
+        widths = [width // 2**doubling for doubling in range(config.segmentation_doublings + 1)]
+        layers = [layer for pair in itertools.pairwise(widths) for layer in self._doubling(*pair)]
+        self.upsampling = nn.ModuleList(layers)
+        self.classifier = nn.Conv2d(widths[-1], config.num_labels, kernel_size=1)
 
     @staticmethod
     def _doubling(width_in: int, width_out: int) -> list[nn.Module]:
@@ -733,7 +743,7 @@ class SpcxrSegmentationDecoder(nn.Module):
         features = tokens.transpose(1, 2).unflatten(2, grid)  # (B, width, H / patch, W / patch)
         for layer in self.upsampling:
             features = layer(features)
-        return self.classifier(features)  # (B, num_labels, 4 H / patch, 4 W / patch)
+        return self.classifier(features)
 
 
 class SpcxrForSemanticSegmentation(SpcxrPreTrainedModel):
@@ -763,14 +773,17 @@ class SpcxrForSemanticSegmentation(SpcxrPreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W).
-            labels: (B, H, W) class indices; `config.semantic_loss_ignore_index` marks pixels to leave out.
+            labels: (B, H, W) class indices; `config.semantic_loss_ignore_index` marks pixels to leave out. With
+                `config.problem_type` "multi_label_classification", labels that may overlap: (B, num_labels, H, W) in
+                [0, 1]; NaN marks what to leave out.
 
         Returns:
-            `loss` where `labels` is given: cross-entropy plus soft Dice loss (arXiv 1606.04797), equally weighted.
+            `loss` where `labels` is given: cross-entropy (of a softmax, or of a sigmoid for each label) plus soft Dice
+            loss (arXiv 1606.04797), equally weighted.
             `logits`: (B, num_labels, H, W), the input's resolution, in float32.
 
         Raises:
-            ValueError: `labels` is not (B, H, W), or holds what is neither a class nor ignored.
+            ValueError: `labels` has another shape, or holds what is neither a class nor ignored.
         """
         output_hidden_states = self._requested("output_hidden_states", output_hidden_states)
         outputs = self.spcxr(
@@ -794,18 +807,25 @@ class SpcxrForSemanticSegmentation(SpcxrPreTrainedModel):
         )
 
     def _segmentation_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        ignored = self.config.semantic_loss_ignore_index
-        _check_class_indices(labels, (logits.shape[0], *logits.shape[-2:]), self.num_labels, ignored)
-        labels = labels.long()
-        known = labels != ignored
-        targets = torch.where(known, labels, 0)
-        cross_entropy = nn.functional.cross_entropy(logits, targets, reduction="none")
+        if self.config.problem_type == "multi_label_classification":
+            targets, known = _known_targets(labels, logits, self.config.problem_type)
+            cross_entropy = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+            probabilities = logits.sigmoid()
+        else:
+            ignored = self.config.semantic_loss_ignore_index
+            _check_class_indices(labels, (logits.shape[0], *logits.shape[-2:]), self.num_labels, ignored)
+            labels = labels.long()
+            known = labels != ignored
+            classes = torch.where(known, labels, 0)
+            cross_entropy = nn.functional.cross_entropy(logits, classes, reduction="none")
+            probabilities = logits.softmax(dim=1)
+            targets = nn.functional.one_hot(classes, self.num_labels).movedim(-1, 1)
         cross_entropy = (cross_entropy * known).sum() / known.sum().clamp(min=1)
-
-        probabilities = logits.softmax(dim=1) * known.unsqueeze(1)
-        one_hot = nn.functional.one_hot(targets, self.num_labels).movedim(-1, 1) * known.unsqueeze(1)
-        overlap = (probabilities * one_hot).sum(dim=(0, 2, 3))
-        size = (probabilities + one_hot).sum(dim=(0, 2, 3))
+        if known.dim() == 3:
+            known = known.unsqueeze(1)
+        probabilities, targets = probabilities * known, targets * known
+        overlap = (probabilities * targets).sum(dim=(0, 2, 3))
+        size = (probabilities + targets).sum(dim=(0, 2, 3))
         dice = (2 * overlap + 1) / (size + 1)  # + 1: a class absent from the batch counts as found
         return cross_entropy + 1 - dice.mean()
 

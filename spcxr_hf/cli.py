@@ -20,7 +20,7 @@ import typer
 from spcxr_hf.errors import SpcxrError, printable
 
 BASE, LUNGS, PNEUMONIA = "spcxr/base", "spcxr/lung-segmentation", "spcxr/pneumonia"
-IDS = (BASE, LUNGS, PNEUMONIA, "spcxr/screening", "spcxr/covid")
+IDS = (BASE, LUNGS, "spcxr/anatomy", PNEUMONIA, "spcxr/screening", "spcxr/covid")
 
 # Command -> its script in training_scripts/, and what that does.
 SCRIPTS = {
@@ -230,7 +230,11 @@ def embed(options: JobOptions, images: Images, model: ModelOption = BASE) -> Non
     _run(options, images, "embedding", model, lambda *_: tasks.embed)
 
 
-@_job_command("A lung mask of each image, and its areas.", "spcxr segment scans/ --masks masks/ --output areas.csv")
+@_job_command(
+    "A lung mask of each image, and its areas.",
+    "spcxr segment scans/ --masks masks/ --output areas.csv",
+    "spcxr segment scans/ --model spcxr/anatomy --drawings outlines/ --output anatomy.csv",
+)
 def segment(
     options: JobOptions,
     images: Images,
@@ -239,16 +243,21 @@ def segment(
     mask_format: Annotated[
         str,
         typer.Option(
-            help="png (white is lung), or seg: DICOM segmentations of DICOM files.",
+            help="png (white is lung; of several structures a bit each), or seg: DICOM segmentations of DICOM files.",
             autocompletion=_from("png", "seg"),
         ),
     ] = "png",
+    drawings: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Draw the outlines over each radiograph into this folder.")
+    ] = None,
 ) -> None:
-    """A lung mask of each image, at the image's size, and the areas of the lungs as shares of the image."""
+    """A lung mask of each image, at the image's size, and the areas of the lungs as shares of the image.
+
+    With --model spcxr/anatomy masks of both lungs, the heart and both clavicles, and the cardiothoracic ratio."""
     from spcxr_hf.inference import tasks
 
     def answer(_: Any, place: Any) -> Any:
-        return lambda loaded, batch: tasks.segment(loaded, batch, place)
+        return lambda loaded, batch: tasks.segment(loaded, batch, place, drawings)
 
     _run(options, images, "segmentation", model, answer, masks, tasks.mask_suffix(mask_format))
 

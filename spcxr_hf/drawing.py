@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional
 
 MASK_COLOUR = (0.15, 0.65, 1.0)
+OUTLINE = (0.337, 0.706, 0.914)  # sky blue
+COLOURS = {"heart": (0.835, 0.369, 0.0)} | dict.fromkeys(("left clavicle", "right clavicle"), (0.941, 0.894, 0.259))
 MARGIN = 6  # pixels around words and between titled tiles
 TILE = 224  # about as many pixels has a side of a titled tile
 
@@ -31,6 +34,45 @@ def overlay(grey: torch.Tensor, mask: torch.Tensor, opacity: float = 0.35) -> to
     colour = grey.unsqueeze(-1).repeat(1, 1, 3)
     tinted = (1 - opacity) * colour + opacity * torch.tensor(MASK_COLOUR)
     return torch.where(mask.unsqueeze(-1), tinted, colour)
+
+
+def outline(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The inner edge of a mask (h, w), drawn at `size`: booleans (H, W), about 1/150 of the side thick."""
+    resized = functional.interpolate(mask.cpu().float()[None, None], size=size, mode="nearest")
+    reach = max(1, round(min(size) / 150))
+    # Padded by hand: where the mask touches the picture's border, the border is its edge.
+    padded = functional.pad(1 - resized, [reach] * 4, value=1.0)
+    near_outside = functional.max_pool2d(padded, 2 * reach + 1, stride=1)
+    return (resized * near_outside)[0, 0] > 0
+
+
+def draw_structures(
+    grey: torch.Tensor, masks: Mapping[str, torch.Tensor], widths: Mapping[str, tuple[int, int]] | None = None
+) -> Image.Image:
+    """The outlines of structures over a radiograph, and the widths that a ratio is made of as horizontal lines.
+
+    Args:
+        grey: (H, W) in 0 .. 1.
+        masks: Name -> (h, w) booleans over the same picture.
+        widths: Name -> first and last column of a mask; a line is drawn at the mean height of the structures that the
+            name is part of ("lungs": both of them).
+    """
+    height, width = grey.shape
+    picture = grey.unsqueeze(-1).repeat(1, 1, 3)
+    for name, mask in masks.items():
+        edge = outline(mask, (height, width)).unsqueeze(-1)
+        picture = torch.where(edge, torch.tensor(COLOURS.get(name, OUTLINE)), picture)
+    canvas = Image.fromarray((picture.clamp(0, 1).numpy() * 255).round().astype(np.uint8))
+    pen = ImageDraw.Draw(canvas)
+    for name, ends in (widths or {}).items():
+        parts = [mask for label, mask in masks.items() if label.endswith(name.removesuffix("s"))]
+        rows, columns = parts[0].shape
+        row = sum(mask.nonzero()[:, 0].float().mean().item() for mask in parts) / len(parts)
+        y = (row + 0.5) * height / rows
+        line = [(ends[0] * width / columns, y), ((ends[1] + 1) * width / columns, y)]
+        colour = tuple(round(255 * level) for level in COLOURS.get(name, OUTLINE))
+        pen.line(line, fill=colour, width=max(2, round(min(height, width) / 150)))
+    return canvas
 
 
 def with_words(picture: Image.Image, words: Sequence[str]) -> Image.Image:

@@ -265,7 +265,7 @@ def software_versions() -> str:
 def in_threads(function: Callable[[Any], Any], items: Sequence, what: str, workers: int | None = None) -> None:
     """Call a function for each item, with a progress bar; Pillow decodes outside the interpreter's lock."""
     with ThreadPoolExecutor(worker_count(workers)) as pool:
-        for _ in tqdm(pool.map(function, items), total=len(items), desc=what, unit="image"):
+        for _ in tqdm(pool.map(function, items), total=len(items), desc=what, unit="image", disable=not items):
             pass
 
 

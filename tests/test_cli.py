@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner
 
 import spcxr_hf
 from spcxr_hf import SpcxrForImageClassification, SpcxrForPreTraining, SpcxrForSemanticSegmentation, cli
+from spcxr_hf.data.table import structure_masks
 from spcxr_hf.files import locked
 from spcxr_hf.inference import pipeline, tasks, writers
+from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessorPil
 from tests.hub.test_install import make_checkpoint
 from tests.images.test_dicom import dataset, raw
 from tests.inference.test_pipeline import save_model, save_pictures
@@ -318,6 +321,56 @@ def test_segment_dicom(tmp_path, segmenter, monkeypatch, capsys):
     )
     assert made.pixel_array.mean() == pytest.approx(record["lung_area"]["total"])
     assert "research use only" in made.ContentDescription
+
+
+ANATOMY = ("left lung", "right lung", "heart", "left clavicle", "right clavicle")
+
+
+@pytest.fixture(scope="module")
+def anatomy(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("anatomy")
+    names = dict(enumerate(ANATOMY))
+    return save_model(SpcxrForSemanticSegmentation, folder, id2label=names, problem_type="multi_label_classification")
+
+
+def test_segment_structures(tmp_path, anatomy, monkeypatch, capsys):
+    paths = save_pictures(tmp_path / "scans", 2)
+    words = ["segment", tmp_path / "scans", "--model", anatomy, "--masks", tmp_path / "masks"]
+    assert run_main(monkeypatch, *words, "--drawings", tmp_path / "drawn") == 0
+    for path, record in zip(paths, lines(capsys.readouterr().out), strict=True):
+        masks = structure_masks(torch.from_numpy(np.array(Image.open(record["mask"]))), 5)
+        assert masks.shape == (5, *Image.open(path).size[::-1])
+        assert list(record["area"]) == list(ANATOMY)
+        assert list(record["area"].values()) == pytest.approx(masks.float().mean(dim=(1, 2)).tolist())
+        assert record["lung_area"]["total"] == pytest.approx((masks[0] | masks[1]).float().mean().item())
+        by_name = dict(zip(ANATOMY, masks, strict=True))
+        assert record["cardiothoracic_ratio"] == SpcxrImageProcessorPil.cardiothoracic_ratio(by_name)
+        drawing = np.asarray(Image.open(record["picture"])).astype(int)
+        assert drawing.shape == (448, 448, 3) and np.ptp(drawing, axis=2).max() > 50  # there is colour
+    assert run_main(monkeypatch, *words, "--overwrite", "--output", tmp_path / "a.csv") == 0
+    header = (tmp_path / "a.csv").read_text().splitlines()[0].split(",")
+    assert {"cardiothoracic_ratio", "area.heart", "lung_area.total"} <= set(header) and "picture" not in header
+
+
+def test_segment_structures_as_dicom(tmp_path, anatomy, monkeypatch):
+    highdicom = pytest.importorskip("highdicom")
+    import pydicom
+
+    made = dataset(picture(1, 48)[0].copy(), 8, WindowCenter=128, WindowWidth=256)
+    for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+        setattr(made, name, pydicom.uid.generate_uid())
+    (tmp_path / "a.dcm").write_bytes(raw(made))
+    words = ["segment", tmp_path / "a.dcm", "--model", anatomy, "--masks", tmp_path / "masks"]
+    assert run_main(monkeypatch, *words, "--mask-format", "seg") == 0
+    assert run_main(monkeypatch, *words) == 0
+    found = highdicom.seg.segread(tmp_path / "masks" / "a.dcm")
+    assert [segment.SegmentLabel for segment in found.SegmentSequence] == [name.capitalize() for name in ANATOMY]
+    kinds = [segment.SegmentedPropertyTypeCodeSequence[0] for segment in found.SegmentSequence]
+    assert [kind.CodeValue for kind in kinds] == ["39607008", "39607008", "80891009", "51299004", "51299004"]
+    sides = [kind.get("SegmentedPropertyTypeModifierCodeSequence") for kind in kinds]
+    assert [side and side[0].CodeMeaning for side in sides] == ["Left", "Right", None, "Left", "Right"]
+    bits = torch.from_numpy(np.array(Image.open(tmp_path / "masks" / "a.dcm.png")))
+    assert np.array_equal(found.pixel_array, structure_masks(bits, 5).numpy())
 
 
 def test_a_dicom_segmentation_holds_of_the_patient_what_the_standard_requires(tmp_path, segmenter, monkeypatch):

@@ -439,7 +439,11 @@ def found_commands(page: Path, beginning: str) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_the_command_line_runs(world):
-    asked = [words for words in found_commands(README, "spcxr ") if words[1] != "install" and "--serve" not in words]
+    asked = [
+        words
+        for words in found_commands(README, "spcxr ")
+        if words[1] not in ("install", "recipes", *cli.SCRIPTS) and "--serve" not in words
+    ]
     assert {words[1] for words in asked} == {"predict", "segment", "embed", "explain", "reconstruct", "audit"}
     assert run_in_one(RUN_MAINS, [("spcxr_hf.cli", words) for words in asked], world) == {}
     for word in (word for words in asked for word in words):
@@ -448,9 +452,9 @@ def test_the_command_line_runs(world):
 
 
 TRAININGS = [
-    (README, "--data my_images/", "finetune_classification"),
-    (GUIDES, "--data my_set.parquet --label-column label --split-column split --on-error", "finetune_classification"),
-    (GUIDES, "--data my_lungs.parquet", "finetune_segmentation"),
+    (README, "--data my_images/", "finetune"),
+    (GUIDES, "--data my_set.parquet --label-column label --split-column split --on-error", "finetune"),
+    (GUIDES, "--data my_lungs.parquet", "finetune-segmentation"),
 ]
 
 
@@ -458,15 +462,14 @@ TRAININGS = [
 def test_training_runs(world, failed_blocks):
     """The first as a command, the others in one process, on the sets that the guides' blocks have made."""
     mains = []
-    for number, (page, asked, script) in enumerate(TRAININGS):
-        begun = f"python training_scripts/{script}.py"
+    for number, (page, asked, command) in enumerate(TRAININGS):
+        begun = f"spcxr {command} small_224"
         (words,) = [words for words in found_commands(page, begun) if asked in shlex.join(words)]
-        words = [str(ROOT / word) if word.startswith("training_scripts/") else word for word in words]
         words += [*BRIEF.split(), "--output", str(world / "runs" / str(number))]
         if number == 0:
-            start([sys.executable, *words[1:]], world)
+            start([sys.executable, "-m", "spcxr_hf.cli", *words[1:]], world)
         else:
-            mains.append((f"training_scripts.{script}", words[2:]))
+            mains.append((f"training_scripts.{cli.SCRIPTS[command][0]}", words[1:]))
     assert run_in_one(RUN_MAINS, mains, world) == {}
     for number in range(len(TRAININGS)):
         output = world / "runs" / str(number)

@@ -21,7 +21,6 @@ REGISTRY_HOSTS = [
         (b"pythonhosted", b"org"),
         (b"npmjs", b"org"),
         (b"yarnpkg", b"com"),
-        (b"download", b"pytorch", b"org"),
         (b"anaconda", b"org"),
         (b"debian", b"org"),
     )

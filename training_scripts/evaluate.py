@@ -11,8 +11,10 @@ scaling).
 `--html FOLDER` writes a page with ROC and precision-recall curves, reliability diagrams, confusion matrices and the
 most confident errors. These show radiographs: keep the folder where the images may be, or say `--worst 0`.
 
-Of a segmentation model, Dice, IoU and 95 % Hausdorff distance of its lung masks, compared with those of the mean mask
-of the rows `train`. Every mask is compared at its own resolution; distances are shares of the image's height.
+Of a segmentation model, Dice, IoU (Jaccard), 95 % Hausdorff and mean boundary distance of its lung masks, or of each of
+its structures, stand beside those of the mean mask of the rows it learned from. Every mask is compared at its own
+resolution; distances are shares of the image's height, or in the unit of `--image-height`. Of a model that knows the
+heart, the cardiothoracic ratio is compared with that of the drawn masks.
 
 Choose models on `val`; `test` and `shift` are for the report.
 """
@@ -22,7 +24,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,9 @@ from spcxr_hf.data.table import (
     decode_set,
     open_image,
     open_mask,
+    structure_masks,
 )
-from spcxr_hf.evaluation.bootstrap import patient_groups
+from spcxr_hf.evaluation.bootstrap import bootstrap_interval, patient_groups
 from spcxr_hf.evaluation.calibration import fit_temperature, to_probabilities
 from spcxr_hf.evaluation.metrics import (
     brier_score,
@@ -63,6 +66,7 @@ from spcxr_hf.evaluation.plots import grey_picture
 from spcxr_hf.evaluation.predict import load_classifier, match_classes
 from spcxr_hf.evaluation.report import Evaluated, ReportOptions, write_evaluation_report
 from spcxr_hf.files import write_json
+from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessorPil
 from spcxr_hf.models.loading import (
     Loaded,
     forward,
@@ -72,15 +76,15 @@ from spcxr_hf.models.loading import (
     load_config,
     to_pixel_values,
 )
-from spcxr_hf.models.lungs import segment_lungs
+from spcxr_hf.models.lungs import check_lungs, lungs_of, segment_structures
 from spcxr_hf.quality.checks import SetArguments, write_skipped
 from spcxr_hf.quality.splits import with_splits
-from spcxr_hf.training.arguments import check_values, fill_from_recipe, parse_arguments, run_script
+from spcxr_hf.training.arguments import check_values, fill_from_recipe, parse_arguments, read_recipe, run_script
 
 
 @dataclass(kw_only=True)
 class Arguments(SetArguments):
-    """Evaluate a classifier, or lung masks against reference masks."""
+    """Evaluate a classifier, or masks against reference masks."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with its image processor"})
     data: str = field(metadata={"help": "a set with a column of labels, or lung masks, and a column of splits"})
@@ -113,6 +117,12 @@ class Arguments(SetArguments):
         metadata={"help": "more targets of the page: labels joined by ' + ', whose probabilities are added"},
     )
     worst: int = field(default=12, metadata={"help": "how many of the most confident errors to show; 0 for none"})
+    mask_column: str | None = field(
+        default=None, metadata={"help": "column of the masks; by default that of the model's recipe, or `lung_mask`"}
+    )
+    image_height: float = field(
+        default=1.0, metadata={"help": "height of the images for distances of masks: 358.4 (mm) of JSRT, for example"}
+    )
     baseline: bool = field(default=True, metadata={"help": "of a segmentation model: report the mean mask too"})
     image_size: int | None = field(
         default=None, metadata={"help": "side of the input in pixels; by default the image processor's"}
@@ -153,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     processes = start_processes()
     architectures = load_config(arguments.model).architectures or [""]
     if architectures[0].endswith("ForSemanticSegmentation"):
-        return evaluate_lungs(arguments, processes)
+        return evaluate_masks(arguments, processes)
     return evaluate_classifier(arguments, processes)
 
 
@@ -374,36 +384,37 @@ def draw_page(
     return write_evaluation_report(Path(str(arguments.html)), title, names, evaluated, options, pictures)
 
 
-# ---- lung masks ------------------------------------------------------------------------------------------------
+# ---- masks -------------------------------------------------------------------------------------------------------
 
 
-def evaluate_lungs(arguments: Arguments, processes: PartialState) -> dict:
-    """Figures of the lung masks of each split."""
+def evaluate_masks(arguments: Arguments, processes: PartialState) -> dict:
+    """Figures of the masks of each split."""
     if processes.num_processes > 1:
         raise SpcxrError("a segmentation model is evaluated by one process; start the script without a launcher")
     if arguments.html or arguments.temperature_from or arguments.label_column or arguments.classes:
         raise SpcxrError("html, temperature_from, label_column and classes are for classifiers")
-    column = arguments.split_column or "lung_split"
+    has_column = arguments.split_column is not None
+    recipe = read_recipe(file) if (file := Path(arguments.model) / "recipe.yaml").is_file() else {}
+    arguments.mask_column = arguments.mask_column or recipe.get("mask_column") or "lung_mask"
+    column = arguments.split_column or recipe.get("split_column") or "lung_split"
     table = read_set(arguments.data, arguments.exclude, arguments.read_as, arguments.image_root)
-    table = table if arguments.split_column else with_splits(table, column)
-    skipped: dict[str, str] = {}
-    mean_mask = None
-    if arguments.baseline:
-        rows = readable(arguments, table.where(column, "train"), skipped)
-        mean_mask = decode_masks(rows, 256).float().mean(dim=0)
+    table = table if has_column else with_splits(table, column)
     loaded = load_checkpoint("segmentation", arguments.model, processes.device, any_family=True)
+    names = label_names(loaded.model.config) if overlapping(loaded) else []
+    if not names:
+        check_lungs(loaded)
+    skipped: dict[str, str] = {}
+    mean_masks = None
+    if arguments.baseline:
+        learned = table.where_any(column, recipe.get("train_splits") or ["train"])
+        mean_masks = mean_of_masks(arguments, learned, names, skipped)
     side = loaded.model.config.image_size
     result: dict = {"model": Path(arguments.model).resolve().name, "image_size": side, "splits": {}}
     for split in arguments.splits:
-        rows = readable(arguments, table.where(column, split), skipped)
-        targets = [open_mask(cell, f"{rows.name}, row {row}") for row, cell in enumerate(rows.column("lung_mask"))]
+        rows = readable(arguments, table.where(column, split), len(names), skipped)
         patients = rows.column("patient") if "patient" in rows.rows.column_names else [None] * len(rows)
         entry: dict = {"images": len(rows), "patients": len(set(patient_groups(patients, len(rows)) or ()))}
-        entry["model"] = lung_report(predict_lungs(arguments, loaded, rows), targets, patients)
-        if mean_mask is not None:
-            entry["mean_training_mask"] = lung_report(
-                (at_size(mean_mask, target) > 0.5 for target in targets), targets, patients
-            )
+        entry |= compare_masks(arguments, loaded, rows, names, patients, mean_masks)
         result["splits"][split] = entry
         print(json.dumps({split: entry}), flush=True)
     if arguments.output:
@@ -412,40 +423,118 @@ def evaluate_lungs(arguments: Arguments, processes: PartialState) -> dict:
     return result
 
 
-def readable(arguments: Arguments, rows: RadiographTable, skipped: dict[str, str]) -> RadiographTable:
+def overlapping(loaded: Loaded) -> bool:
+    """Whether the labels are structures with a mask each."""
+    return bool(loaded.model.config.problem_type == "multi_label_classification")
+
+
+def readable(arguments: Arguments, rows: RadiographTable, structures: int, skipped: dict[str, str]) -> RadiographTable:
     """These rows; with `on_error` skip those whose image and mask can be read, the others go to `skipped`."""
     if arguments.on_error == "stop":
         return rows
-    decoded = decode_set(rows, 16, masks=True, on_error="skip")
+    column = str(arguments.mask_column)
+    decoded = decode_set(rows, 16, masks=True, mask_column=column, structures=structures, on_error="skip")
     skipped.update(decoded.skipped)
     return decoded.table
 
 
-def predict_lungs(arguments: Arguments, loaded: Loaded, table: RadiographTable) -> Iterator[torch.Tensor]:
-    """Yield each row's lung mask, (H, W) booleans, at the resolution of its image."""
+def mean_of_masks(
+    arguments: Arguments, rows: RadiographTable, names: Sequence[str], skipped: dict[str, str]
+) -> dict[str, torch.Tensor]:
+    """Name -> the mean (256, 256) of the masks of these rows; of the lungs alone without names."""
+    rows = readable(arguments, rows, len(names), skipped)
+    masks = decode_masks(rows, 256, str(arguments.mask_column), len(names))
+    if not names:
+        return {"lung": masks.float().mean(dim=0)}
+    return dict(zip(names, structure_masks(masks, len(names)).float().mean(dim=0), strict=True))
+
+
+def compare_masks(
+    arguments: Arguments,
+    loaded: Loaded,
+    rows: RadiographTable,
+    names: Sequence[str],
+    patients: list[str | None],
+    mean_masks: dict[str, torch.Tensor] | None,
+) -> dict:
+    """The figures of a split: "model" and "mean_training_mask" of the lungs, or of each name and pair of names."""
+    cells = rows.column(str(arguments.mask_column))
+    drawn = [open_mask(cell, f"{rows.name}, row {row}", len(names)) for row, cell in enumerate(cells)]
+    found = list(predict_masks(arguments, loaded, rows))
+    if not names:
+        targets = [{"lung": np.asarray(mask) > 127} for mask in drawn]
+        found = [{"lung": lungs_of(masks)} for masks in found]
+    else:
+        taken_apart = [structure_masks(torch.from_numpy(np.array(mask)), len(names)) for mask in drawn]
+        targets = [dict(zip(names, masks, strict=True)) for masks in taken_apart]
+    figures: dict = {}
+    for name, parts in ({"lung": ["lung"]} if not names else with_pairs(names)).items():
+        reference = [union(masks, parts) for masks in targets]
+        reports = {"model": mask_report(arguments, (union(masks, parts) for masks in found), reference, patients)}
+        if mean_masks is not None:
+            mean = torch.stack([mean_masks[part] for part in parts]).amax(dim=0)
+            masks = (at_size(mean, target) > 0.5 for target in reference)
+            reports["mean_training_mask"] = mask_report(arguments, masks, reference, patients)
+        figures[name] = reports
+    if not names:
+        return figures["lung"]
+    return {"structures": figures} | compare_ratios(found, targets, patients)
+
+
+def with_pairs(names: Sequence[str]) -> dict[str, list[str]]:
+    """What is reported: each structure, and left and right together, as "lungs" of "left lung" and "right lung"."""
+    pairs = {
+        f"{name.removeprefix('left ')}s": [name, other]
+        for name in names
+        if name.startswith("left ") and (other := name.replace("left", "right", 1)) in names
+    }
+    return pairs | {name: [name] for name in names}
+
+
+def union(masks: Mapping[str, Any], parts: Sequence[str]) -> torch.Tensor:
+    """Where one of the parts is, (H, W) booleans."""
+    return torch.stack([torch.as_tensor(masks[part]) for part in parts]).any(dim=0)
+
+
+def compare_ratios(found: Sequence[dict], targets: Sequence[dict], patients: list[str | None]) -> dict:
+    """Cardiothoracic ratios of the model beside those of the drawn masks; nothing for a model without a heart."""
+    pairs = [tuple(map(SpcxrImageProcessorPil.cardiothoracic_ratio, pair)) for pair in zip(found, targets, strict=True)]
+    kept = [row for row, pair in enumerate(pairs) if None not in pair]
+    if not kept:
+        return {}
+    ratios = np.array([pairs[row] for row in kept], dtype=float)
+    errors = ratios[:, 0] - ratios[:, 1]
+    groups = patient_groups([patients[row] for row in kept], len(kept))
+    report: dict = {"images": len(kept), "not_measured": len(pairs) - len(kept)}
+    means = {"model": ratios[:, 0], "drawn": ratios[:, 1], "error": errors, "absolute_error": np.abs(errors)}
+    for name, values in means.items():
+        report[f"mean_{name}"] = round(float(values.mean()), 4)
+        report[f"mean_{name}_ci95"] = [round(end, 4) for end in bootstrap_interval(values, groups)]
+    return {"cardiothoracic_ratio": report}
+
+
+def predict_masks(arguments: Arguments, loaded: Loaded, table: RadiographTable) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield each row's masks by label, (H, W) booleans, at the resolution of its image."""
     cells = table.column("image")
     for start in tqdm(range(0, len(table), arguments.batch_size), desc=table.name, unit="batch"):
         part = cells[start : start + arguments.batch_size]
         images = [open_image(cell, f"{table.name}, row {start + row}") for row, cell in enumerate(part)]
         sizes = [(image.height, image.width) for image in images]
         values = to_pixel_values(loaded.processor, images, arguments.image_size)
-        yield from segment_lungs(loaded, values, sizes, arguments.bf16)
+        yield from segment_structures(loaded, values, sizes, arguments.bf16)
 
 
-def at_size(mean_mask: torch.Tensor, target: Image.Image) -> torch.Tensor:
+def at_size(mean_mask: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The mean mask (H, W) resized to the target's size."""
-    size = (target.height, target.width)
-    return torch.nn.functional.interpolate(mean_mask[None, None], size=size, mode="bilinear")[0, 0]
+    return torch.nn.functional.interpolate(mean_mask[None, None], size=target.shape, mode="bilinear")[0, 0]
 
 
-def lung_report(masks: Iterable[torch.Tensor], targets: list[Image.Image], patients: list[str | None]) -> dict:
-    """What `metrics.segmentation_report` says of these masks, to four digits; distances in heights of the image."""
-    found = segmentation_report(
-        masks,
-        (np.asarray(target) > 127 for target in targets),
-        patients,
-        spacing=[(1 / target.height, 1 / target.height) for target in targets],
-    )
+def mask_report(
+    arguments: Arguments, masks: Iterable[torch.Tensor], targets: list[torch.Tensor], patients: list[str | None]
+) -> dict:
+    """What `metrics.segmentation_report` says of these masks, to four digits."""
+    sides = [arguments.image_height / len(target) for target in targets]
+    found = segmentation_report(masks, targets, patients, spacing=[(side, side) for side in sides])
     return {
         name: [round(end, 4) for end in value] if isinstance(value, list) else
         round(value, 4) if isinstance(value, float) else value

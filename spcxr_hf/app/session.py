@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spcxr_hf.drawing import overlay, to_picture
+from spcxr_hf.drawing import draw_structures, overlay, to_picture
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.hub.folder import checkpoint_folders, given_or_bundled
 from spcxr_hf.images.reader import read_radiograph, read_with_quality_warnings, to_8_bit
@@ -29,8 +29,9 @@ from spcxr_hf.inference.intended_use import UNSTATED, AgeAndView, read_age_and_v
 from spcxr_hf.inference.neighbors import Neighbor, NeighborIndex
 from spcxr_hf.inference.pipeline import Batch, Prepared, Source, load_model
 from spcxr_hf.inference.tasks import Predictor
+from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessorPil
 from spcxr_hf.models.loading import Loaded, forward, load_config
-from spcxr_hf.models.lungs import LungAreas, measure_lungs, segment_lungs
+from spcxr_hf.models.lungs import LungAreas, check_lungs, lungs_of, measure_lungs, segment_structures
 
 LONGEST_SIDE = 768  # pixels of the pictures that are shown
 MAX_FILES = 8  # at once
@@ -46,8 +47,9 @@ TASKS = {  # a checkpoint's own class -> the task that it is offered for
 }
 TITLES = {  # the bundled checkpoints; another one is shown by its name
     "lung-segmentation": "Where are the lungs?",
-    "pneumonia": "Pneumonia: bacterial or viral?",
+    "anatomy": "How wide is the heart?",
     "covid": "COVID-19 or another pneumonia?",
+    "pneumonia": "Pneumonia: bacterial or viral?",
     "screening": "Is anything abnormal?",
     "base": "Embedding: which radiographs are alike?",
 }
@@ -89,7 +91,7 @@ class Choice(NamedTuple):
 
 
 def list_choices(checkpoints: Path | None = None, models: Sequence[str] = ()) -> list[Choice]:
-    """A choice for each checkpoint: the lungs, then the classifiers, then the embedding, each by name.
+    """A choice for each checkpoint: segmentation, classifiers, embedding, in the order of `TITLES`, others by name.
 
     Args:
         checkpoints: A folder that holds a folder per checkpoint; by default the source tree's own.
@@ -121,7 +123,13 @@ def list_choices(checkpoints: Path | None = None, models: Sequence[str] = ()) ->
     if not choices:
         places = list(models) or [str(given_or_bundled(checkpoints))]
         raise SpcxrError(f"no checkpoint that the demo can show among {', '.join(places)}")
-    return sorted(choices, key=lambda choice: (ORDER.index(choice.task), choice.name))
+    titles = list(TITLES)
+
+    def place(choice: Choice) -> tuple[int, int, str]:
+        name = choice.name.rpartition("/")[2]
+        return ORDER.index(choice.task), titles.index(name) if name in titles else len(titles), choice.name
+
+    return sorted(choices, key=place)
 
 
 def load_index(place: Path) -> NeighborIndex:
@@ -228,7 +236,9 @@ class Answer:
         model: What the checkpoint is called.
         prediction: As `tasks.Predictor` gives it: `probabilities`, `operating_point`, `targets`.
         embedding: (D) float32.
-        lungs: The picture with the lungs tinted, and their areas as shares of the image.
+        lungs: The picture with the lungs tinted, or structures outlined, and the areas of the lungs as shares of the
+            image.
+        cardiothoracic_ratio: Of a model that knows the heart; None where it was not found.
         maps: Relevance, for the most probable label, and for the target that the verdict is about.
         neighbors: The nearest images of the index, each with its picture where its id is a file that can be read;
             None without an index.
@@ -239,6 +249,7 @@ class Answer:
     prediction: dict[str, Any] | None = None
     embedding: torch.Tensor | None = None
     lungs: tuple[Image.Image, LungAreas] | None = None
+    cardiothoracic_ratio: float | None = None
     maps: Sequence[Map] = ()
     neighbors: list[tuple[Neighbor, Image.Image | None]] | None = None
 
@@ -306,12 +317,19 @@ class Session:
         model = Path(choice.model).name if Path(choice.model).is_dir() else loaded.name
         grey = torch.from_numpy(np.asarray(radiograph.shown, dtype=np.float32) / 255)
         mask, lungs, embedding, neighbors = None, None, None, None
-        if (segmenter := self._first("segmentation")) is not None:
+        segmenter = loaded if choice.task == "segmentation" else self._first("segmentation")
+        if segmenter is not None:
             batch = _batch(radiograph, segmenter)
-            mask = segment_lungs(segmenter, batch.pixel_values(), [batch.images[0].size])[0]
+            check_lungs(segmenter)
+            masks = segment_structures(segmenter, batch.pixel_values(), [batch.images[0].size])[0]
+            mask = lungs_of(masks)
             lungs = (to_picture(overlay(grey, mask)), measure_lungs(mask.numpy()))
-        if choice.task == "segmentation":
-            return Answer(choice, model, lungs=lungs)
+            if choice.task == "segmentation":
+                widths = SpcxrImageProcessorPil.cardiothoracic_widths(masks)
+                if "lung" not in masks:
+                    lungs = (draw_structures(grey, masks, widths), lungs[1])
+                ratio = SpcxrImageProcessorPil.cardiothoracic_ratio(masks)
+                return Answer(choice, model, lungs=lungs, cardiothoracic_ratio=ratio)
         batch = _batch(radiograph, loaded)
         prediction, targets = None, [None]
         if choice.task == "classification":
@@ -333,7 +351,7 @@ class Session:
                 nearest = self.index.search(embedding.unsqueeze(0), NEIGHBORS)[0]
                 neighbors = [(one, neighbor_picture(one.id)) for one in nearest]
         shown = embedding if choice.task == "embedding" else None
-        return Answer(choice, model, prediction, shown, lungs, maps, neighbors)
+        return Answer(choice, model, prediction, shown, lungs, maps=maps, neighbors=neighbors)
 
     def _load(self, choice: Choice) -> Loaded:
         if choice.name not in self._models:

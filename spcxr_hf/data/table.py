@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -31,6 +33,7 @@ from spcxr_hf.images.plausibility import SIDE, count_doubtful, set_warning
 from spcxr_hf.images.reader import DICOM_PREFIX, read_radiograph, read_with_quality_warnings
 
 MAX_TABLE_BYTES = 2**33  # of encoded images in memory
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None  # bytes
 OnError = Literal["stop", "skip"]  # choices of `on_error`
 # What else may hold images, none of which is read here.
 OTHER_IMAGES = {
@@ -67,6 +70,13 @@ class RadiographTable:
         if not kept.num_rows:
             raise SpcxrError(f"{self.name}: no row has {column} = {value!r}")
         return RadiographTable(kept, f"{self.name}[{column}={value}]")
+
+    def where_any(self, column: str, values: Sequence[Any]) -> RadiographTable:
+        """The rows that hold one of `values`, in the order of these; errors as `where` has them."""
+        parts = [self.where(column, value) for value in dict.fromkeys(values)]
+        if not parts:
+            raise SpcxrError(f"{self.name}: no value of {column} was given")
+        return RadiographTable(pa.concat_tables(part.rows for part in parts), f"{self.name}[{'+'.join(values)}]")
 
     def without(self, ids: Collection[str]) -> RadiographTable:
         """The rows whose id is none of these."""
@@ -209,13 +219,16 @@ def read_parquet(path: Path) -> pa.Table:
     Raises:
         SpcxrError: it is no Parquet file, is damaged, or takes more memory than a table of images of its size does.
     """
-    most = min(MAX_TABLE_BYTES, max(2**30, 20 * check_regular_file(path, MAX_TABLE_BYTES)))
+    stored = check_regular_file(path, MAX_TABLE_BYTES)
+    most = min(MAX_TABLE_BYTES, max(2**30, 20 * stored))
     batches, size = [], 0
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             _names(schema)
             at_once = 16 if any(_has_binary(field.type) for field in schema) else 4096
+            if (rows := file.metadata.num_rows) > max(2**20, stored):  # they cannot all differ
+                raise SpcxrError(f"{path}: {rows:,} rows in {stored:,} bytes are no table of images")
             for number in range(file.metadata.num_row_groups):
                 if file.metadata.row_group(number).total_byte_size > most:
                     raise SpcxrError(f"{path}: row group {number} is too large: more than {most / 2**30:.0f} GiB")
@@ -308,19 +321,44 @@ def check_name(path: str) -> None:
         raise SpcxrError(f"{printable(path)}: a name that is no UTF-8 cannot be kept in a table; rename the file")
 
 
-def open_mask(cell: dict | None, name: str) -> Image.Image:
-    """The lung mask in one cell of the column `lung_mask`, mode L: 255 on the lungs, 0 elsewhere."""
+def open_mask(cell: dict | None, name: str, structures: int = 0) -> Image.Image:
+    """The mask in one cell of a column such as `lung_mask`, mode L: 255 inside, 0 elsewhere.
+
+    Args:
+        name: What to call it in messages.
+        structures: Where above 0, the mask has a bit for each of so many structures, which may overlap, and comes back
+            as it is; at most 8.
+
+    Raises:
+        SpcxrError: there is none, or it cannot be read; the message holds `name`.
+    """
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
-        raise SpcxrError(f"{name}: no lung mask in this row")
+        raise SpcxrError(f"{name}: no mask in this row")
     if cell["bytes"] is None:
         check_name(cell["path"])
         check_regular_file(cell["path"], MAX_FILE_BYTES)
     try:
         with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as mask:
+            if structures:
+                check_size(*mask.size)
+                if mask.mode != "L" or mask.getextrema()[1] >= 2**structures:
+                    raise ValueError(f"it must be 8 bit grey with a bit for each of {structures} structures")
+                return mask.copy()
             inside = mask_pixels(mask)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SpcxrError(f"{name}: the lung mask cannot be read ({error})") from error
+        raise SpcxrError(f"{name}: the mask cannot be read ({error})") from error
     return Image.fromarray((255 * inside).astype(np.uint8))
+
+
+def structure_masks(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """Masks with a bit for each structure, (..., H, W) uint8 -> (..., count, H, W) booleans."""
+    return (bits.unsqueeze(-3) >> torch.arange(count, device=bits.device).reshape(-1, 1, 1)) % 2 == 1
+
+
+def structure_bits(masks: torch.Tensor) -> torch.Tensor:
+    """What `structure_masks` takes apart: (count, H, W) booleans -> (H, W) uint8."""
+    bits = torch.arange(len(masks), dtype=torch.uint8).reshape(-1, 1, 1)
+    return (masks.to(torch.uint8) << bits).sum(dim=0).to(torch.uint8)
 
 
 def mask_pixels(picture: Image.Image) -> np.ndarray:
@@ -363,7 +401,8 @@ class Decoded(NamedTuple):
     """What `decode_set` could read.
 
     `table` its rows, `rows` their numbers (n,) in the set that was given, `images` (n, 1, S, S) uint8, `masks`
-    (n, S, S) booleans or None, `skipped` id -> cause of the rows that are not among them.
+    (n, S, S) booleans, or uint8 with a bit for each structure, or None, `skipped` id -> cause of the rows that are not
+    among them.
     """
 
     table: RadiographTable
@@ -379,16 +418,20 @@ def decode_set(
     cache: str | os.PathLike | None = None,
     *,
     masks: bool = False,
+    mask_column: str = "lung_mask",
+    structures: int = 0,
     on_error: OnError = "stop",
 ) -> Decoded:
-    """Decode a set's images, and lung masks, as `decode_images` and `decode_masks` do; a broken file is an error or is
+    """Decode a set's images, and masks, as `decode_images` and `decode_masks` do; a broken file is an error or is
     skipped.
 
     One line on standard error has the numbers of images that are nearly black, constant or probably negatives.
 
     Args:
         cache: As for `decode_images`; broken files are tried again at the next start.
-        masks: Decode the column `lung_mask` too; a row without a mask counts as broken.
+        masks: Decode the masks too; a row without a mask counts as broken.
+        mask_column: Their column.
+        structures: As for `open_mask`.
         on_error: "stop": the first broken file is an error; "skip": its row is left out, and listed in `skipped`.
 
     Raises:
@@ -398,8 +441,10 @@ def decode_set(
     unreadable = len(broken)
     lungs = None
     if masks:
-        lungs, without = _decode(table, "lung_mask", _decode_mask, size, None)
-        lungs, broken = lungs.squeeze(1) > 127, without | broken
+        decode = partial(_decode_mask, structures=structures)
+        lungs, without = _decode(table, mask_column, decode, size, None)
+        lungs, broken = lungs.squeeze(1), without | broken
+        lungs = lungs if structures else lungs > 127
     check_broken(table.name, [broken[row] for row in sorted(broken)], len(table), on_error)
     doubtful = count_doubtful(images.squeeze(1).numpy()) if size >= SIDE else Counter()
     doubtful["constant"] -= unreadable  # they are black
@@ -437,19 +482,19 @@ def decode_images(table: RadiographTable, size: int, cache: str | os.PathLike | 
     return decode_set(table, size, cache).images
 
 
-def decode_masks(table: RadiographTable, size: int) -> torch.Tensor:
-    """Decode every lung mask (column `lung_mask`), nearest neighbour: (n, size, size) booleans, true on the lungs."""
-    pixels, broken = _decode(table, "lung_mask", _decode_mask, size, None)
+def decode_masks(table: RadiographTable, size: int, column: str = "lung_mask", structures: int = 0) -> torch.Tensor:
+    """Decode every mask, nearest neighbour: (n, size, size) booleans, or uint8 bits of `structures` (`open_mask`)."""
+    pixels, broken = _decode(table, column, partial(_decode_mask, structures=structures), size, None)
     check_broken(table.name, [broken[row] for row in sorted(broken)], len(table), "stop")
-    return pixels.squeeze(1) > 127
+    return pixels.squeeze(1) if structures else pixels.squeeze(1) > 127
 
 
 def _decode_image(cell: dict | None, name: str, size: int) -> np.ndarray:
     return np.asarray(open_image(cell, name).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _decode_mask(cell: dict | None, name: str, size: int) -> np.ndarray:
-    return np.asarray(open_mask(cell, name).resize((size, size), Image.Resampling.NEAREST))
+def _decode_mask(cell: dict | None, name: str, size: int, structures: int = 0) -> np.ndarray:
+    return np.asarray(open_mask(cell, name, structures).resize((size, size), Image.Resampling.NEAREST))
 
 
 def _decode(
@@ -463,7 +508,16 @@ def _decode(
     cells, names = table.cells(column), table.ids
     file = None if cache is None else Path(cache) / f"{cache_key(table)}-{column}-{size}.npy"
     shape = (len(table), 1, size, size)
+    if column == "image":
+        nothing = (pc.is_null(pc.struct_field(cells, part)) for part in ("bytes", "path"))
+        if 2 * (empty := pc.sum(pc.and_(*nothing)).as_py() or 0) > len(table):
+            raise SpcxrError(f"{table.name}: {empty} of {len(table)} rows hold no image")
     kept = None if file is None else read_cache(file, shape)
+    if kept is None and MEMORY is not None and math.prod(shape) > MEMORY:
+        raise SpcxrError(
+            f"{table.name}: {len(table):,} images of {size} px take {math.prod(shape) / 2**30:,.0f} GiB; "
+            f"this machine has {MEMORY / 2**30:,.0f}"
+        )
     # rows that were broken are tried again, since a file may have been mended
     pixels, rows = (np.zeros(shape, np.uint8), range(len(table))) if kept is None else (kept[0], kept[1]["broken"])
     broken: dict[int, str] = {}

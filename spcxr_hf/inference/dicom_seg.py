@@ -1,4 +1,4 @@
-"""A lung mask as a DICOM segmentation object (PS3.3 A.51) that refers to the radiograph it was made of.
+"""Masks as a DICOM segmentation object (PS3.3 A.51) that refers to the radiograph it was made of.
 
 By `highdicom` (the extra `seg`). Of the patient and the study the object takes over only what the standard
 requires there (PS3.3 C.7.1.1, C.7.2.1: types 1 and 2), so that an archive files it beside its source; physicians' names
@@ -7,6 +7,7 @@ are left empty. A viewer lays it over its source by the geometry.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ EMPTY = ("ReferringPhysicianName",)
 GEOMETRY = ("SpecificCharacterSet", "SOPClassUID", "Modality", "Rows", "Columns", "NumberOfFrames",
             "FrameOfReferenceUID", "PositionReferenceIndicator", "PixelSpacing", "ImagerPixelSpacing",
             "NominalScannedPixelSpacing", "PixelAspectRatio", "PatientOrientation", "ImageType")  # fmt: skip
+# label -> SNOMED CT code and meaning, and of one of a pair its side
+STRUCTURES = {
+    "lung": ("39607008", "Lung", None),
+    "left lung": ("39607008", "Lung", ("7771000", "Left")),
+    "right lung": ("39607008", "Lung", ("24028007", "Right")),
+    "heart": ("80891009", "Heart", None),
+    "left clavicle": ("51299004", "Clavicle", ("7771000", "Left")),
+    "right clavicle": ("51299004", "Clavicle", ("24028007", "Right")),
+}
 
 
 class SourceError(SpcxrError):
@@ -41,11 +51,11 @@ def check_highdicom() -> None:
         raise SpcxrError(f"DICOM segmentation objects need highdicom: {INSTALL}") from error
 
 
-def write_segmentation(mask: np.ndarray, source: Path, output: Path, model: str) -> None:
-    """Write a mask as a binary DICOM segmentation with one segment, "Lung", atomically.
+def write_segmentation(masks: Mapping[str, np.ndarray], source: Path, output: Path, model: str) -> None:
+    """Write masks as a binary DICOM segmentation with a segment for each, atomically.
 
     Args:
-        mask: (rows, columns) booleans of the source's size; true on the lungs.
+        masks: Name, one of `STRUCTURES`, -> (rows, columns) booleans of the source's size; they may overlap.
         source: The DICOM radiograph.
         output: The file to write.
         model: What made the mask: an id with its revision, or a folder.
@@ -56,10 +66,12 @@ def write_segmentation(mask: np.ndarray, source: Path, output: Path, model: str)
         SpcxrError: the output cannot be written, or `highdicom` is not installed.
     """
     check_highdicom()
+    if unknown := [name for name in masks if name not in STRUCTURES]:
+        raise SpcxrError(f"no SNOMED code is known for {unknown[0]!r}; there are {', '.join(STRUCTURES)}")
     dataset = _read_source(source)
     try:
         with quiet():
-            segmentation = _segmentation(mask, dataset, model)
+            segmentation = _segmentation(masks, dataset, model)
     except Exception as error:  # its text can quote the header
         raise SourceError(f"{source}: no segmentation can refer to this DICOM file ({type(error).__name__})") from None
     with atomic_file(output) as partial:
@@ -88,7 +100,7 @@ def _read_source(source: Path) -> Any:
     return dataset
 
 
-def _segmentation(mask: np.ndarray, source: Any, model: str) -> Any:
+def _segmentation(masks: Mapping[str, np.ndarray], source: Any, model: str) -> Any:
     import highdicom
     from highdicom.sr.coding import CodedConcept
     from pydicom.sr.codedict import codes
@@ -98,24 +110,32 @@ def _segmentation(mask: np.ndarray, source: Any, model: str) -> Any:
     except PackageNotFoundError:  # a bare checkout
         software = "0"
     algorithm = highdicom.AlgorithmIdentificationSequence(
-        name="SPCXR lung segmentation",
+        name="SPCXR lung segmentation" if len(masks) == 1 else "SPCXR anatomy segmentation",
         version=software,
         family=codes.DCM.ArtificialIntelligence,
         parameters={"model": model},
     )
-    lung = highdicom.seg.SegmentDescription(
-        segment_number=1,
-        segment_label="Lung",
-        segmented_property_category=CodedConcept("123037004", "SCT", "Anatomical Structure"),
-        segmented_property_type=CodedConcept("39607008", "SCT", "Lung"),
-        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-        algorithm_identification=algorithm,
-    )
+    descriptions = []
+    for number, name in enumerate(masks, 1):
+        code, meaning, side = STRUCTURES[name]
+        kind = CodedConcept(code, "SCT", meaning)
+        if side is not None:
+            kind.SegmentedPropertyTypeModifierCodeSequence = [CodedConcept(side[0], "SCT", side[1])]
+        descriptions.append(
+            highdicom.seg.SegmentDescription(
+                segment_number=number,
+                segment_label=name.capitalize(),
+                segmented_property_category=CodedConcept("123037004", "SCT", "Anatomical Structure"),
+                segmented_property_type=kind,
+                algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+                algorithm_identification=algorithm,
+            )
+        )
     return highdicom.seg.Segmentation(
         source_images=[source],
-        pixel_array=mask.astype(np.uint8),
+        pixel_array=np.stack([*masks.values()], axis=-1)[None].astype(np.uint8),  # (frames, rows, columns, segments)
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[lung],
+        segment_descriptions=descriptions,
         series_instance_uid=highdicom.UID(),
         series_number=SERIES_NUMBER,
         sop_instance_uid=highdicom.UID(),
@@ -126,6 +146,6 @@ def _segmentation(mask: np.ndarray, source: Any, model: str) -> Any:
         device_serial_number="0",
         content_label="RESEARCH_USE",
         content_description=RESEARCH_NOTICE,
-        series_description=f"Lungs, {RESEARCH_NOTICE}",
+        series_description=f"{'Lungs' if len(masks) == 1 else 'Anatomy'}, {RESEARCH_NOTICE}",
         omit_empty_frames=False,
     )

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from spcxr_hf.drawing import OUTLINE, outline
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.models.loading import is_multi_label, label_names, probabilities
 
@@ -27,7 +28,6 @@ METHODS = ("relevance", "rollout")
 Target = int | str | Sequence[int | str] | torch.Tensor | None
 
 HEAT = ((0.835, 0.369, 0.0), (0.941, 0.894, 0.259))  # vermillion to yellow (Okabe and Ito): brighter, not only redder
-OUTLINE = (0.337, 0.706, 0.914)  # their sky blue
 MOST_OPAQUE = 0.8
 
 
@@ -273,13 +273,3 @@ def draw_explanation(grey: torch.Tensor, relevance: torch.Tensor, lungs: torch.T
     if lungs is None:
         return picture
     return torch.where(outline(lungs, (grey.shape[0], grey.shape[1])).unsqueeze(-1), torch.tensor(OUTLINE), picture)
-
-
-def outline(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The inner edge of a mask (h, w), drawn at `size`: booleans (H, W), about 1/150 of the side thick."""
-    resized = functional.interpolate(mask.cpu().float()[None, None], size=size, mode="nearest")
-    reach = max(1, round(min(size) / 150))
-    # Padded by hand: where the mask touches the picture's border, the border is its edge.
-    padded = functional.pad(1 - resized, [reach] * 4, value=1.0)
-    near_outside = functional.max_pool2d(padded, 2 * reach + 1, stride=1)
-    return (resized * near_outside)[0, 0] > 0

@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spcxr_hf.drawing import titled_grid, to_grey, to_picture, with_words
+from spcxr_hf.data.table import structure_bits
+from spcxr_hf.drawing import draw_structures, titled_grid, to_grey, to_picture, with_words
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import RESEARCH_NOTICE, write_png
 from spcxr_hf.images.reader import read_radiograph
 from spcxr_hf.inference.dicom_seg import SourceError, check_highdicom, write_segmentation
 from spcxr_hf.inference.explain import draw_explanation, explain, share_inside, target_matrix
 from spcxr_hf.inference.pipeline import Batch, Failed, Prepared, Source, prepare
+from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessorPil
 from spcxr_hf.models.loading import Loaded, forward, is_multi_label, label_names, probabilities
-from spcxr_hf.models.lungs import measure_lungs, segment_lungs
+from spcxr_hf.models.lungs import check_lungs, lungs_of, measure_lungs, segment_lungs, segment_structures
 from spcxr_hf.transforms.group_masking import FILL_MODES, GroupMasking, as_pixels
 
 Record = dict[str, Any]
@@ -132,25 +134,45 @@ def mask_suffix(mask_format: str) -> str:
     return MASK_SUFFIXES[mask_format]
 
 
-def segment(loaded: Loaded, batch: Batch, place: Place) -> list[Record | Failed]:
+def segment(loaded: Loaded, batch: Batch, place: Place, drawings: Path | None = None) -> list[Record | Failed]:
     """A record per image: `mask`, its file, of the image's own size, and `lung_area` as shares of the image.
+
+    Of a model whose labels may overlap also `area`, the share of each label, and `cardiothoracic_ratio` (None where the
+    heart or a lung was not found); a PNG mask of it has a bit for each label, the first the lowest.
 
     A mask whose file ends in .dcm is a DICOM segmentation; an image that none can be made of is a `Failed`. In a
     frontal view the image's left is the patient's right.
+
+    `drawings` is a folder for pictures of the outlines over each radiograph; None: none.
     """
+    check_lungs(loaded)
     found: list[Record | Failed] = []
-    masks = segment_lungs(loaded, batch.pixel_values(), [image.size for image in batch.images])
-    for image, lungs in zip(batch.images, masks, strict=True):
-        mask, path = lungs.numpy(), place(image.source)
+    structures = segment_structures(loaded, batch.pixel_values(), [image.size for image in batch.images])
+    for image, masks in zip(batch.images, structures, strict=True):
+        path, lungs, record = place(image.source), lungs_of(masks), {}
+        overlapping = "lung" not in masks
+        if overlapping:
+            record["area"] = {label: mask.float().mean().item() for label, mask in masks.items()}
+            record["cardiothoracic_ratio"] = SpcxrImageProcessorPil.cardiothoracic_ratio(masks)
+        shown = masks if overlapping else {"lung": lungs}
         try:
             if path.suffix == MASK_SUFFIXES["seg"]:
-                write_segmentation(mask, image.source.path, path, loaded.name)
+                arrays = {label: mask.numpy() for label, mask in shown.items()}
+                write_segmentation(arrays, image.source.path, path, loaded.name)
+            elif overlapping:
+                write_png(Image.fromarray(structure_bits(torch.stack([*masks.values()])).numpy()), path)
             else:
-                write_png(Image.fromarray(mask.astype(np.uint8) * 255), path)
+                write_png(Image.fromarray(lungs.numpy().astype(np.uint8) * 255), path)
         except SourceError as error:
             found.append(Failed(image.source, str(error)))
             continue
-        found.append(_record(loaded, image, mask=str(path), lung_area=measure_lungs(mask)._asdict()))
+        if drawings is not None:
+            picture = drawings / Path(image.source.name).with_suffix(".png")
+            widths = SpcxrImageProcessorPil.cardiothoracic_widths(masks)
+            write_png(draw_structures(_shown(image.source.path), shown, widths), picture)
+            record["picture"] = str(picture)
+        area = measure_lungs(lungs.numpy())._asdict()
+        found.append(_record(loaded, image, mask=str(path), lung_area=area, **record))
     return found
 
 
@@ -298,14 +320,18 @@ class Explainer:
         return records
 
 
-def _over_radiograph(path: Path, relevance: torch.Tensor, mask: torch.Tensor | None) -> Image.Image:
-    """The map over the radiograph, no side longer than `LONGEST_SIDE` and the longer one at least `SMALLEST_SIDE`."""
+def _shown(path: Path) -> torch.Tensor:
+    """A radiograph (H, W) in 0 .. 1, no side longer than `LONGEST_SIDE` and the longer one at least `SMALLEST_SIDE`."""
     radiograph = read_radiograph(path, strict=None)
     longer = max(radiograph.size)
     scale = min(1.0, LONGEST_SIDE / longer) if longer >= SMALLEST_SIDE else SMALLEST_SIDE / longer
     size = (max(1, round(radiograph.width * scale)), max(1, round(radiograph.height * scale)))
-    grey = np.asarray(radiograph.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255
-    return to_picture(draw_explanation(torch.from_numpy(grey), relevance, mask))
+    return torch.from_numpy(np.asarray(radiograph.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255)
+
+
+def _over_radiograph(path: Path, relevance: torch.Tensor, mask: torch.Tensor | None) -> Image.Image:
+    """The map over the radiograph."""
+    return to_picture(draw_explanation(_shown(path), relevance, mask))
 
 
 def map_caption(found: Record, relevance: torch.Tensor) -> list[str]:

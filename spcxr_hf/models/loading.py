@@ -52,6 +52,8 @@ AUTO_CLASSES: dict[str, Any] = {
     "classification": AutoModelForImageClassification,
     "segmentation": AutoModelForSemanticSegmentation,
 }
+# Until the repositories are on the Hub.
+OWN_IDS = "; two ways lead to it: `spcxr install` in a clone of the project, or HF_ENDPOINT=URL of a Hub that has it"
 LARGEST_SIDE = 4096  # pixels of a model's input
 SPCXR_CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in MODEL_CLASSES.values()}
 
@@ -97,7 +99,8 @@ def load_config(source: str, any_family: bool = True, **values: Any) -> Any:
     elif not (Path(source) / "config.json").is_file():
         raise SpcxrError(f"{source}: no checkpoint, there is no config.json in this folder")
     cause = "no model that transformers loads" if is_local(source) else (
-        "is not in the local Hub cache, and the Hub could not be asked for it or does not have it")  # fmt: skip
+        "is not in the local Hub cache, and the Hub could not be asked for it or does not have it" + OWN_IDS
+        * source.startswith("spcxr/"))  # fmt: skip
     with loading_errors(source, cause):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **_local_files(source), **values)
     if not any_family and config.model_type != "spcxr":
@@ -123,7 +126,7 @@ def load_network(
     options = {"use_safetensors": True, "trust_remote_code": False, **_local_files(source), **options}
     if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
         raise SpcxrError(f"{source}: no .safetensors weights in this folder")
-    with loading_errors(source, "its weights cannot be loaded"), no_progress_bar():
+    with loading_errors(source, "its weights cannot be loaded"), _quietly():
         check_weight_files(_folder_of(source))
         model, loading = model_class.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=new == "head", **options
@@ -152,9 +155,12 @@ def load_processor(source: str, required: bool = True) -> Any:
     """The image processor of a checkpoint; None where there is none and none is required."""
     with loading_errors(source, "no image processor"):
         names = ("preprocessor_config.json", "processor_config.json")
-        if not required and not any(_has_file(source, name) for name in names):
+        # An id whose weights have just come from the Hub is local, and its image processor has yet to come.
+        is_here = Path(source).is_dir() or any(_is_in_cache(source, name) for name in names)
+        options = _local_files(source) if is_here else {}
+        if not required and not any(_has_file(source, name, options) for name in names):
             return None
-        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **_local_files(source))
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **options)
         sides = [side for side in dict(getattr(processor, "size", None) or {}).values() if side is not None]
         if any(not 0 < side <= LARGEST_SIDE for side in sides):
             raise ValueError(f"it makes images of {max(sides)} pixels a side; it may be 1 to {LARGEST_SIDE}")
@@ -213,15 +219,14 @@ def _folder_of(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     for name in ("model.safetensors.index.json", "adapter_config.json"):
-        _has_file(source, name)
+        _has_file(source, name, _local_files(source))
     return Path(str(cached_file(source, "config.json", **_local_files(source)))).parent
 
 
-def _has_file(source: str, name: str) -> bool:
+def _has_file(source: str, name: str, options: dict[str, bool]) -> bool:
     if Path(source).is_dir():
         return (Path(source) / name).is_file()
-    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **_local_files(source))
-    return found is not None
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options) is not None
 
 
 def _cached_file(repo_id: str, file: str) -> Path | None:
@@ -230,6 +235,11 @@ def _cached_file(repo_id: str, file: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def _is_in_cache(repo_id: str, file: str) -> bool:
+    """Whether the cache has a file, or knows that the repository has none of that name."""
+    return try_to_load_from_cache(repo_id, file, cache_dir=constants.HF_HUB_CACHE) is not None
 
 
 def _local_files(source: str) -> dict[str, bool]:
@@ -249,7 +259,7 @@ def loading_errors(source: str, problem: str) -> Iterator[None]:
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """The weights of these models load within a second."""
+    """Without the bars of transformers: the weights of these models load within a second."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -257,6 +267,18 @@ def no_progress_bar() -> Iterator[None]:
     finally:
         if was_enabled:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the library's bar, and without its table of missing weights."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with no_progress_bar():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 # ---- the forward pass --------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Lung masks by a segmentation model: of a batch of images, of a decoded set, and their areas.
+"""Masks by a segmentation model: of a batch of images, lungs of a decoded set, and their areas.
 
-segment_lungs                          pixel values -> lungs, each at its image's own size
+segment_structures -> segment_lungs    pixel values -> masks by label, or lungs, each at its image's own size
 load_segmenter -> Segmenter.find       decoded images (n, 1, S, S) -> lungs (n, S, S)
 find_lungs -> Segmenter.find           the same, kept in a folder for the next start
 measure_lungs                          areas of the two lungs
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,35 +23,63 @@ from tqdm.auto import tqdm
 
 from spcxr_hf.data.table import Decoded, cache_key, read_cache, write_cache
 from spcxr_hf.errors import SpcxrError
-from spcxr_hf.models.loading import Loaded, forward, load_checkpoint, to_pixel_values
+from spcxr_hf.models.loading import Loaded, forward, label_names, load_checkpoint, to_pixel_values
+
+BOTH_LUNGS = ("left lung", "right lung")
+
+
+def segment_structures(
+    loaded: Loaded, pixel_values: torch.Tensor, sizes: Sequence[tuple[int, int]], bf16: bool = False
+) -> list[dict[str, torch.Tensor]]:
+    """Where each label is: label -> booleans (height, width) of each image itself, on the CPU.
+
+    The one place where the logits of a segmentation model are read: by the most probable label of each pixel, or label
+    by label where they may overlap.
+
+    Args:
+        loaded: A segmentation model.
+        pixel_values: (B, C, H, W), of the model's image processor.
+        sizes: (height, width) of each image before the image processor.
+        bf16: Run the model in bfloat16 autocast.
+    """
+    config = loaded.model.config
+    with torch.no_grad():
+        outputs = forward(loaded.model, pixel_values, bf16)
+        if config.problem_type == "multi_label_classification":
+            found = loaded.processor.post_process_overlapping_segmentation(outputs, target_sizes=list(sizes))
+        else:
+            maps = loaded.processor.post_process_semantic_segmentation(outputs, target_sizes=list(sizes))
+            found = [{number: labels == number for number in config.id2label} for labels in maps]
+    return [{label: masks[number].cpu() for number, label in config.id2label.items()} for masks in found]
 
 
 def segment_lungs(
     loaded: Loaded, pixel_values: torch.Tensor, sizes: Sequence[tuple[int, int]], bf16: bool = False
 ) -> list[torch.Tensor]:
-    """Lung masks, booleans (height, width) at each image's size, on the CPU.
-
-    Args:
-        loaded: A segmentation model with a label "lung".
-        pixel_values: (B, C, H, W), of the model's image processor.
-        sizes: (height, width) of each image before the image processor.
-        bf16: Run the model in bfloat16 autocast.
+    """True where lung is, as `segment_structures` has it: booleans (height, width) of each image.
 
     Raises:
-        SpcxrError: the model has no label "lung".
+        SpcxrError: the model has no label "lung", and not "left lung" and "right lung".
     """
-    labels = loaded.model.config.label2id or {}
-    if "lung" not in labels:
+    check_lungs(loaded)
+    return [lungs_of(masks) for masks in segment_structures(loaded, pixel_values, sizes, bf16)]
+
+
+def check_lungs(loaded: Loaded) -> None:
+    """Refuse a segmentation model that does not know lungs."""
+    labels = label_names(loaded.model.config)
+    if "lung" not in labels and not {*BOTH_LUNGS} <= {*labels}:
         raise SpcxrError(f"{loaded.name}: its labels are {', '.join(labels)}; there is no 'lung' among them")
-    with torch.no_grad():
-        outputs = forward(loaded.model, pixel_values, bf16)
-        found = loaded.processor.post_process_semantic_segmentation(outputs, target_sizes=list(sizes))
-    return [(labelled == labels["lung"]).cpu() for labelled in found]
+
+
+def lungs_of(masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The lungs among the masks of an image."""
+    return masks["lung"] if "lung" in masks else masks[BOTH_LUNGS[0]] | masks[BOTH_LUNGS[1]]
 
 
 @dataclass(frozen=True)
 class Segmenter:
-    """A model with a label `lung` and its image processor."""
+    """A model that knows lungs, and its image processor."""
 
     loaded: Loaded
 
@@ -75,8 +103,7 @@ class Segmenter:
 def load_segmenter(source: str, device: torch.device | str = "cpu") -> Segmenter:
     """A segmentation model of any family by its folder or Hub id."""
     loaded = load_checkpoint("segmentation", source, device, any_family=True)
-    if "lung" not in (labels := loaded.model.config.label2id or {}):
-        raise SpcxrError(f"{source}: its labels are {', '.join(labels)}; there is no 'lung' among them")
+    check_lungs(loaded)
     return Segmenter(loaded)
 
 

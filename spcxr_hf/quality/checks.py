@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-import pyarrow as pa
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -73,8 +72,7 @@ class SplitArguments(SetArguments):
 def for_pretraining(table: RadiographTable, splits: Sequence[str] = (), split_column: str = "split") -> RadiographTable:
     """The rows of these splits; without any, the rows whose column `pretrain` is true."""
     if splits:
-        parts = [table.where(split_column, split) for split in dict.fromkeys(splits)]
-        return RadiographTable(pa.concat_tables(part.rows for part in parts), f"{table.name}[{'+'.join(splits)}]")
+        return table.where_any(split_column, splits)
     if "pretrain" not in table.rows.column_names:
         raise SpcxrError(f"{table.name}: no column 'pretrain'; {WITHOUT_PRETRAIN}")
     return table.where("pretrain", True)

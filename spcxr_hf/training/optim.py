@@ -63,7 +63,10 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
 
 def layerwise_groups(
-    model: PreTrainedModel, layer_decay: float, rename: Callable[[str], str] | None = None
+    model: PreTrainedModel,
+    layer_decay: float,
+    rename: Callable[[str], str] | None = None,
+    head_scale: float = 1.0,
 ) -> list[dict]:
     """The groups of `parameter_groups`, split by depth: a block learns `layer_decay` times as fast as the one above.
 
@@ -71,23 +74,26 @@ def layerwise_groups(
     scale 1, block i of L has `layer_decay ** (L - i)` for i = 0 .. L - 1, the embeddings `layer_decay ** (L + 1)`:
     each group's "scale", which `set_schedule` multiplies the learning rate by.
 
-    `rename` maps a parameter's name of another family to its name here, `encoder.layers.<n>.` for blocks.
+    `rename` maps a parameter's name of another family to its name here, `encoder.layers.<n>.` for blocks. `head_scale`
+    is the head's scale in the place of 1: a large head that is new learns faster than the encoder.
     """
     if not 0 < layer_decay <= 1:
         raise SpcxrError(f"layer_decay must lie in (0, 1]; got {layer_decay}")
     depth = model.config.num_hidden_layers
-    groups: dict[tuple[int, bool], dict] = {}
+    groups: dict[tuple[float, bool], dict] = {}
     for name, parameter in named_trainable(model):
         own_name = name if rename is None else rename(name)
         if block := re.search(r"(?:^|\.)encoder\.layers\.(\d+)\.", own_name):
             below_head = depth - int(block[1])
         else:
             below_head = depth + 1 if re.search(r"(?:^|\.)embeddings\.", own_name) else 0
-        decays = _decays(name, parameter)
-        group = {"params": [], "decays": decays, "scale": layer_decay**below_head}
+        decays, scale = _decays(name, parameter), layer_decay**below_head
+        if not name.startswith(f"{model.base_model_prefix}."):
+            scale *= head_scale
+        group = {"params": [], "decays": decays, "scale": scale}
         if not decays:
             group["weight_decay"] = 0.0
-        groups.setdefault((below_head, decays), group)["params"].append(parameter)
+        groups.setdefault((scale, decays), group)["params"].append(parameter)
     return list(groups.values())
 
 

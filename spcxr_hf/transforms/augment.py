@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.modeling.image_processing_spcxr import RADIOGRAPH_MEAN, RADIOGRAPH_STD
@@ -31,6 +33,9 @@ class Views:
         contrast: Largest relative change of the contrast.
         blur: Probability of a Gaussian blur.
         blur_sigma: Least and largest standard deviation of the blur in pixels of the view.
+        rotation: Largest turn in degrees, of the whole image before it is cropped; what lies beyond its edge is black.
+        shrink: Largest share by which the image is made smaller with it, in [0, 1).
+        elastic: Largest displacement, as a share of the side, of a smooth random field (4 x 4 points) with it.
         processing: Changes of the whole image's processing before it is cropped. The crop, the flip and the jitter are
             drawn first: they are the same with and without these changes.
     """
@@ -43,6 +48,9 @@ class Views:
     contrast: float = 0.2
     blur: float = 0.2
     blur_sigma: tuple[float, float] = (0.1, 1.5)
+    rotation: float = 0.0
+    shrink: float = 0.0
+    elastic: float = 0.0
     processing: ProcessingChanges | None = None
 
     def __post_init__(self) -> None:
@@ -57,7 +65,9 @@ class Views:
         for name in ("flip", "blur"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SpcxrError(f"{name} is a probability in [0, 1]; got {getattr(self, name)}")
-        for name in ("brightness", "contrast"):
+        if not 0 <= self.rotation <= 180:
+            raise SpcxrError(f"rotation must lie in [0, 180] degrees; got {self.rotation}")
+        for name in ("brightness", "contrast", "shrink", "elastic"):
             if not 0 <= getattr(self, name) < 1:
                 raise SpcxrError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
 
@@ -71,7 +81,7 @@ class Views:
     def with_masks(
         self, images: torch.Tensor, masks: torch.Tensor | None, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same view of the images and of their masks (B, H, W), which come back as booleans (B, size, size)."""
+        """The same view of the images and of their masks (B, H, W) or (B, K, H, W), which come back as booleans."""
         batch, _, height, width = images.shape
         device = images.device
 
@@ -90,14 +100,32 @@ class Views:
         columns = resampling_weights(left, crop_width, width, self.size, flipped)
         blur = _gaussian_weights(sigma, self.size)
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        layers = None if masks is None else masks.float().reshape(batch, -1, height, width)
+        if self.rotation or self.shrink or self.elastic:
+            grid = self._warping((batch, height, width), generator, device)
+            pixels = nn.functional.grid_sample(pixels, grid, align_corners=False)
+            layers = None if layers is None else nn.functional.grid_sample(layers, grid, align_corners=False)
         if self.processing is not None:
             pixels = self.processing(pixels, generator)
         views = _apply_weights(pixels, blur @ rows, blur @ columns)
         mean = views.mean(dim=(1, 2, 3), keepdim=True)
         views = ((views - mean) * gain.reshape(-1, 1, 1, 1) + mean + shift.reshape(-1, 1, 1, 1)).clamp(0, 1)
-        if masks is None:
+        if masks is None or layers is None:
             return views, None
-        return views, _apply_weights(masks.unsqueeze(1).float(), rows, columns).squeeze(1) > 0.5
+        layers = _apply_weights(layers, rows, columns) > 0.5
+        return views, layers.reshape(*masks.shape[:-2], self.size, self.size)
+
+    def _warping(self, shape: tuple[int, int, int], generator: torch.Generator | None, device: Any) -> torch.Tensor:
+        """A grid (B, H, W, 2) for `grid_sample`: turned, made smaller, and bent by a smooth random field."""
+        batch, height, width = shape
+        angle = math.radians(self.rotation) * (2 * torch.rand(batch, generator=generator, device=device) - 1)
+        growth = 1 / (1 - self.shrink * torch.rand(batch, generator=generator, device=device))
+        cos, sin, none = growth * angle.cos(), growth * angle.sin(), torch.zeros_like(angle)
+        turn = torch.stack([cos, -sin * height / width, none, sin * width / height, cos, none], dim=1)
+        grid = nn.functional.affine_grid(turn.reshape(-1, 2, 3), [batch, 1, height, width], align_corners=False)
+        points = 2 * torch.rand(batch, 2, 4, 4, generator=generator, device=device) - 1
+        field = nn.functional.interpolate(points, size=(height, width), mode="bicubic", align_corners=True)
+        return grid + 2 * self.elastic * field.movedim(1, -1)
 
 
 @dataclass
@@ -111,6 +139,9 @@ class AugmentationArguments:
     brightness: float = field(default=0.2, metadata={"help": "largest shift of the grey values, on 0 .. 1"})
     contrast: float = field(default=0.4, metadata={"help": "largest relative change of the contrast"})
     blur: float = field(default=0.2, metadata={"help": "probability of a Gaussian blur"})
+    rotation: float = field(default=0.0, metadata={"help": "largest turn in degrees"})
+    shrink: float = field(default=0.0, metadata={"help": "largest share by which an image is made smaller"})
+    elastic: float = field(default=0.0, metadata={"help": "largest elastic displacement, as a share of the side"})
     processing: list[str] = field(
         default_factory=list,
         metadata={"help": f"changes of the image's processing: all, or some of {', '.join(CHANGES)}; default: none"},
@@ -128,6 +159,9 @@ class AugmentationArguments:
             brightness=self.brightness,
             contrast=self.contrast,
             blur=self.blur,
+            rotation=self.rotation,
+            shrink=self.shrink,
+            elastic=self.elastic,
             processing=parse_changes(self.processing),
         )
 

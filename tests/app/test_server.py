@@ -177,6 +177,26 @@ def test_embedding_and_lungs(cards, app):
     assert lungs.lungs[1] == answer.lungs[1]
 
 
+def test_anatomy(cards, tmp_path, app):
+    names = {0: "left lung", 1: "right lung", 2: "heart"}
+    save_model(
+        SpcxrForSemanticSegmentation,
+        tmp_path / "anatomy",
+        id2label=names,
+        problem_type="multi_label_classification",
+    )
+    both = [*list_choices(tmp_path), *list_choices(cards)]
+    page, session = made_radiograph(), Session(both, device="cpu")
+    answer = session.answer(page, "anatomy")
+    ratio = answer.cardiothoracic_ratio
+    shown = server.HTML.answers([{"radiograph": page, "answer": answer}])
+    assert ("Cardiothoracic ratio" in shown) is (ratio is not None)
+    assert answer.lungs[0].size == page.shown.size
+    lungs = session.answer(page, "lung-segmentation")
+    assert lungs.lungs[1] == app.answer(page, "lung-segmentation").lungs[1]
+    assert lungs.cardiothoracic_ratio is None
+
+
 def test_without_a_lung_checkpoint_there_is_no_share(cards):
     alone = Session([Choice("covid", "classification", str(cards / "covid"))], device="cpu")
     answer = alone.answer(made_radiograph(), "covid")

@@ -347,25 +347,36 @@ def test_costs_by_hand(tmp_path):
 
 
 def test_what_breaks_first(tmp_path):
-    measured = figures(tmp_path, benchmark_cuda=results("NVIDIA H200", 10_000.0))
+    measured = figures(tmp_path, benchmark_cpu=results(), benchmark_cuda=results("NVIDIA H200", 10_000.0))
     slow = dataclasses.replace(measured, decode_s=0.02)  # 100 cores for one GPU
     ranked = scale.loads(slow, 100_000_000, 1)
     assert next(iter(ranked)) == "images kept on the GPU"
     assert scale.advice(ranked) == "stream; decoding while streaming breaks first"
     assert scale.advice(scale.loads(measured, 100_000_000, 1)) == "stream"
-    unknown = dataclasses.replace(measured, gpu_rate=None)
-    assert scale.advice(scale.loads(unknown, 100_000_000, 1)) == "stream; whether that keeps up is not measured"
 
 
-def test_without_a_gpu_its_columns_say_so(tmp_path):
-    page = scale.render(figures(tmp_path, benchmark_cpu=results()))
-    row = "| 10,000,000 | 800 | 8,000,000,000 | 2,222,222 | " + " | ".join(["not measured"] * 4) + " |"
-    assert row in page
+def test_a_gpu_s_rate_follows_from_a_training_at_another_size(tmp_path):
+    """Twice the side: the blocks' FLOPs are more than four times as many, as attention grows with the square."""
+    training = {"run": "a run", "device": "NVIDIA H200", "images_per_second": 20_000.0}
+    training |= {"size": "small", "image_size": 112, "batch_size": 1024}
+    write(tmp_path, scale={**RADIOGRAPH, "training": training}, benchmark_cpu=results())
+    found = scale.read_figures(tmp_path)
+    ratio = scale.flops("small", 112) / scale.flops("small", 224)
+    assert 0.23 < ratio < 0.25
+    assert found.gpu_rate == pytest.approx(20_000 * ratio) and found.gpu_batch == 1024
+    page = scale.render(found)
+    assert "computed from its 20,000 at 112 px" in page and "989 TFLOP/s" in page and "not measured" not in page
+    training["device"] = "abacus"
+    with pytest.raises(SpcxrError, match="peak of abacus is not known"):
+        scale.read_figures(write(tmp_path, scale={**RADIOGRAPH, "training": training}))
+    with pytest.raises(SpcxrError, match="no training on a GPU"):
+        scale.read_figures(write(tmp_path, scale=RADIOGRAPH))
 
 
 def test_radiographs_are_measured(tmp_path, capsys):
     shard = write_set(tmp_path / "set.parquet", ["train"] * 6)
     page = tmp_path / "page.md"
+    write(tmp_path, benchmark_cpu=results(), benchmark_cuda=results("NVIDIA H200", 10_000.0))
     scale.main(["--data", str(shard), "--results", str(tmp_path), "--output", str(page), "--sample", "3"])
     kept = json.loads((tmp_path / "scale.json").read_text())
     sizes = [len(cell["bytes"]) for cell in scale.read_table(shard).column("image")]

@@ -28,6 +28,8 @@ from spcxr_hf.data.table import (
     open_image,
     open_mask,
     read_table,
+    structure_bits,
+    structure_masks,
 )
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import atomic_file
@@ -223,13 +225,13 @@ def test_an_unreadable_image_is_named(tmp_path):
     table = read_table(write_set(tmp_path / "set.parquet", ["train", "val"], unreadable=["val"]))
     with pytest.raises(SpcxrError, match=r"set\.parquet: row-1"):
         decode_images(table, 16)
-    with pytest.raises(SpcxrError, match=r"set\.parquet: row-1: the lung mask cannot be read"):
+    with pytest.raises(SpcxrError, match=r"set\.parquet: row-1: the mask cannot be read"):
         decode_masks(table, 16)
 
 
 @pytest.mark.parametrize("cell", [None, {"bytes": None, "path": None}])
 def test_a_row_without_a_mask(cell):
-    with pytest.raises(SpcxrError, match="row-7: no lung mask in this row"):
+    with pytest.raises(SpcxrError, match="row-7: no mask in this row"):
         open_mask(cell, "row-7")
 
 
@@ -245,7 +247,7 @@ def test_a_mask_of_class_numbers_is_refused():
     """They would all be darker than half of the range, and the mask empty."""
     with pytest.raises(
         SpcxrError,
-        match=r"row-7: the lung mask cannot be read \(its 3 values up to 2 are no two classes; inside is 255",
+        match=r"row-7: the mask cannot be read \(its 3 values up to 2 are no two classes; inside is 255",
     ):
         open_mask(encoded(np.array([[0, 1], [2, 0]], np.uint8)), "row-7")
 
@@ -311,7 +313,7 @@ def test_a_mask_that_is_missing_counts_as_broken(tmp_path):
     place = table.rows.column_names.index("lung_mask")
     rows = table.rows.set_column(place, "lung_mask", pa.array([None, *cells[1:]], STRUCT))
     found = decode_set(RadiographTable(rows, "set"), 16, masks=True, on_error="skip")
-    assert found.skipped == {"row-0": "set: row-0: no lung mask in this row"}
+    assert found.skipped == {"row-0": "set: row-0: no mask in this row"}
     assert len(found.images) == len(found.masks) == 2
 
 
@@ -483,14 +485,19 @@ def test_masks_that_are_no_two_classes_are_refused():
 
 @pytest.mark.slow
 def test_a_table_of_zeros_is_refused_before_it_takes_the_memory(tmp_path):
-    rows = 3 * 2**26
-    batch = pa.record_batch({"zeros": pa.array(np.zeros(2**22, np.int64))})
-    with pq.ParquetWriter(tmp_path / "zeros.parquet", batch.schema) as writer:
-        for _ in range(rows // 2**22):
-            writer.write_batch(batch)
-    assert (tmp_path / "zeros.parquet").stat().st_size < 2**20
-    with pytest.raises(SpcxrError, match=r"zeros\.parquet: takes more than 1 GiB"):
-        read_table(tmp_path / "zeros.parquet")
+    for name, width, rows, message in (
+        ("wide", 2**10, 160 * 2**10, "takes more than 1 GiB"),
+        ("long", 1, 2**21, r"2,097,152 rows in [\d,]+ bytes are no table of images"),
+    ):
+        zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(2**10 * width, np.int64)), width)
+        batch = pa.record_batch({"zeros": zeros})
+        file = tmp_path / f"{name}.parquet"
+        with pq.ParquetWriter(file, batch.schema, compression="zstd") as writer:
+            for _ in range(0, rows, 2**14):
+                writer.write_table(pa.Table.from_batches([batch] * 16))
+        assert file.stat().st_size < 2**20
+        with pytest.raises(SpcxrError, match=rf"{name}\.parquet: {message}"):
+            read_table(file)
 
 
 def test_a_row_group_that_takes_too_much_is_refused_unread(tmp_path, monkeypatch):
@@ -502,6 +509,19 @@ def test_a_row_group_that_takes_too_much_is_refused_unread(tmp_path, monkeypatch
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_: pytest.fail("read"))
     with pytest.raises(SpcxrError, match=r"zeros\.parquet: row group 0 is too large"):
         read_table(file)
+
+
+def test_sets_that_would_fill_the_memory_are_refused_at_once(tmp_path, monkeypatch):
+    """A Parquet file of a few kilobytes can hold ten million rows."""
+    cells = pa.array([None] * 9 + [encoded(picture(0)[0])] * 3, STRUCT)
+    pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
+    with pytest.raises(SpcxrError, match="9 of 12 rows hold no image"):
+        decode_set(read_table(tmp_path / "a.parquet"), 16, on_error="skip")
+    pq.write_table(pa.table({"image": cells[6:]}), tmp_path / "a.parquet")
+    assert len(decode_set(read_table(tmp_path / "a.parquet"), 16, on_error="skip").table) == 3
+    monkeypatch.setattr("spcxr_hf.data.table.MEMORY", 2**10)
+    with pytest.raises(SpcxrError, match=r"6 images of 16 px take 0 GiB; this machine has 0"):
+        decode_set(read_table(tmp_path / "a.parquet"), 16, on_error="skip")
 
 
 def test_rows_that_name_files_elsewhere_are_refused(tmp_path):
@@ -555,3 +575,28 @@ def test_names_that_are_no_utf_8_or_very_long(tmp_path):
     with atomic_file(tmp_path / ("y" * 255)) as partial:
         partial.write_text("whole")
     assert (tmp_path / ("y" * 255)).read_text() == "whole"
+
+
+def test_masks_of_bits(tmp_path):
+    path = write_set(tmp_path / "set.parquet", ["train"] * 3)
+    table = pq.read_table(path)
+    bits = [np.full((20, 20), value, np.uint8) for value in (0, 5, 7)]
+    cells = pa.array([encoded(values) for values in bits], table.schema.field("lung_mask").type)
+    table = RadiographTable(table.append_column("anatomy_mask", cells), "set")
+    decoded = decode_set(table, 10, masks=True, mask_column="anatomy_mask", structures=3)
+    assert torch.equal(decoded.masks, decode_masks(table, 10, "anatomy_mask", 3))
+    masks = structure_masks(decoded.masks, 3)
+    assert masks.shape == (3, 3, 10, 10) and masks.dtype == torch.bool
+    assert masks[..., 0, 0].tolist() == [[False] * 3, [True, False, True], [True] * 3]
+    assert torch.equal(structure_bits(masks[1]), decoded.masks[1])
+    with pytest.raises(SpcxrError, match="row-1: the mask cannot be read .*a bit for each of 2 structures"):
+        decode_masks(table, 10, "anatomy_mask", 2)
+
+
+def test_rows_of_several_splits(tmp_path):
+    table = read_table(write_set(tmp_path / "set.parquet", ["train", "val", "test", "train"]))
+    assert table.where_any("lung_split", ["test", "train"]).ids == ["row-2", "row-0", "row-3"]
+    with pytest.raises(SpcxrError, match="no row has lung_split = 'shift'"):
+        table.where_any("lung_split", ["train", "shift"])
+    with pytest.raises(SpcxrError, match="no value of lung_split"):
+        table.where_any("lung_split", [])

@@ -41,6 +41,13 @@ CHECKPOINTS = {
     ),
     "one label": (SpcxrForImageClassification, {"num_labels": 1}),
     "segmentation": (SpcxrForSemanticSegmentation, {"id2label": {0: "background", 1: "lung"}}),
+    "anatomy": (
+        SpcxrForSemanticSegmentation,
+        {
+            "id2label": {0: "left lung", 1: "right lung", 2: "heart"},
+            "problem_type": "multi_label_classification",
+        },
+    ),
 }
 
 ELSEWHERE = '''
@@ -253,6 +260,18 @@ def test_masks(answers, models):
         assert (mask == 255).mean() == pytest.approx(segment["share"])
         assert ((mask == 255) == (expected == index)).mean() > 0.999
     assert sum(segment["share"] for segment in found["segments"]) == pytest.approx(1)
+
+
+def test_masks_that_overlap(answers, models):
+    found = answers["anatomy"]["bytes"]
+    expected = PROCESSOR.post_process_overlapping_segmentation(run(models["anatomy"], GREY), [GREY.size[::-1]])[0]
+    assert [segment["label"] for segment in found["segments"]] == ["left lung", "right lung", "heart"]
+    for segment, mask in zip(found["segments"], expected.numpy(), strict=True):
+        decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(segment["mask"])))) == 255
+        assert (decoded == mask).mean() > 0.999
+    by_name = dict(zip(("left lung", "right lung", "heart"), expected, strict=True))
+    assert found["cardiothoracic_ratio"] == PROCESSOR.cardiothoracic_ratio(by_name)
+    assert "cardiothoracic_ratio" not in answers["segmentation"]["bytes"]
 
 
 def test_a_list_answers_each_by_itself(answers):

@@ -26,6 +26,7 @@ from spcxr_hf.modeling.modeling_spcxr import (
     SpcxrForSemanticSegmentation,
     SpcxrModel,
 )
+from tests.common import build
 from tests.phantom import draw_chest
 
 BACKENDS = [Torchvision, Pillow]
@@ -454,6 +455,56 @@ def test_post_process_semantic_segmentation(backend):
     assert wide[:, 20:].unique().tolist() == [0]
     with pytest.raises(ValueError, match="1 target_sizes for 2 images"):
         backend().post_process_semantic_segmentation(outputs, target_sizes=[(8, 8)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_post_process_overlapping_segmentation(backend, tmp_path):
+    logits = torch.full((1, 2, 8, 8), -5.0)
+    logits[0, 0, :4], logits[0, 1, :, :4] = 5, 5
+    outputs = SimpleNamespace(logits=logits)
+    backend(overlapping_labels=True).save_pretrained(tmp_path)
+    processor = backend.from_pretrained(tmp_path)
+    (small,) = processor.post_process_overlapping_segmentation(outputs)
+    assert torch.equal(small, logits[0] > 0)
+    (large,) = processor.post_process_overlapping_segmentation(outputs, [(80, 40)])
+    assert large.shape == (2, 80, 40) and large[:, :36, :18].all() and not large[:, 44:, 22:].any()
+    with pytest.raises(ValueError, match="these labels overlap"):
+        processor.post_process_semantic_segmentation(outputs)
+    assert hasattr(processor, "post_process_instance_segmentation")
+    assert not hasattr(backend(), "post_process_instance_segmentation")
+    assert "overlapping_labels" not in backend().to_dict()
+
+
+def test_pipeline_of_overlapping_labels():
+    names = {0: "left lung", 1: "heart", 2: "clavicle"}
+    labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    grey = Image.fromarray(GREY)
+    config = tiny_config(problem_type="multi_label_classification", **labels)
+    model = build(SpcxrForSemanticSegmentation, config).eval()
+    with torch.no_grad():
+        model.decoder.classifier.bias.copy_(torch.tensor([3.0, 3.0, -20.0]))
+    processor = Torchvision(size={"height": 32, "width": 32}, overlapping_labels=True)
+    segmenter = pipeline("image-segmentation", model=model, image_processor=processor)
+    found = segmenter(grey, threshold=0.5)
+    assert [entry["label"] for entry in found] == ["left lung", "heart"]  # the third is nowhere
+    outputs = model(**processor(grey, return_tensors="pt"))
+    expected = processor.post_process_overlapping_segmentation(outputs, [(grey.height, grey.width)])[0].numpy()
+    assert (expected[0] & expected[1]).any()
+    for entry, mask in zip(found, expected, strict=False):
+        assert ((np.asarray(entry["mask"]) == 255) == mask).mean() > 0.99
+        assert 0.5 < entry["score"] <= 1
+
+
+def test_cardiothoracic_ratio():
+    masks = {name: torch.zeros(100, 200, dtype=torch.bool) for name in ("heart", "left lung", "right lung")}
+    masks["right lung"][20:80, 20:80] = masks["left lung"][20:80, 120:180] = masks["heart"][50:80, 70:150] = True
+    assert Torchvision.cardiothoracic_widths(masks) == {"heart": (70, 149), "lungs": (20, 179)}
+    assert Torchvision().cardiothoracic_ratio(masks) == 0.5
+    masks["heart"][0, 3] = True  # a speck is no edge
+    assert Torchvision.cardiothoracic_ratio(masks) == 0.5
+    masks["heart"][:] = False
+    assert Torchvision.cardiothoracic_ratio(masks) is None
+    assert Torchvision.cardiothoracic_ratio({"lung": masks["left lung"]}) is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

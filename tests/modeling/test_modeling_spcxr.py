@@ -1,6 +1,7 @@
 """The model family: the contract of transformers for each class, and what is particular to it."""
 
 import json
+import math
 import warnings
 
 import pytest
@@ -497,6 +498,66 @@ class TestSpcxrForImageClassification(ModelContract):
         loaded = SpcxrForImageClassification.from_pretrained(tmp_path).config
         assert loaded.id2label == names
         assert loaded.problem_type == "multi_label_classification"
+
+
+class TestOverlappingLabels:
+    """`SpcxrForSemanticSegmentation` with a sigmoid for each label."""
+
+    def model(self, **overrides):
+        config = tiny_config(problem_type="multi_label_classification", num_labels=2, **overrides)
+        return build(SpcxrForSemanticSegmentation, config)
+
+    def labels(self):
+        return (torch.rand(BATCH, 2, SIDE, SIDE, generator=torch.Generator().manual_seed(3)) > 0.5).float()
+
+    def test_loss_is_binary_cross_entropy_and_dice(self):
+        labels = self.labels()
+        with torch.no_grad():
+            output = self.model()(pixels(), labels=labels)
+        found = output.logits.sigmoid()
+        dice = [
+            (2 * (found[:, i] * labels[:, i]).sum() + 1) / (found[:, i].sum() + labels[:, i].sum() + 1) for i in (0, 1)
+        ]
+        expected = nn.functional.binary_cross_entropy(found, labels) + 1 - torch.stack(dice).mean()
+        assert_same(output.loss, expected, rtol=1e-5, atol=1e-6)
+
+    def test_unknown_pixels_do_not_count(self):
+        model, labels = self.model().eval(), self.labels()
+        half = labels.clone()
+        half[..., : SIDE // 2] = math.nan
+        logits = model(pixels()).logits.detach()
+        other = torch.where(half.isnan(), 9.0, logits)
+        assert torch.isfinite(model._segmentation_loss(logits, half))
+        assert_same(model._segmentation_loss(other, half), model._segmentation_loss(logits, half))
+        cut = model._segmentation_loss(logits[..., SIDE // 2 :], labels[..., SIDE // 2 :])
+        assert_same(model._segmentation_loss(logits, half), cut, rtol=1e-5, atol=1e-6)
+
+    def test_gradient(self):
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(2, 2, 3, 4, dtype=torch.float64, generator=generator).requires_grad_()
+        labels = (torch.rand(2, 2, 3, 4, generator=generator) > 0.5).double()
+        labels[0, 0, 0] = math.nan
+        assert torch.autograd.gradcheck(lambda values: self.model()._segmentation_loss(values, labels), logits)
+
+    @pytest.mark.parametrize(
+        ("labels", "message"),
+        [
+            (torch.zeros(BATCH, SIDE, SIDE, dtype=torch.long), "labels has shape .* multi_label_classification"),
+            (torch.full((BATCH, 2, SIDE, SIDE), 255.0), r"must lie in \[0, 1\], a missing one being NaN; got 255"),
+        ],
+    )
+    def test_refused_labels(self, labels, message):
+        with pytest.raises(ValueError, match=message):
+            self.model()(pixels(), labels=labels)
+
+    @pytest.mark.parametrize("doublings", [1, 2, 3])
+    def test_doublings_of_the_grid(self, doublings):
+        model = self.model(segmentation_doublings=doublings, segmentation_hidden_size=64)
+        seen = []
+        model.decoder.classifier.register_forward_hook(lambda module, given, output: seen.append(output.shape))
+        assert model(pixels()).logits.shape == (BATCH, 2, SIDE, SIDE)
+        side = SIDE // model.config.patch_size * 2**doublings
+        assert seen == [(BATCH, 2, side, side)]
 
 
 class TestSpcxrForSemanticSegmentation(ModelContract):

@@ -1,6 +1,8 @@
 """The one loader: what it loads, what it refuses, and how it says so."""
 
 import json
+import logging.handlers
+import queue
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,8 +216,12 @@ def test_what_is_wrong_with_a_folder_is_one_line_that_names_it(folder, damage, m
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks whether to run the folder's code"))
     (folder / "evil.py").write_text("raise SystemExit('the code of the folder was run')")
     HOSTILE[damage](folder)
+    said = logging.handlers.QueueHandler(queue.SimpleQueue())
+    logging.getLogger("transformers").addHandler(said)
     with pytest.raises(SpcxrError) as refusal:
         load_checkpoint("classification", folder, "cpu")
+    logging.getLogger("transformers").removeHandler(said)
+    assert said.queue.empty()  # no table of missing weights before the line
     message = str(refusal.value)
     assert message.startswith(str(folder)) and "\n" not in message and len(message) < 600
 

@@ -11,7 +11,7 @@ from spcxr_hf import (
 )
 from spcxr_hf.data.table import decode_set, read_table
 from spcxr_hf.evaluation.shortcuts import lungs_alone
-from spcxr_hf.models.lungs import Segmenter, find_lungs, load_segmenter
+from spcxr_hf.models.lungs import Segmenter, find_lungs, load_segmenter, segment_lungs, segment_structures
 from tests.common import build, tiny_config
 from tests.made_up import write_set
 
@@ -57,6 +57,22 @@ def test_lungs_are_kept_for_the_same_rows_and_weights(folder, decoded, tmp_path,
     fewer = decode_set(decoded.table.without(["row-0"]), 48)
     assert len(find_lungs(segmenter, fewer, tmp_path)) == 4
     assert len(list(tmp_path.glob("*.npy"))) == 3
+
+
+def test_two_lungs_are_lungs(decoded, tmp_path):
+    names = {0: "heart", 1: "left lung", 2: "right lung"}
+    options = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    config = tiny_config(problem_type="multi_label_classification", **options)
+    segmenter = load_segmenter(save(build(SpcxrForSemanticSegmentation, config), tmp_path))
+    loaded = segmenter.loaded
+    pixel_values = loaded.processor(decoded.images[:2].numpy(), return_tensors="pt").pixel_values
+    structures = segment_structures(loaded, pixel_values, [(48, 48), (20, 30)])
+    assert [list(masks) for masks in structures] == [["heart", "left lung", "right lung"]] * 2
+    assert structures[1]["heart"].shape == (20, 30)
+    lungs = segment_lungs(loaded, pixel_values, [(48, 48), (20, 30)])
+    for found, masks in zip(lungs, structures, strict=True):
+        assert torch.equal(found, masks["left lung"] | masks["right lung"])
+    assert segmenter.find(decoded.images).shape == (5, 48, 48)
 
 
 def test_what_is_no_segmenter_of_lungs(tmp_path):

@@ -15,10 +15,10 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from spcxr_hf import SpcxrConfig, SpcxrError, SpcxrForPreTraining, SpcxrImageProcessor
-from spcxr_hf.data.table import open_mask
+from spcxr_hf.data.table import open_mask, structure_masks
 from spcxr_hf.modeling.configuration_spcxr import SIZES
 from spcxr_hf.training import engine as run_module
-from tests.made_up import SMALL_PRESET, picture, write_set
+from tests.made_up import SMALL_PRESET, encoded, picture, write_set
 from training_scripts import evaluate, finetune_segmentation, linear_probe
 
 SCRIPTS = Path(finetune_segmentation.__file__).parent
@@ -229,9 +229,9 @@ def test_report(shard, finished, tmp_path):
 def test_a_model_that_draws_the_human_masks_has_dice_1(shard, finished, monkeypatch):
     def human_masks(arguments, loaded, table):
         for cell in table.column("lung_mask"):
-            yield torch.from_numpy(np.array(open_mask(cell, ""))) > 127
+            yield {"lung": torch.from_numpy(np.array(open_mask(cell, ""))) > 127}
 
-    monkeypatch.setattr(evaluate, "predict_lungs", human_masks)
+    monkeypatch.setattr(evaluate, "predict_masks", human_masks)
     result = evaluate.main(["--model", str(finished / "final"), "--data", shard, "--baseline", "false"])
     assert result["splits"]["val"]["model"]["dice"] == 1
     assert result["splits"]["val"]["model"]["iou"] == 1
@@ -246,6 +246,93 @@ def test_a_model_without_lungs_is_refused(shard, pretrained, finished, tmp_path)
     SpcxrImageProcessor().save_pretrained(tmp_path)
     with pytest.raises(SpcxrError, match="there is no 'lung' among them"):
         evaluate.main(["--model", str(tmp_path), "--data", shard])
+
+
+# Structures that overlap
+
+STRUCTURES = ["left lung", "right lung", "heart"]
+
+
+@pytest.fixture(scope="module")
+def anatomy_shard(tmp_path_factory):
+    """Lungs cut in the middle of the image, and a heart that overlaps both; folds without `val`."""
+    path = write_set(tmp_path_factory.mktemp("anatomy") / "set.parquet", ["train"] * 8 + ["test"] * 4)
+    table = pq.read_table(path)
+    cells = []
+    for cell in table["lung_mask"].to_pylist():
+        lungs = np.array(open_mask(cell, "")) > 127
+        y, x = np.mgrid[: len(lungs), : len(lungs)] / len(lungs) - 0.5
+        heart = (x / 0.15) ** 2 + ((y - 0.15) / 0.12) ** 2 < 1
+        bits = (lungs & (x > 0)) * 1 + (lungs & (x <= 0)) * 2 + heart * 4
+        cells.append(encoded(bits.astype(np.uint8)))
+    table = table.append_column("anatomy_mask", pa.array(cells, table.schema.field("lung_mask").type))
+    table = table.append_column("anatomy_split", table["lung_split"])
+    pq.write_table(table.drop_columns(["lung_mask", "lung_split"]), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def anatomy(anatomy_shard, pretrained, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    flags = ["--init_from", pretrained, "--mask_column", "anatomy_mask", "--split_column", "anatomy_split"]
+    flags += ["--structures", *STRUCTURES, "--flip", "0", "--head_scale", "10", "--frozen_blocks", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        run(anatomy_shard, output, *flags, "--steps", "40", "--learning_rate", "1e-3", "--warmup_steps", "0")
+    return output
+
+
+def test_structures(anatomy, anatomy_shard, pretrained):
+    model = AutoModelForSemanticSegmentation.from_pretrained(anatomy / "final")
+    assert model.config.id2label == dict(enumerate(STRUCTURES))
+    assert model.config.problem_type == "multi_label_classification"
+    assert AutoImageProcessor.from_pretrained(anatomy / "final").overlapping_labels
+    before = SpcxrForPreTraining.from_pretrained(pretrained).spcxr.encoder.layers
+    layers = model.spcxr.encoder.layers
+    assert torch.equal(layers[0].mlp.fc1.weight, before[0].mlp.fc1.weight)  # frozen
+    assert not torch.equal(layers[1].mlp.fc1.weight, before[1].mlp.fc1.weight)
+    assert weights(anatomy / "final") == weights(anatomy / "checkpoint-40")  # there is no val to choose on
+    result = evaluate.main(
+        ["--model", str(anatomy / "final"), "--data", anatomy_shard, "--splits", "test", "--image_height", "358.4"]
+    )
+    entry = result["splits"]["test"]
+    assert list(entry["structures"]) == ["lungs", *STRUCTURES]
+    for figures in entry["structures"].values():
+        for report in figures.values():
+            assert 0 <= report["iou_ci95"][0] <= report["iou"] <= report["iou_ci95"][1] <= 1
+            assert 0 <= report["boundary_distance"] <= report["hausdorff95"] or report["hausdorff95_infinite"]
+    assert entry["structures"]["heart"]["mean_training_mask"]["iou"] > 0.95  # it does not move
+    first, last = (float(line.split(",")[1]) for line in (anatomy / "log.csv").read_text().splitlines()[1::19][:2])
+    assert last < 0.8 * first
+
+
+def test_masks_as_drawn_have_the_drawn_ratio(anatomy, anatomy_shard, monkeypatch):
+    def drawn(arguments, loaded, table):
+        for cell in table.column("anatomy_mask"):
+            masks = structure_masks(torch.from_numpy(np.array(open_mask(cell, "", 3))), 3)
+            yield dict(zip(STRUCTURES, masks, strict=True))
+
+    monkeypatch.setattr(evaluate, "predict_masks", drawn)
+    arguments = ["--model", str(anatomy / "final"), "--data", anatomy_shard, "--splits", "test", "--baseline", "false"]
+    entry = evaluate.main(arguments)["splits"]["test"]
+    assert {name: figures["model"]["iou"] for name, figures in entry["structures"].items()} == dict.fromkeys(
+        ["lungs", *STRUCTURES], 1
+    )
+    ratio = entry["cardiothoracic_ratio"]
+    assert ratio["mean_absolute_error"] == 0 and ratio["not_measured"] == 0
+    assert 0.2 < ratio["mean_drawn"] == ratio["mean_model"] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--structures", "left lung", "heart"], "a flip exchanges left and right.* add --flip 0"),
+        (["--structures", "heart", "heart"], "at most 8 different names"),
+    ],
+)
+def test_refused_structures(flags, message, anatomy_shard, tmp_path):
+    with pytest.raises(SpcxrError, match=message):
+        run(anatomy_shard, tmp_path / "run", *flags)
 
 
 # Linear probe
@@ -319,7 +406,7 @@ def test_broken_files_are_skipped_and_a_leak_is_refused(tmp_path, pretrained):
         run(str(path), tmp_path / "run", *flags)
     (tmp_path / "copies.txt").write_text("row-4\n")
     flags += ["--exclude", str(tmp_path / "copies.txt")]
-    with pytest.raises(SpcxrError, match="row-1: no lung mask"):
+    with pytest.raises(SpcxrError, match="row-1: no mask"):
         run(str(path), tmp_path / "run", *flags)
     run(str(path), tmp_path / "run", *flags, "--on_error", "skip")
     listed = (tmp_path / "run" / "skipped.csv").read_text().splitlines()

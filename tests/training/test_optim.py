@@ -94,6 +94,15 @@ def test_groups_without_a_head_and_without_decay():
     assert {group["scale"] for group in layerwise_groups(model, 0.5)} == {0.125, 0.25, 0.5, 1.0}
 
 
+def test_a_head_of_its_own_learning_rate():
+    model = SpcxrForSemanticSegmentation(SpcxrConfig(**TINY))
+    groups = layerwise_groups(model, 0.5, head_scale=10)
+    head = {id(parameter) for parameter in model.decoder.parameters()}
+    for group in groups:
+        assert {id(parameter) in head for parameter in group["params"]} == {group["scale"] == 10}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
 @pytest.mark.parametrize("layer_decay", [0, -0.5, 1.5])
 def test_layer_decay_refused(layer_decay):
     with pytest.raises(SpcxrError, match="layer_decay must lie in"):

@@ -76,6 +76,29 @@ def test_masks_move_with_their_images():
     assert len({mask.sum().item() for mask in seen_masks}) > 8
 
 
+def test_warped_masks_move_with_their_images():
+    masks = torch.zeros(8, 2, 40, 40, dtype=torch.bool)
+    masks[:, 0, 8:30, 10:28], masks[:, 1, 20:26, 4:34] = True, True
+    views = Views(size=40, **PLAIN, rotation=30, shrink=0.3, elastic=0.05)
+    for number in (0, 1):
+        seen, seen_masks = views.with_masks(255 * masks[:, [number]].to(torch.uint8), masks, generator())
+        assert seen_masks.shape == (8, 2, 40, 40)
+        assert torch.equal(seen_masks[:, number], seen.squeeze(1) > 0.5)
+    assert not torch.equal(seen_masks, masks)
+    turned = Views(size=40, **PLAIN, rotation=1e-6).with_masks(masks[:, :1].float(), masks, generator())
+    assert torch.equal(turned[1], masks)
+
+
+def test_a_turn_keeps_areas_and_shrinking_does_not():
+    disc = ((torch.arange(80)[:, None] - 39.5) ** 2 + (torch.arange(80) - 39.5) ** 2 < 30**2).expand(6, 80, 80)
+    whole = disc[0].sum().item()
+    turned = Views(size=80, **PLAIN, rotation=90).with_masks(disc[:, None].float(), disc, generator())[1]
+    assert turned.sum(dim=(1, 2)).tolist() == pytest.approx([whole] * 6, rel=0.01)
+    smaller = Views(size=80, **PLAIN, shrink=0.5).with_masks(disc[:, None].float(), disc, generator())[1]
+    assert all(0.24 * whole < area <= 1.01 * whole for area in smaller.sum(dim=(1, 2)).tolist())
+    assert smaller.sum(dim=(1, 2)).min() < 0.8 * whole
+
+
 def test_grey_values_and_blur_leave_the_mask_alone(images):
     masks = torch.rand(6, 40, 56, generator=generator()) > 0.5
     _, plain = Views(size=24, **PLAIN).with_masks(images, masks, generator(3))
@@ -124,6 +147,9 @@ def test_weights_are_averages(size_in, size_out):
         ("contrast", -0.1),
         ("blur", -1),
         ("blur_sigma", (0, 1)),
+        ("rotation", 181),
+        ("shrink", 1),
+        ("elastic", -0.1),
     ],
 )
 def test_refusals_name_the_value(name, value):

@@ -51,6 +51,14 @@ ROWS = {
         "adults with COVID-19, other hospitals: Dice {segmentation/splits/shift/model/dice}",
         "children: Dice {segmentation/splits/test/model/dice}",
     ),
+    "anatomy": Row(
+        "**adults**: lungs, heart, clavicles; cardiothoracic ratio",
+        "lungs of adults with COVID-19, other hospitals: Dice "
+        "{elsewhere/lung_masks/adults with COVID-19, other hospitals/lungs and heart/dice}",
+        "JSRT, Jaccard: lungs {segmentation/splits/test/structures/lungs/model/iou}, "
+        "heart {segmentation/splits/test/structures/heart/model/iou}, "
+        "clavicles {segmentation/splits/test/structures/clavicles/model/iou}",
+    ),
     "pneumonia": Row(
         "**children, 1 to 5 years**: normal, bacterial, viral pneumonia",
         "adults, whom it was not made for: AUROC "
@@ -111,6 +119,12 @@ GOALS = (
          "segmentation/splits/test/model/dice", {"mean mask": "segmentation/splits/test/mean_training_mask/dice"}),
     Goal("lung-segmentation", "`shift`, adults, Dice", 0.92,
          "segmentation/splits/shift/model/dice", {"mean mask": "segmentation/splits/shift/mean_training_mask/dice"}),
+    *(
+        Goal("anatomy", f"JSRT, even films, {name}, Jaccard", least,
+             f"segmentation/splits/test/structures/{name}/model/iou",
+             {"mean mask": f"segmentation/splits/test/structures/{name}/mean_training_mask/iou"})
+        for name, least in (("lungs", 0.96), ("heart", 0.905), ("clavicles", 0.86))
+    ),
 )  # fmt: skip
 
 

@@ -23,15 +23,15 @@ import torch
 from PIL import Image
 
 from spcxr_hf import SpcxrError
-from spcxr_hf.data.table import RadiographTable, decode_images, join_tables, read_table
+from spcxr_hf.data.table import RadiographTable, decode_images, decode_masks, join_tables, read_table
 from spcxr_hf.evaluation.bootstrap import bootstrap, bootstrap_interval, patient_groups
 from spcxr_hf.evaluation.metrics import auroc, dice
 from spcxr_hf.evaluation.predict import load_classifier, open_images, predict_logits
 from spcxr_hf.evaluation.shortcuts import choose_probe
 from spcxr_hf.files import write_json
 from spcxr_hf.models.encoders import load_encoder
-from spcxr_hf.models.loading import label_names, probabilities
-from spcxr_hf.models.lungs import load_segmenter
+from spcxr_hf.models.loading import label_names, probabilities, to_pixel_values
+from spcxr_hf.models.lungs import load_segmenter, lungs_of, segment_structures
 from spcxr_hf.training.arguments import parse_arguments, run_script
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = join_tables([read_table(arguments.data), read_table(arguments.rsna)], "other sources")
     columns = [name for name in table.rows.column_names if not name.endswith(("image", "mask"))]
     rows = table.rows.select(columns).to_pylist()
-    others = {"base": measure_encoder, "lung-segmentation": measure_lungs}
+    others = {"base": measure_encoder, "lung-segmentation": measure_lungs, "anatomy": measure_anatomy}
     for name in arguments.only or [*HEADS, *others]:
         folder = Path(arguments.cards) / name
         if name in HEADS:
@@ -248,6 +248,28 @@ def measure_lungs(folder: Path, table: RadiographTable, rows: Sequence[dict]) ->
         figures = dice(found, target).numpy()
         report[name] = {"dice": float(figures.mean()), "dice_ci95": list(bootstrap_interval(figures))}
     return {"images": len(part), "jsrt": report}
+
+
+def measure_anatomy(folder: Path, table: RadiographTable, rows: Sequence[dict]) -> dict:
+    """Dice of the lungs, without and with the heart, on masks that count what lies behind the heart as lung."""
+    segmenter = load_segmenter(str(folder))
+    report: dict = {}
+    for name, split in {"children": "test", "adults with COVID-19, other hospitals": "shift"}.items():
+        those = np.flatnonzero([row.get("lung_split") == split for row in rows])
+        part = RadiographTable(table.rows.take(pa.array(those)), name)
+        target, found = decode_masks(part, SIDE), []
+        for images in decode_images(part, SIDE).split(16):
+            pictures = [Image.fromarray(image[0].numpy()) for image in images]
+            values = to_pixel_values(segmenter.loaded.processor, pictures)
+            found += segment_structures(segmenter.loaded, values, [(SIDE, SIDE)] * len(images))
+        groups = patient_groups([rows[row].get("patient") for row in those], len(those))
+        report[name] = {"images": len(those)}
+        for meaning in ANATOMY:
+            masks = [lungs_of(one) | one["heart"] if "heart" in meaning else lungs_of(one) for one in found]
+            figures = dice(torch.stack(masks), target).numpy()
+            interval = list(bootstrap_interval(figures, groups))
+            report[name][meaning] = {"dice": float(figures.mean()), "dice_ci95": interval}
+    return {"lung_masks": report}
 
 
 def measure_encoder(folder: Path, table: RadiographTable, rows: Sequence[dict]) -> dict:
