@@ -330,9 +330,7 @@ ANATOMY = ("left lung", "right lung", "heart", "left clavicle", "right clavicle"
 def anatomy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("anatomy")
     names = dict(enumerate(ANATOMY))
-    return save_model(
-        SpcxrForSemanticSegmentation, folder, id2label=names, problem_type="multi_label_classification"
-    )
+    return save_model(SpcxrForSemanticSegmentation, folder, id2label=names, problem_type="multi_label_classification")
 
 
 def test_segment_structures(tmp_path, anatomy, monkeypatch, capsys):
