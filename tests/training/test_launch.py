@@ -104,7 +104,7 @@ def test_the_command_line_hands_all_words_on(monkeypatch, capsys):
         cli.main()
     assert not stop.value.code
     ((words, _),) = started
-    assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert words[:3] == [sys.executable, "-m", "spcxr_hf.training.launch"]
     script = words.index("spcxr_hf.training_scripts.finetune_classification")
     assert words[script + 1 :] == ["smoke", "--data", "my images/", "--learning_rate=1e-3", "-x", "--seeds", "0", "1"]
     printed = capsys.readouterr()
