@@ -31,6 +31,9 @@ classification   "labels": [{"label": str, "score": float}, ...], the most proba
                  "positive": bool}, ...], one per target and operating point of `config.operating_points`. A target is a
                  label, or labels joined by " + ", whose probabilities are added; positive is a score at or above the
                  threshold. The list is empty where the checkpoint has no operating points.
+                 "unlike_training": float in 0 .. 1, the share of the validation images that are more like the training
+                 images than this picture, null where the checkpoint has no statistics of them; above 0.99 do not rely
+                 on the scores.
 segmentation     "width", "height" of the picture in pixels; "segments": [{"label": str, "share": float, "mask": str}]:
                  for each label its share of the picture's area, and a base64 PNG of the picture's size, 255 where the
                  label is and 0 elsewhere. Of a model with a heart and two lungs also "cardiothoracic_ratio", null where
@@ -46,9 +49,11 @@ import base64
 import binascii
 import re
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -93,6 +98,8 @@ class EndpointHandler:
         model = auto_class.from_pretrained(path, trust_remote_code=True, use_safetensors=True)
         self.model = model.to(self.device).eval()
         self.processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
+        statistics = Path(path) / "feature_statistics.safetensors"
+        self.statistics = load_file(statistics) if statistics.is_file() else None
 
     def __call__(self, data: Any) -> dict[str, Any] | list[dict[str, Any]]:
         """Answer one request; the module says how both look."""
@@ -113,15 +120,17 @@ class EndpointHandler:
     @torch.no_grad()
     def answer(self, picture: Any, parameters: dict[str, Any]) -> dict[str, Any]:
         """The answer about one picture (PIL)."""
-        inputs = self.processor(picture, return_tensors="pt")
-        outputs = self.model(pixel_values=inputs["pixel_values"].to(self.device))
+        pixel_values = self.processor(picture, return_tensors="pt")["pixel_values"].to(self.device)
         if self.task == "classification":
-            found = self._classify(outputs.logits[0].double().cpu(), parameters)
+            embeddings = self.model.spcxr(pixel_values=pixel_values).pooler_output
+            found = self._classify(self.model.classifier(embeddings)[0].double().cpu(), parameters)
+            unlike = None if self.statistics is None else self.model.unlike_training(embeddings, self.statistics).item()
+            found["unlike_training"] = unlike
         elif self.task == "segmentation":
-            found = self._segment(outputs, picture)
+            found = self._segment(self.model(pixel_values=pixel_values), picture)
         else:
-            pooling = getattr(self.model.config, "pooling", None)
-            found = {"embedding": outputs.pooler_output[0].float().tolist(), "pooling": pooling}
+            embedding = self.model(pixel_values=pixel_values).pooler_output[0].float().tolist()
+            found = {"embedding": embedding, "pooling": getattr(self.model.config, "pooling", None)}
         intended_use = getattr(self.model.config, "intended_use", None)
         return {"task": self.task, **found, "intended_use": intended_use, "notice": NOTICE}
 

@@ -48,6 +48,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_spcxr import AUTO_MAP, SpcxrConfig
 
+FEATURE_STATISTICS = "feature_statistics.safetensors"  # of a classifier's training images, beside its weights
+
 
 @dataclass
 class SpcxrModelOutput(BaseModelOutputWithPooling):
@@ -614,6 +616,28 @@ class SpcxrForImageClassification(SpcxrPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         """The output layer, which quantisation and adapters of all linear layers leave alone."""
         return self.classifier
+
+    @staticmethod
+    def training_distance(embeddings: torch.Tensor, statistics: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Squared Mahalanobis distance to the nearest class mean of the training images (arXiv 1807.03888), (B,).
+
+        Args:
+            embeddings: (B, D), the pooled embeddings of `self.spcxr`.
+            statistics: Of the checkpoint's `feature_statistics.safetensors`: `means` (classes, D), `precision` (D, D).
+        """
+        offsets = embeddings.double().cpu().unsqueeze(1) - statistics["means"].double()  # (B, classes, D)
+        return ((offsets @ statistics["precision"].double()) * offsets).sum(dim=-1).amin(dim=-1)
+
+    @classmethod
+    def unlike_training(cls, embeddings: torch.Tensor, statistics: dict[str, torch.Tensor]) -> torch.Tensor:
+        """How unlike the training images: the share of the validation images that lie nearer to them, (B,) in 0 .. 1.
+
+        Args:
+            embeddings: As of `training_distance`.
+            statistics: As of `training_distance`, and `distances` (n), those of the validation images, ascending.
+        """
+        distances = statistics["distances"].double()
+        return torch.searchsorted(distances, cls.training_distance(embeddings, statistics)) / len(distances)
 
     # trf-ignore: TRF045 (written out, so that they are seen; and a request for attentions switches to eager)
     @can_return_tuple

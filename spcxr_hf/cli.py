@@ -214,12 +214,15 @@ def predict(
     operating_point: Annotated[
         str | None, typer.Option(metavar="NAME", help="One of the checkpoint's, as 'youden'.")
     ] = None,
+    abstain: Annotated[
+        bool, typer.Option("--abstain", help="No answer for images that are unlike the training images.")
+    ] = False,
 ) -> None:
     """Probabilities of each label, and whether they are above or below the thresholds of an operating point."""
     from spcxr_hf.inference.tasks import Predictor
 
     head = _chosen_head(model)
-    _run(options, images, "classification", head, lambda loaded, _: Predictor(loaded, operating_point))
+    _run(options, images, "classification", head, lambda loaded, _: Predictor(loaded, operating_point, abstain))
 
 
 @_job_command("The embedding of each image.", "spcxr embed 'scans/**/*.dcm' --output embeddings.parquet")

@@ -85,8 +85,10 @@ def modeling_complaint(module: str, name: str) -> str | None:
         good = re.fullmatch(r"\.\w+", module) and name != "*"
         return None if good else "the Hub copies only what `from .sibling import name` names"
     top = module.partition(".")[0]
-    return (
-        None if top in {"torch", "transformers"} | sys.stdlib_module_names else f"'{top}': only torch and transformers"
+    return (  # transformers needs safetensors itself
+        None
+        if top in {"torch", "transformers", "safetensors"} | sys.stdlib_module_names
+        else f"'{top}': only torch and transformers"
     )
 
 

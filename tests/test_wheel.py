@@ -1,6 +1,7 @@
 """From pip alone: the wheel in an environment without the tree, with the checkpoints on a Hub.
 
-The environment has the wheel, installed by pip, and sees the dependencies of the tests' own environment.
+The environment has the wheel, installed by pip, and of the tests' own environment what the wheel and its extras `dicom`
+and `train` require, nothing else.
 """
 
 import os
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 from shutil import copyfile, copytree, ignore_patterns
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
+from packaging.requirements import Requirement
 
 from spcxr_hf.hub.publish import publish
 from tests.hub_server import HubServer
@@ -34,7 +37,7 @@ from spcxr_hf.hub.folder import BUNDLED
 assert not BUNDLED.exists()
 from spcxr_hf.data.sets import read_ids
 assert len(read_ids("covid_copies.txt")) > 100
-for name in ("training_scripts", "modeling", "tests"):
+for name in ("training_scripts", "modeling", "tests", "gradio", "onnx", "highdicom", "pytest"):
     assert importlib.util.find_spec(name) is None, name
 """
 
@@ -74,10 +77,25 @@ def environment(wheel, tmp_path_factory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
     subprocess.run([*pip, "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel)], check=True)
-    places = [place for place in sys.path if place.endswith("site-packages")]
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-    (site / "dependencies.pth").write_text("\n".join(places))  # a `.pth` in these, as the tree's own, is not followed
+    for name in required("spcxr-hf", {"dicom", "train"}, set()) - {"spcxr-hf"}:
+        one = distribution(name)
+        for top in {file.parts[0] for file in one.files or ()} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(one.locate_file(top))
     return folder
+
+
+def required(name: str, extras: set[str], seen: set[str]) -> set[str]:
+    """The names of a distribution and of all that it requires, with some of its extras."""
+    seen.add(name)
+    for requirement in map(Requirement, distribution(name).requires or ()):
+        wanted = [
+            extra for extra in ("", *extras) if not requirement.marker or requirement.marker.evaluate({"extra": extra})
+        ]
+        if wanted and requirement.name not in seen:
+            required(requirement.name, requirement.extras, seen)
+    return seen
 
 
 @pytest.fixture(scope="module")

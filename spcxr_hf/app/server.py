@@ -37,6 +37,7 @@ from spcxr_hf.app.session import (
 )
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.files import RESEARCH_NOTICE
+from spcxr_hf.models.typicality import UNLIKE
 
 SECONDS_KEPT = 1800  # how long a visitor's radiographs stay in memory after the page is closed
 MAX_VISITORS = 32
@@ -61,6 +62,7 @@ def csv_address(vector: torch.Tensor) -> str:
 
 
 TEMPLATES = Environment(loader=PackageLoader("spcxr_hf.app"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+TEMPLATES.globals["UNLIKE"] = UNLIKE
 TEMPLATES.filters.update(jpeg=jpeg_address, csv=csv_address)
 HTML: Any = TEMPLATES.get_template("fragments.html").module
 

@@ -19,6 +19,7 @@ from spcxr_hf.data.table import OnError, RadiographTable, decode_set, open_image
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.evaluation.metrics import check_packages
 from spcxr_hf.models.loading import forward, load_checkpoint, to_pixel_values
+from spcxr_hf.models.typicality import embed_and_classify
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -139,9 +140,23 @@ def predict_logits(
     They are read as they are needed, and take the way through the image processor that a user's do. `name` is what the
     progress bar says.
     """
-    pictures = iter(images)
-    batches = iter(lambda: list(itertools.islice(pictures, batch_size)), [])
-    parts = tqdm(batches, desc=name, unit="batch")
+    parts = tqdm(_batches(images, batch_size), desc=name, unit="batch")
     with torch.no_grad():
         found = [forward(model, to_pixel_values(processor, part), bf16).logits.float().cpu() for part in parts]
     return torch.cat(found)
+
+
+def predict_embeddings(
+    model: PreTrainedModel, processor: Any, images: Iterable[Image.Image], name: str = "embedding"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (n, D) and logits (n, classes), float32, of pictures; as `predict_logits`, of an SPCXR model."""
+    parts = tqdm(_batches(images, 32), desc=name, unit="batch")
+    with torch.no_grad():
+        found = [embed_and_classify(model, to_pixel_values(processor, part)) for part in parts]
+    embeddings, logits = (torch.cat(values).float().cpu() for values in zip(*found, strict=True))
+    return embeddings, logits
+
+
+def _batches(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+    pictures = iter(images)
+    return iter(lambda: list(itertools.islice(pictures, size)), [])

@@ -24,8 +24,10 @@ from spcxr_hf.inference.dicom_seg import SourceError, check_highdicom, write_seg
 from spcxr_hf.inference.explain import draw_explanation, explain, share_inside, target_matrix
 from spcxr_hf.inference.pipeline import Batch, Failed, Prepared, Source, prepare
 from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessorPil
+from spcxr_hf.modeling.modeling_spcxr import FEATURE_STATISTICS
 from spcxr_hf.models.loading import Loaded, forward, is_multi_label, label_names, probabilities
 from spcxr_hf.models.lungs import check_lungs, lungs_of, measure_lungs, segment_lungs, segment_structures
+from spcxr_hf.models.typicality import UNLIKE, embed_and_classify
 from spcxr_hf.transforms.group_masking import FILL_MODES, GroupMasking, as_pixels
 
 Record = dict[str, Any]
@@ -61,12 +63,16 @@ class Predictor:
     Args:
         loaded: A classifier.
         operating_point: Which of the checkpoint's; by default the one that its configuration names.
+        abstain: Leave the answer empty for an image that is unlike the training images.
     """
 
-    def __init__(self, loaded: Loaded, operating_point: str | None = None) -> None:
+    def __init__(self, loaded: Loaded, operating_point: str | None = None, abstain: bool = False) -> None:
         config = loaded.model.config
         if config.problem_type == "regression":
             raise SpcxrError(f"{loaded.name}: a regression model gives no probabilities")
+        if abstain and loaded.statistics is None:
+            raise SpcxrError(f"{loaded.name}: has no {FEATURE_STATISTICS}, so it cannot abstain")
+        self.abstain = abstain
         self.labels, self.exclusive = label_names(config), not is_multi_label(config)
         points: Mapping[str, Mapping[str, float]] = getattr(config, "operating_points", None) or {}
         names = list(dict.fromkeys(name for thresholds in points.values() for name in thresholds))
@@ -86,11 +92,23 @@ class Predictor:
     def __call__(self, loaded: Loaded, batch: Batch) -> list[Record]:
         """A record per image: `probabilities` by label, and by target the `probability` and its `decision`.
 
-        Of labels that exclude each other, `label` is the most probable, whatever the thresholds.
+        Of labels that exclude each other, `label` is the most probable, whatever the thresholds. `unlike_training` is
+        the share of the validation images that are more like the training images; None where the checkpoint has no
+        statistics of them.
         """
-        values = probabilities(loaded.model.config, forward(loaded.model, batch.pixel_values()).logits).cpu()
-        rows = _finite_rows(loaded, values)
-        return [_record(loaded, image, **self.decide(row)) for image, row in zip(batch.images, rows, strict=True)]
+        embeddings, logits = embed_and_classify(loaded.model, batch.pixel_values())
+        rows = _finite_rows(loaded, probabilities(loaded.model.config, logits).cpu())
+        unlike: list[float | None] = [None] * len(rows)
+        if loaded.statistics is not None:
+            unlike = loaded.model.unlike_training(embeddings, loaded.statistics).tolist()
+        records = []
+        for image, row, share in zip(batch.images, rows, unlike, strict=True):
+            found = self.decide(row)
+            if share is not None and share > UNLIKE:
+                image.warnings.append("unlike the images that the model was trained on; do not rely on the answer")
+                found = _emptied(found) if self.abstain else found
+            records.append(_record(loaded, image, **found, unlike_training=share))
+        return records
 
     def decide(self, row: Sequence[float]) -> Record:
         """The findings for one image's probabilities, which are in the order of the labels."""
@@ -102,6 +120,13 @@ class Predictor:
             targets[target] = {"probability": probability, "decision": decision, "threshold": threshold}
         likeliest = {"label": max(by_label, key=by_label.__getitem__)} if self.exclusive else {}
         return {**likeliest, "probabilities": by_label, "operating_point": self.point, "targets": targets}
+
+
+def _emptied(found: Record) -> Record:
+    """The findings without the answer: the columns stay."""
+    label = {"label": None} if "label" in found else {}
+    targets = {target: {**one, "probability": None, "decision": None} for target, one in found["targets"].items()}
+    return {**found, **label, "probabilities": dict.fromkeys(found["probabilities"]), "targets": targets}
 
 
 def verdict_first(targets: Sequence[str], labels: Sequence[str]) -> list[str]:

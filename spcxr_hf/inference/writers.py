@@ -33,6 +33,7 @@ TABLE_ROWS = 500  # records that a table collects before it is printed
 HIDDEN_IN_TABLES = ("model", "population", "note", "operating_point")  # below the table: the same for every record
 SPEAK_FOR_THEMSELVES = ("probabilities", "fills")  # of these a column is called by its part alone
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+TEXTS = ("label", "decision", "operating_point")  # what may be None in every record
 LONGEST_WORD = 20  # characters of a table's word that stay together
 
 Record = Mapping[str, Any]
@@ -221,17 +222,17 @@ class _Parquet:
         import pyarrow as pa
 
         if self.file is None:
-            self._open(self.rows[0])
+            self._open(self.rows)
         for row in self.rows:
             _check_columns(self.output, self.file.schema.names, row)
         self.file.write_table(pa.Table.from_pylist(self.rows, schema=self.file.schema))
         self.rows = []
 
-    def _open(self, row: Mapping[str, Any]) -> None:
+    def _open(self, rows: Sequence[Mapping[str, Any]]) -> None:
         import pyarrow.parquet as pq
 
         earlier = _open_parquet(self.earlier) if self.earlier else None
-        schema = earlier.schema_arrow if earlier else _schema(row)
+        schema = earlier.schema_arrow if earlier else _schema(rows)
         partial = self.stack.enter_context(atomic_file(self.output))
         self.file = self.stack.enter_context(pq.ParquetWriter(partial, schema))
         if earlier:
@@ -245,15 +246,17 @@ class _Parquet:
                 self._write_group()
 
 
-def _schema(row: Mapping[str, Any]) -> Any:
+def _schema(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """A column's type follows its first value; one without values holds texts where its name is one of `TEXTS`."""
     import pyarrow as pa
 
-    def kind(value: Any) -> Any:
+    def kind(name: str) -> Any:
+        value = next((row[name] for row in rows if row[name] is not None), "" if name.endswith(TEXTS) else 0.0)
         if isinstance(value, list | tuple):
             return pa.list_(pa.float32() if value and not isinstance(value[0], str) else pa.string())
         return {float: pa.float64(), int: pa.int64(), bool: pa.bool_()}.get(type(value), pa.string())
 
-    return pa.schema([(name, kind(value)) for name, value in row.items()], metadata={"note": RESEARCH_NOTICE})
+    return pa.schema([(name, kind(name)) for name in rows[0]], metadata={"note": RESEARCH_NOTICE})
 
 
 def _open_parquet(path: Path) -> Any:
@@ -400,8 +403,12 @@ def table_row(record: Record) -> dict[str, str]:
 def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
         if value.keys() == {"probability", "decision", "threshold"}:
+            if value["probability"] is None:
+                return "no answer"
             return f"{value['probability']:.3f} ({value['decision']} {value['threshold']:.3f})"
         return ", ".join(f"{name} {_cell(part)}" for name, part in value.items())
+    if value is None:
+        return ""
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, list | tuple):

@@ -27,6 +27,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -41,7 +42,7 @@ from transformers.utils import cached_file, logging
 
 from spcxr_hf.errors import SpcxrError, one_line
 from spcxr_hf.images.reader import to_8_bit
-from spcxr_hf.modeling.modeling_spcxr import check_weight_files
+from spcxr_hf.modeling.modeling_spcxr import FEATURE_STATISTICS, check_weight_files
 from spcxr_hf.models.auto import MODEL_CLASSES, register
 
 logger = logging.get_logger(__name__)
@@ -58,13 +59,18 @@ LARGEST_SIDE = 4096  # pixels of a model's input
 SPCXR_CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in MODEL_CLASSES.values()}
 
 
+Statistics = dict[str, torch.Tensor]
+
+
 class Loaded(NamedTuple):
-    """A model in evaluation mode on its device, its image processor, and what records call it: id@revision, folder."""
+    """A model in evaluation mode on its device, its image processor, what records call it (id@revision, folder), and
+    of a classifier the statistics of its training images, where it has them (`models.typicality`)."""
 
     name: str
     model: PreTrainedModel
     processor: Any
     device: torch.device
+    statistics: Statistics | None = None
 
 
 def load_checkpoint(
@@ -85,7 +91,8 @@ def load_checkpoint(
     source, chosen = os.fspath(source), choose_device(device)
     config = load_config(source, any_family)
     model, _ = load_network(AUTO_CLASSES[task], source, config=config)
-    return Loaded(name_with_revision(source), model.eval().to(chosen), load_processor(source), chosen)
+    statistics = load_statistics(source) if task == "classification" and config.model_type == "spcxr" else None
+    return Loaded(name_with_revision(source), model.eval().to(chosen), load_processor(source), chosen, statistics)
 
 
 def load_config(source: str, any_family: bool = True, **values: Any) -> Any:
@@ -158,13 +165,37 @@ def load_processor(source: str, required: bool = True) -> Any:
         # An id whose weights have just come from the Hub is local, and its image processor has yet to come.
         is_here = Path(source).is_dir() or any(_is_in_cache(source, name) for name in names)
         options = _local_files(source) if is_here else {}
-        if not required and not any(_has_file(source, name, options) for name in names):
+        if not required and not any(find_file(source, name, options) for name in names):
             return None
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **options)
         sides = [side for side in dict(getattr(processor, "size", None) or {}).values() if side is not None]
         if any(not 0 < side <= LARGEST_SIDE for side in sides):
             raise ValueError(f"it makes images of {max(sides)} pixels a side; it may be 1 to {LARGEST_SIDE}")
         return processor
+
+
+def load_statistics(source: str) -> Statistics | None:
+    """The statistics of a checkpoint; None where it has none.
+
+    Args:
+        source: A folder or Hub id.
+
+    Raises:
+        SpcxrError: the file is damaged, or holds other tensors.
+    """
+    with loading_errors(source, f"{FEATURE_STATISTICS} cannot be used"):
+        # As of the image processor; but where the Hub cannot be asked, a classifier works without them.
+        options = _local_files(source) if Path(source).is_dir() or _is_in_cache(source, FEATURE_STATISTICS) else {}
+        file = find_file(source, FEATURE_STATISTICS, {"_raise_exceptions_for_connection_errors": False, **options})
+        if file is None:
+            return None
+        found = load_file(file)
+        size = found["means"].shape[1]
+        if found["precision"].shape != (size, size) or not found["distances"].numel() or not all(
+            values.isfinite().all() for values in found.values()
+        ):  # fmt: skip
+            raise ValueError("its tensors do not fit each other, or are not finite")
+    return found
 
 
 def own_class(config: PreTrainedConfig) -> Any:
@@ -219,14 +250,16 @@ def _folder_of(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     for name in ("model.safetensors.index.json", "adapter_config.json"):
-        _has_file(source, name, _local_files(source))
+        find_file(source, name, _local_files(source))
     return Path(str(cached_file(source, "config.json", **_local_files(source)))).parent
 
 
-def _has_file(source: str, name: str, options: dict[str, bool]) -> bool:
+def find_file(source: str, name: str, options: dict[str, bool]) -> Path | None:
+    """A file of a checkpoint, where it has it; of a Hub id, fetched with these options of `cached_file` if need be."""
     if Path(source).is_dir():
-        return (Path(source) / name).is_file()
-    return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options) is not None
+        return Path(source) / name if (Path(source) / name).is_file() else None
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)
+    return None if found is None else Path(found)
 
 
 def _cached_file(repo_id: str, file: str) -> Path | None:

@@ -2,7 +2,7 @@
 
 from spcxr_hf.app.server import serve
 
-NAMES = ["base", "lung-segmentation", "anatomy", "pneumonia", "screening", "covid"]
+NAMES = ["base", "lung-segmentation", "anatomy", "pneumonia", "screening"]
 
 if __name__ == "__main__":
     # A Space says by GRADIO_SERVER_NAME and GRADIO_SERVER_PORT where to listen; elsewhere it is this machine alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -59,7 +60,7 @@ def launch_command(
     """
     count = processes or 1
     variables = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, worker_count() // count))}
-    flags = ["--quiet"]  # no traceback of the launcher's below the script's own message
+    flags = ["--quiet"]  # no traceback of the launcher's below the script's own message; for several, see `main`
     if config_file is not None:
         found = installed_recipe(config_file, "accelerate"), installed_recipe(f"{config_file}.yaml", "accelerate")
         flags += ["--config_file", str(next((path for path in found if path.is_file()), config_file))]
@@ -77,7 +78,7 @@ def launch_command(
 def launch(script: str, words: Sequence[str], processes: int | None = None, config_file: str | None = None) -> None:
     """Print the command of `launch_command` and become it; with `--help` the script alone."""
     command, variables = launch_command(script, words, processes, config_file)
-    start = ["-m", "accelerate.commands.launch", *command[2:]]
+    start = ["-m", __name__, *command[2:]]
     if "--help" in words:
         print("--processes N and --config-file FILE are for accelerate's launcher; all else is the script's:")
         start = command[command.index("-m") :]
@@ -87,3 +88,20 @@ def launch(script: str, words: Sequence[str], processes: int | None = None, conf
         )
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *start], {**os.environ, **variables})
+
+
+def main() -> None:
+    """`accelerate launch`, without the traceback that it adds below what a failed process has said itself."""
+    from accelerate.commands.launch import main as accelerate_launch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        accelerate_launch()
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        raise SystemExit(status if status > 0 else 128 - status) from None
+
+
+if __name__ == "__main__":
+    main()

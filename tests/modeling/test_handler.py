@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from spcxr_hf import (
     SpcxrForImageClassification,
@@ -165,6 +166,9 @@ def answers(models, tmp_path_factory) -> dict[str, dict[str, Any]]:
         model.save_pretrained(root / name)
         PROCESSOR.save_pretrained(root / name)
         write_code(root / name)
+    width = models["softmax"].config.hidden_size
+    statistics = {"means": torch.zeros(1, width), "precision": torch.eye(width), "distances": torch.tensor([0.0, 1e9])}
+    save_file(statistics, root / "softmax" / "feature_statistics.safetensors")
     requests = {**GOOD, **{name: request for name, (request, _) in BAD.items()}, **OTHERS}
     (root / "requests.json").write_text(json.dumps(requests))
     caches = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -219,6 +223,11 @@ def test_probabilities(answers, models, checkpoint):
     scores = [entry["score"] for entry in found]
     assert scores == sorted(scores, reverse=True)
     assert answers[checkpoint]["top_k"]["labels"] == found[:1]
+
+
+def test_how_unlike_the_training_images(answers):
+    assert answers["softmax"]["bytes"]["unlike_training"] == 0.5  # farther than one of the two validation images
+    assert answers["sigmoid"]["bytes"]["unlike_training"] is None
 
 
 def test_a_single_label_has_a_probability_of_its_own(answers, models):

@@ -71,13 +71,6 @@ ROWS = {
         "RSNA: AUROC {evaluation/splits/test/labels/abnormal/auroc}; "
         "NIH: AUROC {evaluation/splits/nih_test/labels/abnormal/auroc}",
     ),
-    "covid": Row(
-        "**adults**: COVID-19, other pneumonia, normal; *the worked example of a shortcut*",
-        "COVID-19 of other hospitals against other films: AUROC "
-        "{elsewhere/comparisons/no COVID-19, other sources/auroc}; "
-        "calls {elsewhere/called_positive/children, normal/share .0%} of healthy children COVID-19",
-        "AUROC {evaluation/splits/test/classes/covid-19/auroc}",
-    ),
 }
 
 

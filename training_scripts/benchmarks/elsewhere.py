@@ -3,15 +3,17 @@
     python -m training_scripts.benchmarks.elsewhere --data ../shared/data --rsna ../shared/rsna_jsrt
 
 Writes `results/elsewhere.json` into each checkpoint's folder: AUROC of a score between two groups of images, the share
-of each group that the published operating point (or the likeliest class) calls positive, Dice of the lungs on JSRT,
-and, of the encoder, a linear probe that is trained on one file processing of the RSNA films and read on another.
+of each group that the published operating point (or the likeliest class) calls positive, how well `unlike_training`
+tells each group and photographs from held-out images of the training's own source (beside 1 - the largest probability,
+arXiv 1610.02136), Dice of the lungs on JSRT, and, of the encoder, a linear probe that is trained on one file processing
+of the RSNA films and read on another.
 The intervals are 95 % percentile bootstraps over patients, or over images where the patients are unknown.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -21,17 +23,26 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.data.table import RadiographTable, decode_images, decode_masks, join_tables, read_table
 from spcxr_hf.evaluation.bootstrap import bootstrap, bootstrap_interval, patient_groups
 from spcxr_hf.evaluation.metrics import auroc, dice
-from spcxr_hf.evaluation.predict import load_classifier, open_images, predict_logits
+from spcxr_hf.evaluation.predict import load_classifier, open_images, predict_embeddings
 from spcxr_hf.evaluation.shortcuts import choose_probe
 from spcxr_hf.files import write_json
 from spcxr_hf.models.encoders import load_encoder
-from spcxr_hf.models.loading import label_names, probabilities, to_pixel_values
+from spcxr_hf.models.loading import (
+    Statistics,
+    is_multi_label,
+    label_names,
+    load_statistics,
+    probabilities,
+    to_pixel_values,
+)
 from spcxr_hf.models.lungs import load_segmenter, lungs_of, segment_structures
+from spcxr_hf.models.typicality import UNLIKE
 from spcxr_hf.training.arguments import parse_arguments, run_script
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
@@ -58,6 +69,7 @@ GROUPS = {
     "children, normal": _rows(pneumonia_split="test", pneumonia_label="normal"),
     "children, pneumonia": _rows(pneumonia_split="test", pneumonia_label=("bacterial", "viral")),
     "tuberculosis sets": _rows(source=("rahman_tb", "mendeley_tb")),
+    "COVID-19 and others, test": _rows(covid_split="test"),
 }
 MOST = 500  # images of a group, drawn by a fixed seed
 
@@ -78,6 +90,7 @@ class Head(NamedTuple):
     target: str  # what an image is called
     point: str | None  # above this threshold; None: where it is the likeliest class
     called: tuple[str, ...]  # groups whose share of called images is reported
+    own: tuple[str, ...]  # held-out images of the training's own source
 
 
 RSNA = ("RSNA 1024, opacity", "RSNA 1024, other abnormal")
@@ -92,6 +105,7 @@ HEADS = {
         "abnormal",
         "youden",
         ("RSNA 1024, normal", *RSNA, "RSNA thorax, normal", "RSNA thorax, opacity", "children, normal"),
+        ("RSNA thorax, normal", "RSNA thorax, opacity"),
     ),
     "pneumonia": Head(
         lambda labels: 1 - labels["normal"],
@@ -99,6 +113,7 @@ HEADS = {
         "bacterial pneumonia + viral pneumonia",
         "youden",
         ("RSNA 1024, normal", "RSNA 1024, opacity", "tuberculosis sets"),
+        ("children, normal", "children, pneumonia"),
     ),
     "covid": Head(
         lambda labels: labels["covid-19"],
@@ -117,6 +132,7 @@ HEADS = {
         None,
         ("other hospitals, COVID-19", "RSNA 1024, normal", "RSNA 1024, opacity", "children, normal",
          "children, pneumonia", "tuberculosis sets"),
+        ("COVID-19 and others, test",),
     ),
 }  # fmt: skip
 
@@ -163,25 +179,75 @@ def group_rows(name: str, rows: Sequence[dict]) -> np.ndarray:
 def measure(folder: Path, head: Head, table: RadiographTable, rows: Sequence[dict], device: str = "cpu") -> dict:
     """AUROC of each comparison, and the share of each group that is called positive."""
     model, processor = load_classifier(str(folder), device)
-    names = {*head.called, *(one for pair in head.comparisons.values() for one in (*pair.positive, *pair.negative))}
     scores: dict[str, np.ndarray] = {}
     called: dict[str, np.ndarray] = {}
-    numbers = {name: group_rows(name, rows) for name in sorted(names)}
-    for name, those in numbers.items():
-        part = RadiographTable(table.rows.take(pa.array(those)), name)
-        logits = predict_logits(model, processor, open_images(part), name=name)
-        labels = dict(
-            zip(label_names(model.config), probabilities(model.config, logits).double().numpy().T, strict=True)
-        )
+    unlike: dict[str, np.ndarray] = {}
+    statistics = load_statistics(str(folder))
+    numbers = {name: group_rows(name, rows) for name in GROUPS}
+    pictures = {name: open_images(RadiographTable(table.rows.take(pa.array(those)), name))
+                for name, those in numbers.items()}  # fmt: skip
+    for name, images in (pictures | {"photographs": photographs()}).items():
+        embeddings, logits = predict_embeddings(model, processor, images, name)
+        values = probabilities(model.config, logits).double().numpy()
+        labels = dict(zip(label_names(model.config), values.T, strict=True))
         scores[name] = head.score(labels)
         called[name] = is_called(labels, head, (model.config.operating_points or {}).get(head.target))
+        if statistics is not None:
+            unlike[name] = unlike_scores(model, embeddings, statistics, values)
     comparisons = {}
     for title, pair in head.comparisons.items():
         comparisons[title] = compare(pair, scores, numbers, rows)
         for view in pair.views:
             comparisons[f"{title}, {view}"] = compare(pair, scores, numbers, rows, view)
     shares = {name: share(called[name], [rows[row] for row in numbers[name]]) for name in head.called}
-    return {"comparisons": comparisons, "called": head.target, "operating_point": head.point, "called_positive": shares}
+    return {
+        "comparisons": comparisons,
+        "called": head.target,
+        "operating_point": head.point,
+        "called_positive": shares,
+        **({"unlike_training": unlike_figures(head, unlike)} if unlike else {}),
+    }
+
+
+def photographs(count: int = 200, side: int = 256) -> Iterator[Image.Image]:
+    """Grey crops of the two photographs that scikit-learn carries (a temple and a flower)."""
+    from sklearn.datasets import load_sample_images
+
+    generator = np.random.default_rng(0)
+    scenes = [Image.fromarray(scene).convert("L") for scene in load_sample_images().images]
+    for number in range(count):
+        scene = scenes[number % len(scenes)]
+        left, top = (int(generator.integers(0, length - side)) for length in scene.size)
+        yield scene.crop((left, top, left + side, top + side))
+
+
+def unlike_scores(
+    model: PreTrainedModel, embeddings: torch.Tensor, statistics: Statistics, values: np.ndarray
+) -> np.ndarray:
+    """(3, n): distance to the training images, `unlike_training`, and the baseline, 1 - the largest probability.
+
+    Of labels that may hold together, the probability of the more likely side, in the mean.
+    """
+    surest = np.maximum(values, 1 - values).mean(axis=1) if is_multi_label(model.config) else values.max(axis=1)
+    distance = model.training_distance(embeddings, statistics).numpy()
+    return np.stack([distance, model.unlike_training(embeddings, statistics).numpy(), 1 - surest])
+
+
+def unlike_figures(head: Head, unlike: dict[str, np.ndarray]) -> dict:
+    """The share of each group that is warned of, and AUROC of distance and baseline against the head's own images."""
+    own = np.concatenate([unlike[name] for name in head.own], axis=1)
+    report: dict = {"own images": {"images": own.shape[1], "warned": float((own[1] > UNLIKE).mean())}}
+    for name, values in unlike.items():
+        if name not in head.own:
+            both = np.concatenate([values, own], axis=1)
+            truth = np.arange(both.shape[1]) < values.shape[1]
+            report[name] = {
+                "images": values.shape[1],
+                "warned": float((values[1] > UNLIKE).mean()),
+                "auroc": auroc(both[0], truth),
+                "baseline_auroc": auroc(both[2], truth),
+            }
+    return report
 
 
 def is_called(labels: dict[str, np.ndarray], head: Head, points: Mapping[str, float] | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The set for screening: labels and splits of both sources, and a source left out."""
+"""The sets of the heads: labels and splits of the sources, and a source left out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spcxr_hf import SpcxrError
-from training_scripts import screening_set
+from training_scripts import head_sets
 
 
 def write(path, ids, **columns):
@@ -24,9 +24,11 @@ def sources(tmp_path):
     nih = write(
         tmp_path / "nih",
         list("abcde"),
-        source=["nih"] * 4 + ["other"],
+        source=["nih"] * 3 + ["cohen", "radiography_covid"],
         findings=findings,
         findings_split=["train", "train", "val", "test", None],
+        covid_label=["pneumonia", "normal", None, "covid", "covid"],
+        covid_split=["train", "shift", None, "shift", "train"],
     )
     rsna = write(
         tmp_path / "rsna",
@@ -35,7 +37,7 @@ def sources(tmp_path):
         rsna_label=["normal", "opacity", "opacity", "other abnormal", "normal"],
         rsna_split=["train", "train", "val", "shift", "shift"],
     )
-    return ["--nih", nih, "--rsna", rsna]
+    return ["--data", nih, "--rsna", rsna]
 
 
 def rows(folder):
@@ -45,7 +47,7 @@ def rows(folder):
 
 
 def test_labels_and_splits(sources, tmp_path):
-    screening_set.main([*sources, "--output", str(tmp_path / "set")])
+    head_sets.main(["--task", "screening", *sources, "--output", str(tmp_path / "set")])
     found = rows(tmp_path / "set")
     assert found["a"] == ("train", {"abnormal": False, "opacity": False})
     assert found["b"] == ("train", {"abnormal": True, "opacity": None})
@@ -60,9 +62,29 @@ def test_labels_and_splits(sources, tmp_path):
 
 
 def test_a_source_left_out_of_the_training(sources, tmp_path):
-    screening_set.main([*sources, "--output", str(tmp_path / "set"), "--train", "rsna_thorax"])
+    head_sets.main(["--task", "screening", *sources, "--output", str(tmp_path / "set"), "--train", "rsna_thorax"])
     found = rows(tmp_path / "set")
     assert {name for name, (split, _) in found.items() if split == "train"} == {"f", "g"}
     assert found["d"][0] == "nih_test"
     with pytest.raises(SpcxrError, match="no rows of the source 'mimic'"):
-        screening_set.main([*sources, "--output", str(tmp_path / "set"), "--train", "mimic"])
+        head_sets.main(["--task", "screening", *sources, "--output", str(tmp_path / "set"), "--train", "mimic"])
+
+
+def test_covid_and_normal_from_one_database(sources, tmp_path):
+    head_sets.main(["--task", "covid", *sources, "--output", str(tmp_path / "set")])
+    table = pq.read_table(tmp_path / "set" / "covid.parquet").to_pydict()
+    found = dict(zip(table["id"], zip(table["covid_split"], table["covid"], strict=True), strict=True))
+    assert found == {
+        "b": ("shift", "normal"),
+        "d": ("shift", "covid"),
+        "e": ("train", "covid"),
+        "f": ("train", "normal"),
+        "g": ("train", "pneumonia"),
+        "h": ("val", "pneumonia"),
+        "j": ("shift", "normal"),
+    }
+
+
+def test_an_unknown_task_is_refused(sources, tmp_path):
+    with pytest.raises(SpcxrError, match="no 'lungs'; there are screening and covid"):
+        head_sets.main(["--task", "lungs", *sources, "--output", str(tmp_path / "set")])
