@@ -15,8 +15,10 @@ from .errors import SpcxrError
 
 # The installed command has no suffix; `spcxr.py` is a user's script.
 _IS_COMMAND = bool(sys.argv) and Path(sys.argv[0]).name in ("spcxr", "spcxr.exe")
-if _IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `cli.main` runs, Ctrl-C leaves no traceback
+# `python -m spcxr_hf....`; the package is imported before the module's name is in `sys.argv`.
+_IS_MODULE = sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for word in sys.orig_argv)
+if (_IS_COMMAND or _IS_MODULE) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until their `main` runs, Ctrl-C leaves no traceback
 
 if TYPE_CHECKING or not _IS_COMMAND:
     from .images.reader import read_radiograph

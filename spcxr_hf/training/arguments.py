@@ -224,7 +224,8 @@ def run_script(main: Callable[[], object]) -> None:
         _let_the_first_say_it()
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        print("stopped; run the same command to resume from what was saved", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("stopped; run the same command to resume from what was saved", file=sys.stderr)
         raise SystemExit(130) from None
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,16 +92,21 @@ def launch(script: str, words: Sequence[str], processes: int | None = None, conf
 
 
 def main() -> None:
-    """`accelerate launch`, without the traceback that it adds below what a failed process has said itself."""
+    """`accelerate launch`, without the traceback that it adds below what a process that failed has said."""
     from accelerate.commands.launch import main as accelerate_launch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the script too, which is waited for
     try:
         accelerate_launch()
     except ChildFailedError as error:
         status = error.get_first_failure()[1].exitcode
         raise SystemExit(status if status > 0 else 128 - status) from None
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.elastic.multiprocessing import api, errors
 
 from spcxr_hf import SpcxrError, cli
 from spcxr_hf.data.sets import read_ids
 from spcxr_hf.files import installed_recipe, recipe_folder
+from spcxr_hf.training import launch
 from spcxr_hf.training.arguments import parse_arguments, read_recipe
 from spcxr_hf.training.launch import find_recipe, launch_command
 from training_scripts import finetune_classification, finetune_segmentation
@@ -135,3 +138,24 @@ def test_recipes_name_what_every_installation_has():
     for path in recipe_folder().glob("*.yaml"):
         values = json.dumps(read_recipe(path))
         assert path.name.startswith("evidence") or not any(place in values for place in ("model_cards/", "_scripts/"))
+
+
+def test_how_the_launcher_ends(monkeypatch):
+    """With the status of the first process that failed, or of the signal, and without a traceback of its own."""
+    failed = errors.ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file="none")
+    killed = errors.ProcessFailure(local_rank=1, pid=1, exitcode=-9, error_file="none")
+    for ending, status in (
+        (errors.ChildFailedError("pretrain", {1: failed}), 2),
+        (errors.ChildFailedError("pretrain", {1: killed}), 137),
+        (api.SignalException("stopped", signal.SIGINT), 130),
+    ):
+
+        def end(ending=ending):
+            raise ending
+
+        monkeypatch.setattr("accelerate.commands.launch.main", end)
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(SystemExit) as stop:
+            launch.main()
+        signal.signal(signal.SIGINT, before)
+        assert stop.value.code == status
