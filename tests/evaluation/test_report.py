@@ -139,7 +139,7 @@ def test_refusals(tmp_path, kind):
         "shape": [Evaluated("val", one.probabilities[:, :2], one.targets, one.ids)],
         "no class": [Evaluated("val", one.probabilities, targets, one.ids)],
     }[kind]
-    message = {"shape": "must be", "no class": "each row has one"}.get(kind, "a name of its own")
+    message = {"shape": "must be", "no class": "each row has one"}.get(kind, "a unique name")
     with pytest.raises(SpcxrError, match=message):
         write_evaluation_report(tmp_path / "x", "x", NAMES, splits)
     assert not (tmp_path / "x").exists()

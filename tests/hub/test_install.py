@@ -120,7 +120,7 @@ def test_what_a_checkpoint_lacks_is_known_to_be_missing(cards, cache, name):
     assert try_to_load_from_cache("spcxr/base", name, cache) is _CACHED_NO_EXIST
     (cards / "base" / name).write_text("{}")
     if name == "adapter_config.json":
-        with pytest.raises(SpcxrError, match="adapters of a model that lies elsewhere"):
+        with pytest.raises(SpcxrError, match="adapters of another model"):
             install_checkpoints(cards, cache)
         return
     (two,) = install_checkpoints(cards, cache)
@@ -359,7 +359,7 @@ def test_a_folder_without_checkpoints_is_refused(cards, cache, tmp_path):
     for place, complaint in (
         (tmp_path / "empty", "holds no checkpoints"),
         (tmp_path / "missing", "no such folder"),
-        (cards / "base", "a checkpoint itself; give the folder that it lies in"),
+        (cards / "base", "a checkpoint itself; give its parent folder"),
     ):
         with pytest.raises(SpcxrError, match=complaint):
             install_checkpoints(place, cache)

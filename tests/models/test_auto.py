@@ -241,7 +241,7 @@ REFUSED = {
     as_a_pickle_in_the_configuration: (ValueError, r"adapter_model\.bin: no index of weights"),
     through_an_index_in_a_subfolder: (ValueError, r"elsewhere\.safetensors: outside the checkpoint folder"),
     through_a_linked_subfolder: (ValueError, r"a/model\.safetensors: outside the checkpoint folder"),
-    as_an_adapter: (ValueError, "adapters of a model that lies elsewhere"),
+    as_an_adapter: (ValueError, "adapters of another model"),
     with_a_broken_index: (ValueError, r"index\.json: no index of weights \(TypeError\)"),
     with_an_oversized_header: (SafetensorError, "header too large"),
     with_a_malformed_header: (SafetensorError, "invalid JSON in header"),

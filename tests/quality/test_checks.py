@@ -66,7 +66,7 @@ def test_broken_files_of_several_starts(tmp_path, capsys):
     assert capsys.readouterr().out == "skipped c: cut short\n"
     second = type("Second", (), {"num_processes": 1, "is_main_process": False})()
     write_skipped(run, {"d": "the first process writes"}, second)
-    assert capsys.readouterr().out == "" and "d," not in (run / "skipped.csv").read_text()
+    assert capsys.readouterr().out == "" and "\nd," not in (run / "skipped.csv").read_text()
 
 
 def test_ids_are_read_as_they_were_written(tmp_path):
