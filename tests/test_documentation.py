@@ -1,6 +1,6 @@
 """Every code block of the pages: Python is run, commands are parsed by what they start, and the short ones are run.
 
-The pages are read as they stand, in a folder that has what they name (`chest.dcm`, `scans/`, `my_images/`, ...), with
+The pages are read unchanged, in a folder that has what they name (`chest.dcm`, `scans/`, `my_images/`, ...), with
 the checkpoints of the tree in a cache of its own, offline. A classifier that is not in the tree yet has a stand-in.
 """
 

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source.
+"""Import rules between the folders, checked on the source.
 
 `ORDER` is the rule: a folder of `spcxr_hf/` imports only what stands before it in the list, and itself. `modeling/`
 goes to the Hub alone. The package imports no script, and scripts do not import each other, except that a script of

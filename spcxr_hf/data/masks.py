@@ -61,7 +61,7 @@ def rle_mask(rle: str, size: int = SIIM_SIZE) -> np.ndarray:
 
 
 def read_mask(masks: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> Image.Image | None:
-    """The union of the masks in one cell of the column `masks`, mode L: 255 in them, 0 elsewhere.
+    """The union of the masks in one cell of the column `masks`, mode L: 255 inside, 0 outside.
 
     Only those of these names; None: all. None is returned where the cell has none of them.
     """

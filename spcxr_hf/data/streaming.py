@@ -1,4 +1,4 @@
-"""Sets larger than memory: micro-batches straight from Parquet or WebDataset shards, shuffled, shared out, resumable.
+"""Sets larger than memory: shuffled, resumable micro-batches from Parquet or WebDataset shards, for several processes.
 
 read_index -> ShardIndex          one small record per unit (row group, or run of tar members), no images
 deal_streams -> MicroBatchStream  each row is in one stream; `start_at` gives its endless order from any sample on
@@ -403,7 +403,7 @@ class _MicroBatches(IterableDataset):
 
 
 class _StreamReader:
-    """Goes along a stream's order and holds the encoded rows of one block that are still to come."""
+    """Reads a stream in order and holds the remaining encoded rows of one block."""
 
     def __init__(self, index: ShardIndex, stream: MicroBatchStream, columns: Sequence[str], first: int):
         self._index, self._columns, self._position = index, columns, first
@@ -422,7 +422,7 @@ class _StreamReader:
         return [self._take(position) for position in itertools.islice(self._order, count)]
 
     def _enter(self, position: Position) -> None:
-        """Let go of the last block's rows."""
+        """Release the last block's rows."""
         if self._block != (position.epoch, position.block):
             self._block = (position.epoch, position.block)
             self._held.clear()

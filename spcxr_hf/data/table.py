@@ -89,7 +89,7 @@ class RadiographTable:
 
     @property
     def ids(self) -> list[str]:
-        """What to call each row: the column `id`, or its number."""
+        """Names of the rows: the column `id`, or the row number."""
         if "id" in self.rows.column_names:
             return [str(name) for name in self.column("id")]
         return [f"row {row}" for row in range(len(self))]

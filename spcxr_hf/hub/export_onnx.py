@@ -405,7 +405,7 @@ def _mean_of_gelu(scale: np.ndarray, shift: np.ndarray, weight: np.ndarray, bias
 
 
 def smooth_noise(count: int, channels: int, size: tuple[int, int], seed: int = 0) -> np.ndarray:
-    """Clouds: (count, channels, H, W) float32, each image of mean 0 and deviation 1, its channels alike."""
+    """Smooth noise: (count, channels, H, W) float32, each image of mean 0 and deviation 1, its channels alike."""
     height, width = size
     distance = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.fftfreq(width) * width)
     amplitude = np.where(distance > 0, np.maximum(distance, 1) ** -SLOPE, 0.0)

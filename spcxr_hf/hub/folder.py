@@ -30,7 +30,7 @@ CODE = {
     for name in ("configuration_spcxr.py", "handler.py", "image_processing_spcxr.py", "modeling_spcxr.py")
 }
 REQUIRED = ("config.json", "model.safetensors")
-# Formats that are pickles or may hold one, or code in another form: reading them can run it.
+# Formats that are or may contain pickles or other code, which runs when they are loaded.
 PICKLES = (
     *(".bin", ".pt", ".pt2", ".pte", ".pth", ".ptl", ".ckpt", ".distcp", ".mar", ".nemo", ".tar", ".zip", ".pkl"),
     *(".pickle", ".dill", ".joblib", ".skops", ".npy", ".npz", ".h5", ".hdf5", ".keras", ".pb", ".msgpack", ".pyc"),
@@ -169,7 +169,7 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
 
 
 def may_be_pickle(path: Path) -> bool:
-    """Whether reading a file with some library can run code: by its name, or by its content whatever its name.
+    """Whether loading a file can run code, by its name or its content.
 
     Binary files have to be safetensors, ONNX, or one of `BINARY_STARTS`. Text is a pickle where all of it is one
     (protocol 0 is text) and it names something to call.

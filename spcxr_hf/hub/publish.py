@@ -67,7 +67,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Publication:
-    """What publishing a checkpoint changes, or has changed.
+    """Changes of a repository by publishing a checkpoint.
 
     Attributes:
         repo_id: The repository.
@@ -270,7 +270,7 @@ def _send(
     return replace(plan, is_new=is_new, commit=commit)
 
 
-# ---- when it goes wrong --------------------------------------------------------------------------------------------
+# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -311,9 +311,9 @@ def without_token(words: str, token: str | None) -> str:
     return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "<token>", words)
 
 
-# ---- what may be published -----------------------------------------------------------------------------------------
+# ---- checks ---------------------------------------------------------------------------------------------------------
 
-# Forms of the services that a machine for training talks to, and any long value that a name calls a secret.
+# Token formats of common services, and long values whose name says that they are secret.
 SECRETS = {
     "a Hugging Face token": rb"\b(hf|api_org)_[A-Za-z0-9]{30,}",
     "an AWS key": rb"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
@@ -345,7 +345,7 @@ PLACES = re.compile(
 
 
 def check_publishable(checkpoint: Checkpoint, token: str | None = None) -> None:
-    """Refuse a checkpoint that should not be shown to others.
+    """Refuse a checkpoint with secrets, machine paths or an invalid card.
 
     Args:
         token: The token in use, which is looked for too.

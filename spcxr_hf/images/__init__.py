@@ -1,1 +1,1 @@
-"""A file becomes one grey image."""
+"""Reading image files."""

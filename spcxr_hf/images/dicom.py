@@ -1,4 +1,4 @@
-"""A DICOM file -> one grey image, lungs dark and bones bright; nothing else of its header leaves this module.
+"""Reading DICOM files as one grey image, lungs dark and bones bright; no other header values leave this module.
 
 read_dicom -> _technical_part, _check_header            the technical attributes, checked
            -> _stored_values -> decoder_process         no decompression bomb is decoded

@@ -1,4 +1,4 @@
-"""Limits of what is decoded (the size of an image, the pixels in memory at a time), and look-ups in little memory."""
+"""Limits of decoding (image size, pixels in memory at a time), and look-ups with bounded memory."""
 
 import os
 import threading
@@ -21,7 +21,7 @@ _pixels_in_flight = 0
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse what would fill the memory: no radiograph has so many pixels or such a shape, a decompression bomb has.
+    """Refuse decompression bombs: images with more pixels or more extreme shapes than any radiograph.
 
     Raises:
         SpcxrError: no pixels; more than `MAX_PIXELS` or, where that is less, Pillow's `MAX_IMAGE_PIXELS`; a side of

@@ -1,4 +1,4 @@
-"""Plausibility: cheap tests that warn of images that are probably not upright frontal chest radiographs.
+"""Plausibility: fast tests for images that are probably not upright frontal chest radiographs.
 
 quality_warnings -> header_warnings           what a DICOM header says
                  -> colourfulness, features   of the grey values
@@ -98,7 +98,7 @@ class ImplausibleWarning(UserWarning):
 
 
 def quality_warnings(image: Image.Image, colour: float = 0.0, header: HeaderKind = UNSTATED) -> list[str]:
-    """Reasons to doubt that an image is an upright frontal chest radiograph with dark lungs.
+    """Reasons why an image may not be an upright frontal chest radiograph with dark lungs.
 
     Args:
         image: mode `L` or `I;16`, (width, height) as read.

@@ -1,4 +1,4 @@
-"""A file -> one grey image, lungs dark and bones bright.
+"""Reading image files as one grey image, lungs dark and bones bright.
 
 read_radiograph, read_with_quality_warnings -> _read -> _read_picture -> _to_grey         PNG, JPEG, TIFF, WebP, BMP
                                                      -> dicom.read_dicom                  DICOM

@@ -1,1 +1,1 @@
-"""From image files to answers, records and pictures."""
+"""Inference on image files: records and pictures."""

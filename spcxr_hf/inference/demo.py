@@ -1,4 +1,4 @@
-"""`spcxr demo`: one radiograph through the bundled models, to numbers and one picture.
+"""`spcxr demo`: one radiograph through the bundled models; prints results and draws one picture.
 
 run_demo -> example_radiograph, describe_file            the radiograph
          -> install_checkpoints, load_model              the models, by id, out of the local Hub cache; no network
@@ -58,7 +58,7 @@ class Findings:
 def run_demo(
     image: Path | None = None, output: Path = Path("spcxr_demo.png"), checkpoints: Path | None = None
 ) -> Findings:
-    """Look at a radiograph: print what is found, write one PNG.
+    """Analyse a radiograph: print the results, write one PNG.
 
     Args:
         image: PNG, JPEG or DICOM; by default the chest DICOM of pydicom-data.

@@ -37,14 +37,14 @@ MOST_OPAQUE = 0.8
 def explain(
     model: PreTrainedModel, pixel_values: torch.Tensor, target: Target = None, method: str = "relevance"
 ) -> torch.Tensor:
-    """How much of the model's answer rests on each patch.
+    """Saliency map: the share of each patch in the model's answer.
 
     Relevance (arXiv 2103.15679, equations 5 and 6): R begins as the identity, and every block adds A' R to it, where A'
     is the mean over the heads of the positive part of (gradient of the score) x (attention). R[i, j] is then how much
     of token i's final state comes from patch j. Rollout (arXiv 2005.00928) multiplies (mean attention + identity) / 2
     over the blocks instead, and takes no target.
 
-    Two things are made independent of what cannot matter. The score is the log-odds of the target: the same number on
+    Two things differ from the paper. The score is the log-odds of the target: the same number on
     all logits changes it no more than the probability. And each row of attention sums to 1, so of its gradient only the
     part along that simplex counts, its projection: the row's mean is taken off. With the raw gradient, a bias of the
     values would make every patch relevant.
@@ -69,7 +69,7 @@ def explain(
 
     Returns:
         (B, rows, columns) float32 on the model's device, each value in 0 .. 1, an image's values summing to 1: the
-        share of each patch. All 0 where nothing speaks for the target.
+        share of each patch. All 0 where no patch supports the target.
 
     Raises:
         SpcxrError: the model is of another family, has no such label, or the method or the images are refused.
@@ -134,7 +134,7 @@ def _identity(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.eye(attentions[0].shape[-1], device=attentions[0].device)
 
 
-# ---- what the answer is ------------------------------------------------------------------------------------------
+# ---- targets ----------------------------------------------------------------------------------------------------
 
 
 def _score(model: PreTrainedModel, pixels: torch.Tensor, target: Target) -> tuple[torch.Tensor, Any]:
@@ -152,7 +152,7 @@ def _score(model: PreTrainedModel, pixels: torch.Tensor, target: Target) -> tupl
 
 
 def target_matrix(model: PreTrainedModel, target: Target, batch: int) -> torch.Tensor:
-    """Which labels count for each image: (B, L) booleans on the model's device.
+    """The target labels of each image: (B, L) booleans on the model's device.
 
     Raises:
         SpcxrError: the model is no classifier, has no such label, or there is not one target for each image; or the

@@ -1,4 +1,4 @@
-"""Files through a model to records: sources found, images read ahead by threads, batches answered, records written.
+"""Batch inference: find sources, read images ahead in threads, run batches, write records.
 
 find_sources              files, folders, patterns -> the images, in order
 load_model                an id or a folder -> model and image processor on a device (`models.loading`)
@@ -124,7 +124,7 @@ def table_of(
 
 
 class Head(NamedTuple):
-    """A bundled or cached classifier: its id, its labels, and whom it was made for ("" where it does not say)."""
+    """A bundled or cached classifier: its id, its labels, and its intended population ("" where unknown)."""
 
     repo_id: str
     labels: list[str]
@@ -248,7 +248,7 @@ def read_batches(
 
 def map_ahead(function: Callable[[Source], Any], sources: Sequence[Source], ahead: int, workers: int) -> Iterator[Any]:
     """`map` by threads, in order, with at most `ahead` results that are not yet taken."""
-    Image.init()  # before there are threads: a library that one thread is importing looks half made to the others
+    Image.init()  # before there are threads, which could see a partially imported library
     with suppress(ImportError):
         import pydicom  # noqa: F401
     waiting: deque[Future] = deque()
@@ -431,7 +431,7 @@ def picture_names(sources: Sequence[Source], folder: Path, suffix: str = ".png")
 
 @contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """Ctrl-C or SIGTERM set the event, so that the batch at hand is finished; a second one breaks off at once."""
+    """Ctrl-C or SIGTERM set the event, so that the current batch is finished; a second one interrupts at once."""
     stop = threading.Event()
 
     def ask(*_: Any) -> None:

@@ -1,7 +1,7 @@
-"""A batch through a model to records: predict, embed, segment, reconstruct, explain.
+"""Tasks: functions from a batch to records (predict, embed, segment, reconstruct, explain).
 
 Each takes a loaded model and a batch and returns a record per image, in order: a dict with `path`, the task's own
-findings, `model`, `warnings` and `note`. Nothing in a record is a diagnosis: a probability is above or below a
+findings, `model`, `warnings` and `note`. A record is not a diagnosis: a probability is above or below a
 threshold, and the threshold has a name. A task that draws is given `place`, the path of each source's picture.
 """
 

@@ -1,4 +1,4 @@
-"""Records to a table, JSON Lines, CSV or Parquet, vectors to safetensors; files are complete after an interruption.
+"""Writers of records: table, JSON Lines, CSV, Parquet; vectors as safetensors. Files are valid after an interruption.
 
 choose_format -> open_writer -> _JsonLines, _Csv       a line at a time, appended
                              -> _Parquet, _Vectors     beside the target, which they replace when they are closed
@@ -171,7 +171,7 @@ def _csv_cell(value: Any) -> str:
 
 
 def no_formula(cell: str) -> str:
-    """With an apostrophe before what a spreadsheet would run as a formula (OWASP, "CSV Injection")."""
+    """Prefix formulas of spreadsheets with an apostrophe (OWASP, "CSV Injection")."""
     return f"'{cell}" if cell.startswith((*FORMULA_STARTS, "'")) else cell
 
 
@@ -376,7 +376,7 @@ def _paragraph(row: Mapping[str, str]) -> str:
 
 
 def caption_of(record: Record) -> str:
-    """What holds for all records of a table, below it: the model, whom it is for, the operating point, the notice."""
+    """Caption of a table: the model, its intended population, the operating point, the notice."""
     said = [str(record["model"])] if record.get("model") else []
     said += [f"made for {record['population']}"] if record.get("population") else []
     said += [f"operating point {record['operating_point']}"] if record.get("operating_point") else []

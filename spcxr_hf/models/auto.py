@@ -41,7 +41,7 @@ PIPELINE_TABLES = {
 
 
 def register() -> None:
-    """Make the Auto classes know `model_type: spcxr`, and every save carry the code that loads it elsewhere."""
+    """Register `model_type: spcxr` with the Auto classes, and add the code for `trust_remote_code` to every save."""
     AutoConfig.register(SpcxrConfig.model_type, SpcxrConfig, exist_ok=True)
     SpcxrConfig.register_for_auto_class()
     for auto_class, model_class in MODEL_CLASSES.items():

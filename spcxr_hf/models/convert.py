@@ -34,7 +34,7 @@ CONTAINERS = ("SiT_model", "model", "state_dict", "teacher", "student")
 # What wrappers put before a name: distributed training, torch.compile, and modules that hold the encoder.
 WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 
-# Left out without complaint, since the encoder's output does not depend on it: classifiers and projection heads (timm,
+# Left out silently, since the encoder's output does not depend on it: classifiers and projection heads (timm,
 # DINO, the release's second stage), timm's former pre-logits, and the decoder of MAE.
 LEFT_OUT = ("head.", "head_class.", "head_data.", "pre_logits.", "mask_token", "decoder_")
 
@@ -205,7 +205,7 @@ def _infer_config(weights: Mapping[str, torch.Tensor], heads: int | None, overri
 
 
 def _check_overrides(overrides: Mapping[str, Any]) -> None:
-    # A configuration takes any word and keeps it; here a misspelt one would be lost without a trace.
+    # A configuration takes any word and keeps it; here a misspelt one would be ignored silently.
     known = {field.name for field in dataclasses.fields(SpcxrConfig)}
     for name in overrides:
         if name in INFERRED:

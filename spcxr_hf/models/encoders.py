@@ -1,4 +1,4 @@
-"""Frozen encoders: any vision model that transformers loads, ours or another, behind one way from images to features.
+"""Frozen encoders: one interface from images to features for any vision model that transformers loads.
 
 Differences between the families are detected on the model itself, not from a list of names: how many tokens come before
 the patches (CLS, distillation, registers), whether the features are a map, what the image processor normalises with,

@@ -2,14 +2,14 @@
 
 load_checkpoint     a folder or Hub id -> `Loaded`: model in evaluation mode, image processor, device
   load_config         its configuration
-  load_network        its weights, in a class of transformers or of this family, every missing weight looked at
+  load_network        its weights, in a class of transformers or of this family, missing weights checked
   load_processor      its image processor
 to_pixel_values     pictures -> pixel values, by the image processor
 forward             pixel values -> the model's outputs, in bfloat16 if asked
 probabilities       logits -> probabilities, by the problem type of the configuration
 
-Weights are read from safetensors alone, and code in a checkpoint is never run. Whatever is wrong with a
-checkpoint is a `SpcxrError` of one line that names it.
+Weights are read from safetensors alone, and code in a checkpoint is never run. Errors of a
+checkpoint are one-line `SpcxrError`s that name it.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def set_attention(model: PreTrainedModel, implementation: str) -> None:
         model.set_attn_implementation("eager")
 
 
-# ---- places ------------------------------------------------------------------------------------------------------
+# ---- paths -------------------------------------------------------------------------------------------------------
 
 
 def is_local(source: str) -> bool:
@@ -281,7 +281,7 @@ def _local_files(source: str) -> dict[str, bool]:
 
 @contextmanager
 def loading_errors(source: str, problem: str) -> Iterator[None]:
-    """Raise whatever a library says about a checkpoint as a `SpcxrError` of one line."""
+    """Raise any library error about a checkpoint as a one-line `SpcxrError`."""
     try:
         yield
     except SpcxrError:

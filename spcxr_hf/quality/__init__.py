@@ -1,1 +1,1 @@
-"""Whether a set can be trusted: duplicates, splits, audit."""
+"""Data quality: duplicates, splits, audit."""

@@ -44,7 +44,7 @@ MAX_CLASSES = 20  # a column with more values is no label: names, dates, ids
 
 @dataclass
 class _Survey:
-    """What one pass over the images finds; a broken image has None for its size and mode.
+    """Results of one pass over the images; a broken image has None for its size and mode.
 
     Attributes:
         tiles: (n, 96, 96) uint8 for contact sheets.
@@ -220,7 +220,7 @@ def _numbers(
 
 
 def _warnings(survey: _Survey, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What may be wrong -> how many images, and the first of them; figures of a single image are left out."""
+    """Warning -> number of images, and the first of them; figures of a single image are left out."""
     rows: dict[str, list[int]] = {}
     for row, texts in enumerate(survey.warnings):
         for text in texts:

@@ -49,10 +49,10 @@ TO_FIND, TO_PLACE, TO_JUDGE = 0.4, 0.16, 0.06
 # Sweeps over the four edges of a window: at 32 pixels, then at 64 for those pairs that are at least this alike.
 COARSE_STEPS, FINE_STEPS, WORTH_A_LOOK = (0.04, 0.02), (0.015, 0.0075), 0.75
 EXAMPLES = 3
-SIDES = ("train", "val", "test", "shift")  # the later, the dearer
+SIDES = ("train", "val", "test", "shift")  # from the least to the most important
 
 
-# ---- what is found ---------------------------------------------------------------------------------------------
+# ---- results --------------------------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -240,7 +240,7 @@ def refuse_leaks(
 
 
 def copies_to_leave_out(pairs: Iterable[tuple[str, str]], side_of: Mapping[str, str | None]) -> set[str]:
-    """The image of every leaking pair that may go, so that what is reported stays as it is.
+    """The image of each leaking pair to leave out, chosen so that the evaluation splits stay unchanged.
 
     A copy leaves `train` before `val`, `val` before `test`, `test` before `shift`; sides of other names stay before
     these, of two such the one that comes first in the alphabet goes.

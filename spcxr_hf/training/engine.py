@@ -135,7 +135,7 @@ class Run:
             self.accelerator.free_memory()
 
     def _on_sigterm(self, *_: Any) -> None:
-        """Within a step the run ends after it, with a checkpoint; elsewhere nothing is lost by ending at once."""
+        """Within a step, end after it with a checkpoint; otherwise exit at once, as nothing is lost."""
         self._asked_to_stop = True
         if not self._in_steps:
             self._say("stopped by SIGTERM; run the same command to resume from the newest checkpoint")
@@ -290,7 +290,7 @@ class Run:
         return bf16_autocast(self.accelerator.device, self.arguments.mixed_precision == "bf16")
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of the micro-batch that has just gone forward."""
+        """Add the gradients of the last micro-batch."""
         self._losses.append(loss.detach().float())
         self.scaler.scale(loss / self._count).backward()
         self._unsynchronised.close()

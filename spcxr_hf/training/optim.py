@@ -68,7 +68,8 @@ def layerwise_groups(
     rename: Callable[[str], str] | None = None,
     head_scale: float = 1.0,
 ) -> list[dict]:
-    """The groups of `parameter_groups`, split by depth: a block learns `layer_decay` times as fast as the one above.
+    """The groups of `parameter_groups`, split by depth: a block's learning rate is `layer_decay` times that of the one
+    above.
 
     Layer-wise learning-rate decay as BEiT (arXiv 2106.08254) fine-tunes with it. The final norm and the head have the
     scale 1, block i of L has `layer_decay ** (L - i)` for i = 0 .. L - 1, the embeddings `layer_decay ** (L + 1)`:

@@ -1,1 +1,1 @@
-"""What happens to batches of images: augmentation and group masking."""
+"""Transforms of image batches: augmentation and group masking."""

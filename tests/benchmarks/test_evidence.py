@@ -714,7 +714,7 @@ def test_pages_in_the_tree_follow_from_the_results(page):
 
 @pytest.mark.slow  # processes that import everything
 def test_killed_and_started_again(shard, checkpoint, tmp_path):
-    """SIGTERM ends the runner and its cell; the same command goes on and leaves whole results."""
+    """SIGTERM ends the runner and its cell; the same command resumes and writes complete results."""
     plan = small_plan()
     del plan["probing"], plan["ablations"]
     plan["fine_tuning"]["fractions"] = {1.0: plan["fine_tuning"]["fractions"][1.0]}

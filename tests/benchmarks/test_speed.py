@@ -134,7 +134,7 @@ def train_one_epoch(model, loader, optimizer, rates, decays, epoch, scaler, opti
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_beside_a_release(tmp_path, monkeypatch, precision, dtype):
-    """The stand-in for the checkout meets as many views in the same precision, and leaves nothing behind."""
+    """The fake checkout gets as many views in the same precision, and leaves no modules imported."""
     (tmp_path / "datasets").mkdir()
     for name, source in FAKE_RELEASE.items():
         (tmp_path / name).write_text(source)

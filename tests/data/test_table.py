@@ -104,7 +104,7 @@ def test_a_damaged_shard_is_named(tmp_path, shard):
 
 @pytest.mark.parametrize("name", [b"label", b"path"], ids=["a column's name", "a name inside a column"])
 def test_a_name_that_is_no_text_is_damage(tmp_path, name):
-    """Found by `fuzz_reader.py`: Arrow decodes such a name late, and not into an error of its own."""
+    """Found by `fuzz_reader.py`: Arrow decodes such a name late, and not as its own error."""
     image = pa.array([encoded(picture(0)[0])], STRUCT)
     pq.write_table(pa.table({"image": image, "label": ["a"]}), tmp_path / "odd.parquet", store_schema=False)
     content = (tmp_path / "odd.parquet").read_bytes()
@@ -139,7 +139,7 @@ print(refused)
 
 @pytest.mark.slow
 def test_no_bit_of_a_footer_ends_the_process(tmp_path):
-    """Found by `fuzz_reader.py`: of some damaged footers pyarrow throws where nobody can catch it."""
+    """Found by `fuzz_reader.py`: of some damaged footers pyarrow throws uncatchable exceptions."""
     image = pa.array([{"bytes": b"no picture", "path": None}], STRUCT)
     pq.write_table(pa.table({"image": image, "label": ["a"]}), tmp_path / "odd.parquet", store_schema=False)
     command = [sys.executable, "-c", EVERY_BIT, str(tmp_path / "odd.parquet")]

@@ -1,4 +1,4 @@
-"""The report on a classifier: whole by itself, its numbers those of the metrics, its worst cases the worst."""
+"""The report on a classifier: self-contained, with the numbers of the metrics and the worst cases."""
 
 import json
 import re

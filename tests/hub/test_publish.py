@@ -261,13 +261,14 @@ def test_a_bad_folder_is_refused_before_anything_is_sent(hub, token, cards, name
     assert hub.repositories == {}
 
 
-def test_other_weights_than_were_recorded_are_refused(hub, token, cards):
+@pytest.mark.parametrize("factor", [1.05, float("nan")])
+def test_other_weights_than_were_recorded_are_refused(hub, token, cards, factor):
     weights = load_file(cards / "base" / "model.safetensors")
     name = "encoder.layer.0.output.dense.weight"
     name = (
         name if name in weights else next(key for key in weights if key.endswith("mlp.fc2.weight") or "weight" in key)
     )
-    weights[name] = weights[name] * 1.05
+    weights[name] = weights[name] * factor
     save_file(weights, cards / "base" / "model.safetensors", {"format": "pt"})
     with pytest.raises(SpcxrError, match=r"expected_outputs\.json: .* is not what was recorded"):
         publish(cards, token=token)
@@ -449,7 +450,7 @@ def test_the_number_of_requests(hub, token, cards, unchecked):
 @pytest.mark.parametrize("kind", ["cut", "cut_upload", "cut_answer", "status"])
 @pytest.mark.parametrize("number", range(1, UPDATE + 1))
 def test_an_update_cut_at_any_request(hub, token, cards, unchecked, number, kind):
-    """The repository stands at its old or its new commit, with no file between, and the same command finishes."""
+    """The repository is at its old or its new commit, never between, and the same command finishes."""
     publish(cards, token=token, only=["base"])
     old = hub.repositories["spcxr/base"].head
     change(cards / "base")
@@ -515,7 +516,7 @@ SLOW = [pytest.param(words, marks=pytest.mark.slow) for words in ("none", "no Hu
 @pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["the Hub repeats it", *SLOW])
 def test_the_token_reaches_no_log_output_or_file(cards, tmp_path, trouble):
-    """In a process of its own, with all that the client can say; a Hub, or a proxy, may repeat it in its answers."""
+    """In a separate process with debug logs; a Hub, or a proxy, may repeat the token in its answers."""
     with HubServer() as hub:
         token = hub.add_token("me", ("spcxr",))
         if trouble == "the Hub repeats it":

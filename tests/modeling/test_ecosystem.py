@@ -1,4 +1,4 @@
-"""Short examples that work as they stand: LoRA, UperNet, torch.compile and evaluate's evaluator, all offline."""
+"""Short examples that run unchanged: LoRA, UperNet, torch.compile and evaluate's evaluator, all offline."""
 
 import shutil
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_pipelines_know_the_models(task: str, model_class: Any, tmp_path: Path, 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_trainer_s_accumulated_batches_are_as_good_as_one(batch_size: int, tmp_path: Path):
-    """Trainer believes of a class with `**kwargs` that it divides by the labels of all micro-batches, if not told."""
+    """By default, Trainer assumes that a class with `**kwargs` divides by the labels of all micro-batches."""
     images = [{"pixel_values": pixels(1, seed=seed)[0], "labels": seed % 3} for seed in range(4)]
 
     def losses(size: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A checkpoint travels by itself: with `trust_remote_code=True` it gives the same elsewhere, without the package.
+"""Remote code: with `trust_remote_code=True` a checkpoint gives the same outputs without the package.
 
 One other process, which cannot import the package, loads every kind of checkpoint by every Auto class and reports.
 """

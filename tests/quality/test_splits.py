@@ -1,4 +1,4 @@
-"""Splits by patient: nobody twice, shares and labels as wanted, the same each time, refusals by name."""
+"""Splits by patient: disjoint patients, requested shares and labels, reproducible, refusals by name."""
 
 import numpy as np
 import pyarrow as pa
