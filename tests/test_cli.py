@@ -482,6 +482,7 @@ def test_export_hands_everything_on(tmp_path, monkeypatch, flag):
     assert run_main(monkeypatch, "export", "spcxr/base", flag, "vit", "--output", tmp_path, "--channels", 1) == 0
     assert calls == [(("spcxr/base", tmp_path), {"num_channels": 1})]
     assert run_main(monkeypatch, "export", "spcxr/base", flag, "pdf", "--output", tmp_path) == 1
+    assert run_main(monkeypatch, "export", "spcxr/base", flag, "vit", "--quantize", "--output", tmp_path) == 1
     assert run_main(monkeypatch, "export", "spcxr/base", "--output", tmp_path, "--reduce-range") == 1
 
 
