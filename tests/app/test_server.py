@@ -247,6 +247,7 @@ def test_an_index_folder_holds_one_file(tmp_path, count):
         load_index(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_people_at_once(app):
     """Their answers are those that each would have alone."""
     images = {"made": made_radiograph(), "flipped": Radiograph("flipped", made_radiograph().image.rotate(180))}
@@ -315,6 +316,7 @@ def test_the_example_is_shown_for_the_lungs_and_not_for_what_its_masses_hide(app
         assert "Lung mask: " in server.answer(app, [example], name, False)
 
 
+@pytest.mark.slow
 def test_the_population_is_shown_and_another_age_gets_no_answer(app):
     """Of the models made for other ages alone; the age itself is not repeated."""
     child = Radiograph("child.dcm", made_radiograph().image, header=AgeAndView(7.0, "PA"))

@@ -132,6 +132,7 @@ def train_one_epoch(model, loader, optimizer, rates, decays, epoch, scaler, opti
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_beside_a_release(tmp_path, monkeypatch, precision, dtype):
     """The fake checkout gets as many views in the same precision, and leaves no modules imported."""

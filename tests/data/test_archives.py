@@ -426,6 +426,7 @@ def test_read_set_takes_whatever_lies_there(tmp_path):
         read_set(write(tmp_path / "broken.parquet", "no"))
 
 
+@pytest.mark.slow
 def test_twenty_thousand_images_of_nih_take_less_than_two_seconds(tmp_path):
     names = [f"{number:08d}_000.png" for number in range(20_000)]
     folder = tmp_path / "images_001" / "images"

@@ -225,6 +225,7 @@ def test_a_damaged_parquet_manifest(tmp_path):
         read_manifest(tmp_path / "set.parquet")
 
 
+@pytest.mark.slow
 def test_twenty_thousand_rows_take_less_than_two_seconds(tmp_path):
     names = [f"{number}.png" for number in range(20_000)]
     for name in names:

@@ -145,6 +145,7 @@ def test_refusals(tmp_path, kind):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path, capsys):
     names = {0: "normal", 1: "ill"}
     config = tiny_config(

@@ -427,6 +427,7 @@ def test_made_up_images_are_clouds():
     assert (clouds == smooth_noise(3, 3, (32, 48))).all()
 
 
+@pytest.mark.slow
 def test_onnx_of_a_fixed_size(tmp_path):
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     from spcxr_hf.hub.export_onnx import export_onnx

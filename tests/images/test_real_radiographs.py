@@ -54,6 +54,7 @@ def first_images(shard: str, count: int) -> list:
     return read_table(DATA / f"{shard}.parquet").rows["image"][:count].to_pylist()
 
 
+@pytest.mark.slow
 def test_bundled_lung_segmentation():
     folder = TREE / "model_cards" / "lung-segmentation"
     table = read_table(DATA / "kermany-00.parquet").where("lung_split", "val")

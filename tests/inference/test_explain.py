@@ -252,6 +252,7 @@ def test_curves_refuse(shape, options, message):
         deletion_insertion(build(SpcxrForImageClassification), pixels(), torch.rand(shape), 0, **options)
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path, capsys):
     names = {0: "normal", 1: "bacterial", 2: "viral"}
     config = tiny_config(id2label=names, label2id={v: k for k, v in names.items()})

@@ -53,6 +53,8 @@ CHECKPOINTS = {
 
 ELSEWHERE = '''
 import base64, importlib.util, json, sys
+
+pytestmark = pytest.mark.slow  # a process that imports everything
 from pathlib import Path
 
 

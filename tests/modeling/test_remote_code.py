@@ -29,6 +29,8 @@ ELSEWHERE = '''
 import json
 import sys
 from pathlib import Path
+
+pytestmark = pytest.mark.slow  # a process that imports everything
 from types import SimpleNamespace
 
 

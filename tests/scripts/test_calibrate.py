@@ -166,6 +166,7 @@ def test_labels_that_hold_together_by_the_recipe(shard, tmp_path):
     assert again["operating_points"] == result["operating_points"]
 
 
+@pytest.mark.slow
 def test_a_target_with_few_cases_has_thresholds_in_the_report_alone(calibrated, shard, tmp_path, capsys):
     """`val` has 8 images of each class: 8 of one and 16 of the others are too few where 10 are asked for."""
     model, _, every = calibrated
@@ -300,6 +301,7 @@ def test_rows_that_the_training_left_out_are_left_out(shard, tmp_path):
     assert [every[name]["images"] for name in ("val", "test")] == [24, 18]
 
 
+@pytest.mark.slow
 def test_broken_files_are_skipped_and_listed(calibrated, shard, tmp_path, capsys):
     model, _, before = calibrated
     (tmp_path / "set.parquet").write_bytes(Path(shard).read_bytes())

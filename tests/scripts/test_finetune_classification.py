@@ -223,6 +223,7 @@ def test_a_run_ends_when_val_gets_no_better(shard, pretrained, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 1
 
 
+@pytest.mark.slow
 def test_from_scratch_takes_the_config_alone(shard, pretrained, tmp_path):
     before = SpcxrForPreTraining.from_pretrained(pretrained).spcxr.state_dict()
     still = [
@@ -260,6 +261,7 @@ def killed_and_started_again(shard: str, output: Path, monkeypatch, *flags: str)
     run(shard, output, *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hard", "lora", "vit"])
 def test_a_killed_run_goes_on_to_the_same_weights(shard, pretrained, peers, tmp_path, monkeypatch, kind):
     flags = {
@@ -676,6 +678,7 @@ def leaking(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_leaking_split_is_refused(leaking, pretrained, tmp_path):
     with pytest.raises(SpcxrError, match=r"pneumonia_split leaks: 1 nearly equal image pair\(s\): .*'copy'") as told:
         run(leaking, tmp_path / "run", "--init_from", pretrained)
@@ -700,6 +703,7 @@ def test_a_patient_on_two_sides_is_refused(pretrained, tmp_path):
         run(str(path), tmp_path / "run", "--init_from", pretrained, "--steps", "1", "--allow_leaks", "patients")
 
 
+@pytest.mark.slow
 def test_broken_files_are_skipped_and_listed_or_stop_the_run(pretrained, tmp_path, capsys):
     shard = break_rows(write_set(tmp_path / "set.parquet", SPLITS), {3, 14, 20})
     flags = ["--init_from", pretrained, "--steps", "2", "--cache_folder", str(tmp_path / "cache")]

@@ -45,6 +45,7 @@ def flags(tmp_path_factory):
     return ["--from_scratch", "true", "--size", "tiny", "--lungs", str(folder), "--lung_only_prob", "0.5"]
 
 
+@pytest.mark.slow
 def test_the_model_is_chosen_by_both_versions_of_val(shard, flags, tmp_path):
     run(shard, tmp_path, *flags, "--save_every", "1", "--metric", "loss", "--learning_rate", "0.003")
     lines = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()]

@@ -105,6 +105,7 @@ def test_the_best_on_val_becomes_the_final_one(finished):
     assert weights(finished / "final") == weights(finished / f"checkpoint-{state['best_step']}")
 
 
+@pytest.mark.slow
 def test_the_encoder_comes_from_the_checkpoint(pretrained, shard, tmp_path):
     """Without a step that matters, the encoder is the pretrained one; from scratch it is not."""
     run(
@@ -130,6 +131,7 @@ def test_the_encoder_comes_from_the_checkpoint(pretrained, shard, tmp_path):
         assert found == same
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(shard, pretrained, finished, tmp_path, monkeypatch):
     save = run_module.save_checkpoint
 
@@ -391,6 +393,7 @@ def test_probe_refusals(shard, pretrained, flags, message):
         linear_probe.main(["--model", pretrained, "--data", shard, *flags])
 
 
+@pytest.mark.slow
 def test_broken_files_are_skipped_and_a_leak_is_refused(tmp_path, pretrained):
     path = write_set(tmp_path / "set.parquet", SPLITS)
     rows = pq.read_table(path).to_pylist()

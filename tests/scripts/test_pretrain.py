@@ -73,6 +73,7 @@ def test_what_a_run_leaves_behind(finished):
     assert Image.open(finished / "reconstruction.png").size == (4 * 32 + 3 * 4, 4 * 32 + 3 * 4)
 
 
+@pytest.mark.slow
 def test_targets_relative_to_their_patches(shard, tmp_path, monkeypatch):
     asked = []
     forward = SpcxrForPreTraining.forward
@@ -155,6 +156,7 @@ def test_another_image_size_goes_on_from_a_checkpoint(shard, finished, tmp_path)
     assert model.spcxr.embeddings.position_embeddings.shape == (1, 1 + 9, 32)
 
 
+@pytest.mark.slow
 def test_it_learns(shard, tmp_path):
     flags = [*BRIEF, "--steps", "60", "--save_every", "60", "--learning_rate", "1e-3", "--fill_modes", "zeros"]
     pretrain.main(["--data", shard, "--output", str(tmp_path), *flags])

@@ -207,6 +207,7 @@ def test_a_second_run_in_the_same_folder_is_refused(shard, tmp_path):
             pass
 
 
+@pytest.mark.slow
 def test_a_full_disk_where_the_log_is_written(shard, tmp_path, monkeypatch):
     class Full(csv.DictWriter):
         def writerows(self, rows):
@@ -224,6 +225,7 @@ def test_a_full_disk_where_the_log_is_written(shard, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["memory", "none"])
 def test_pretraining_goes_on_with_its_own_images_only(shard, tmp_path, cache):
     other = str(write_set(tmp_path / "other.parquet", ["train"] * 9))
@@ -340,6 +342,7 @@ def training_state(output: Path) -> dict:
     return json.loads((list_checkpoints(output)[-1] / "training_state.json").read_text())
 
 
+@pytest.mark.slow
 def test_fp16_computes_in_fp16(shard, tmp_path):
     """Also on a CPU, where Accelerate would go on in float32 without a word."""
     for name, flags in (("half", FP16), ("full", [*FP16, "--mixed_precision", "no"])):
@@ -378,6 +381,7 @@ def test_a_run_that_goes_on_by_another_recipe_says_so(shard, tmp_path, caplog):
     assert not [record for record in caplog.records if record.name == "spcxr_hf.training.arguments"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [True, False])
 def test_bf16_is_float32_where_the_cpu_has_no_fast_bf16(shard, tmp_path, monkeypatch, fast):
     for module in (engine, loading):
@@ -441,6 +445,7 @@ def test_curves_are_drawn_now_and_then_and_with_the_last_step(shard, tmp_path, m
     assert steps == drawn
 
 
+@pytest.mark.slow
 def test_the_average_is_what_it_says(shard, tmp_path):
     """One step: average = decay * start + (1 - decay) * trained."""
     runs = {}
