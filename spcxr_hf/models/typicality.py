@@ -16,9 +16,7 @@ from spcxr_hf.models.loading import Statistics, forward
 UNLIKE = 0.99  # above this share an answer gets a warning, and `--abstain` leaves it empty
 
 
-def fit_statistics(
-    embeddings: torch.Tensor, targets: torch.Tensor, validation: torch.Tensor
-) -> Statistics:
+def fit_statistics(embeddings: torch.Tensor, targets: torch.Tensor, validation: torch.Tensor) -> Statistics:
     """Class means, the inverse of the shared covariance, and the distances of the validation images.
 
     Args:

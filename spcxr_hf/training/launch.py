@@ -51,7 +51,7 @@ def find_recipe(name: str, script: str) -> Path:
 def launch_command(
     script: str, words: Sequence[str], processes: int | None = None, config_file: str | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """The words of the `accelerate launch` that starts a script, and the environment variables that it needs.
+    """The words that start a script, one process by `python` and several by `accelerate launch`, and its variables.
 
     Args:
         script: The script's name.
@@ -61,6 +61,9 @@ def launch_command(
     """
     count = processes or 1
     variables = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, worker_count() // count))}
+    module = ["-m", f"spcxr_hf.training_scripts.{script}", *words]
+    if count == 1 and config_file is None:
+        return ["python", *module], variables
     flags = ["--quiet"]  # no traceback of the launcher's below the script's own message; for several, see `main`
     if config_file is not None:
         found = installed_recipe(config_file, "accelerate"), installed_recipe(f"{config_file}.yaml", "accelerate")
@@ -73,13 +76,13 @@ def launch_command(
         import torch
 
         variables |= {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
-    return ["accelerate", "launch", *flags, "-m", f"spcxr_hf.training_scripts.{script}", *words], variables
+    return ["accelerate", "launch", *flags, *module], variables
 
 
 def launch(script: str, words: Sequence[str], processes: int | None = None, config_file: str | None = None) -> None:
     """Print the command of `launch_command` and become it; with `--help` the script alone."""
     command, variables = launch_command(script, words, processes, config_file)
-    start = ["-m", __name__, *command[2:]]
+    start = command[1:] if command[0] == "python" else ["-m", __name__, *command[2:]]
     if "--help" in words:
         print("--processes N and --config-file FILE are for accelerate's launcher; all else is the script's:")
         start = command[command.index("-m") :]

@@ -68,8 +68,10 @@ def test_the_launcher_s_command(monkeypatch, tmp_path):
     for name in ("OMP_NUM_THREADS", "ACCELERATE_USE_CPU"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("spcxr_hf.training.launch.worker_count", lambda: 8)
-    one, variables = launcher()
-    assert (one.num_processes, one.multi_gpu, variables) == (1, False, {"OMP_NUM_THREADS": "8"})
+    for processes in (None, 1):
+        words, variables = launch_command("evaluate", ["--data", "d"], processes)
+        assert words == ["python", "-m", "spcxr_hf.training_scripts.evaluate", "--data", "d"]
+        assert variables == {"OMP_NUM_THREADS": "8"}
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     three, variables = launcher(3)
     assert (three.num_processes, three.multi_gpu) == (3, True)
@@ -107,12 +109,11 @@ def test_the_command_line_hands_all_words_on(monkeypatch, capsys):
         cli.main()
     assert not stop.value.code
     ((words, _),) = started
-    assert words[:3] == [sys.executable, "-m", "spcxr_hf.training.launch"]
-    script = words.index("spcxr_hf.training_scripts.finetune_classification")
-    assert words[script + 1 :] == ["smoke", "--data", "my images/", "--learning_rate=1e-3", "-x", "--seeds", "0", "1"]
+    assert words[:3] == [sys.executable, "-m", "spcxr_hf.training_scripts.finetune_classification"]
+    assert words[3:] == ["smoke", "--data", "my images/", "--learning_rate=1e-3", "-x", "--seeds", "0", "1"]
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "accelerate launch --quiet --num_processes 1" in printed.err and "'my images/'" in printed.err
+    assert "python -m spcxr_hf.training_scripts.finetune_classification smoke --data 'my images/'" in printed.err
 
 
 def test_recipes_are_listed_and_shown(monkeypatch, capsys):
