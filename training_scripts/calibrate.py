@@ -53,7 +53,7 @@ from spcxr_hf.evaluation.calibration import (
 )
 from spcxr_hf.evaluation.curves import Curve, Reliability, roc_curve
 from spcxr_hf.evaluation.curves import reliability as reliability_diagram
-from spcxr_hf.evaluation.metrics import classification_report, multilabel_report
+from spcxr_hf.evaluation.metrics import BINS, classification_report, multilabel_report
 from spcxr_hf.evaluation.plots import STYLES, draw_reliability, draw_roc, save_figure
 from spcxr_hf.evaluation.predict import (
     LabelledRows,
@@ -106,7 +106,6 @@ class Arguments(SetArguments):
         default=50, metadata={"help": "positives, and negatives, that a target needs on fit_on to get thresholds"}
     )
     operating_point: str = field(default="youden", metadata={"help": f"the default one: {', '.join(POINTS)}"})
-    bins: int = field(default=15, metadata={"help": "bins of the reliability diagram and the calibration error"})
     batch_size: int = field(default=32, metadata={"help": "images per forward pass"})
     bf16: bool = field(default=False, metadata={"help": "run the model in bfloat16 autocast"})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
@@ -157,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 def check(arguments: Arguments) -> None:
     """Refuse a command line that would fail late; fill in what the model's recipe says."""
-    for name in ("batch_size", "resamples", "bins", "min_cases"):
+    for name in ("batch_size", "resamples", "min_cases"):
         if getattr(arguments, name) < 1:
             raise SpcxrError(f"{name} must be at least 1; got {getattr(arguments, name)}")
     if arguments.operating_point not in POINTS:
@@ -273,8 +272,8 @@ def report(
         "before": calibration_figures(arguments, before, split, names, multi_label),
         "after": calibration_figures(arguments, after, split, names, multi_label),
         "reliability": {
-            "before": reliability(arguments, before, split.targets, names, multi_label),
-            "after": reliability(arguments, after, split.targets, names, multi_label),
+            "before": reliability(before, split.targets, names, multi_label),
+            "after": reliability(after, split.targets, names, multi_label),
         },
         "operating_points": {
             target: decisions(arguments, after, split, names, target, values) for target, values in points.items()
@@ -286,7 +285,7 @@ def calibration_figures(
     arguments: Arguments, probabilities: np.ndarray, split: Split, names: list[str], multi_label: bool
 ) -> dict:
     """Brier score and expected calibration error, with intervals; of labels their means and each label's."""
-    options: dict[str, Any] = {"resamples": arguments.resamples, "seed": arguments.seed, "bins": arguments.bins}
+    options: dict[str, Any] = {"resamples": arguments.resamples, "seed": arguments.seed}
     if multi_label:
         whole = multilabel_report(probabilities, split.targets, names, split.rows.patients, **options)
         entry = pick(whole, ("mean_brier", "mean_ece"))
@@ -303,15 +302,13 @@ def pick(whole: dict, names: Sequence[str]) -> dict:
     return {key: whole[key] for name in names for key in (name, f"{name}_ci95")}
 
 
-def reliability(
-    arguments: Arguments, probabilities: np.ndarray, targets: np.ndarray, names: list[str], multi_label: bool
-) -> Any:
+def reliability(probabilities: np.ndarray, targets: np.ndarray, names: list[str], multi_label: bool) -> Any:
     """The points of the diagram: of the most probable class, or of each label."""
     if not multi_label:
         hits = probabilities.argmax(axis=1) == targets.argmax(axis=1)
-        return reliability_bins(probabilities.max(axis=1), hits.astype(float), arguments.bins)
+        return reliability_bins(probabilities.max(axis=1), hits.astype(float))
     columns = zip(names, probabilities.T, targets.T, strict=True)
-    return {name: reliability_bins(scores, truth, arguments.bins) for name, scores, truth in columns}
+    return {name: reliability_bins(scores, truth) for name, scores, truth in columns}
 
 
 def decisions(
@@ -392,7 +389,7 @@ def draw(
             for target, at in chosen.items()
         }
         save_figure(draw_roc(curves, marks), Path(arguments.output) / "roc.png")
-    if diagrams := reliability_panels(arguments, shown, names[0] if multi_label else None):
+    if diagrams := reliability_panels(shown, names[0] if multi_label else None):
         save_figure(draw_reliability(diagrams), Path(arguments.output) / "reliability.png")
 
 
@@ -409,9 +406,7 @@ def roc_panels(
     return panels
 
 
-def reliability_panels(
-    arguments: Arguments, shown: dict[str, tuple[Split, np.ndarray]], label: str | None
-) -> dict[str, Reliability]:
+def reliability_panels(shown: dict[str, tuple[Split, np.ndarray]], label: str | None) -> dict[str, Reliability]:
     """Split -> the diagram of the most probable class or, with `label`, of the first label."""
     panels: dict[str, Reliability] = {}
     for title, (split, probabilities) in shown.items():
@@ -422,7 +417,7 @@ def reliability_panels(
             scores, truth = probabilities.max(axis=1), hits.astype(float)
         if not np.isnan(truth).all():
             what = label or "most probable class"
-            panels[f"{what}, {title}"] = reliability_diagram(scores, truth, arguments.bins)
+            panels[f"{what}, {title}"] = reliability_diagram(scores, truth, BINS)
     return panels
 
 
