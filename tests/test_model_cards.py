@@ -30,7 +30,7 @@ CLASSIFIERS = ("pneumonia", "screening", "covid")
 
 
 def test_the_first_checkpoints_are_there():
-    assert {"base", "lung-segmentation"} <= {folder.name for folder in FOLDERS}
+    assert {"base", "lung-segmentation", "anatomy"} <= {folder.name for folder in FOLDERS}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
