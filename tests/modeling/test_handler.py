@@ -51,10 +51,9 @@ CHECKPOINTS = {
     ),
 }
 
+pytestmark = pytest.mark.slow  # a process that imports everything
 ELSEWHERE = '''
 import base64, importlib.util, json, sys
-
-pytestmark = pytest.mark.slow  # a process that imports everything
 from pathlib import Path
 
 

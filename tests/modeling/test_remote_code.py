@@ -25,12 +25,11 @@ AUTO_CLASSES = {auto.__name__: model_class for auto, model_class in MODEL_CLASSE
 CHECKPOINTS = {model_class.__name__: model_class for model_class in AUTO_CLASSES.values()}
 HEADS = ("reconstruction_head.", "classifier.", "decoder.")
 
+pytestmark = pytest.mark.slow  # a process that imports everything
 ELSEWHERE = '''
 import json
 import sys
 from pathlib import Path
-
-pytestmark = pytest.mark.slow  # a process that imports everything
 from types import SimpleNamespace
 
 
