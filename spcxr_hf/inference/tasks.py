@@ -174,7 +174,8 @@ def segment(loaded: Loaded, batch: Batch, place: Place, drawings: Path | None = 
     found: list[Record | Failed] = []
     structures = segment_structures(loaded, batch.pixel_values(), [image.size for image in batch.images])
     for image, masks in zip(batch.images, structures, strict=True):
-        path, lungs, record = place(image.source), lungs_of(masks), {}
+        path, lungs = place(image.source), lungs_of(masks)
+        record: Record = {}
         overlapping = "lung" not in masks
         if overlapping:
             record["area"] = {label: mask.float().mean().item() for label, mask in masks.items()}

@@ -43,14 +43,15 @@ def segment_structures(
         bf16: Run the model in bfloat16 autocast.
     """
     config = loaded.model.config
+    names = dict(config.id2label or {})
     with torch.no_grad():
         outputs = forward(loaded.model, pixel_values, bf16)
         if config.problem_type == "multi_label_classification":
             found = loaded.processor.post_process_overlapping_segmentation(outputs, target_sizes=list(sizes))
         else:
             maps = loaded.processor.post_process_semantic_segmentation(outputs, target_sizes=list(sizes))
-            found = [{number: labels == number for number in config.id2label} for labels in maps]
-    return [{label: masks[number].cpu() for number, label in config.id2label.items()} for masks in found]
+            found = [{number: labels == number for number in names} for labels in maps]
+    return [{label: masks[number].cpu() for number, label in names.items()} for masks in found]
 
 
 def segment_lungs(
