@@ -150,7 +150,7 @@ def test_from_pip_to_a_model_of_ones_own_on_the_hub(world):
         "spcxr finetune small_224 --init-from spcxr/base --data my_images/ --label-column label --split-column split"
     )
     said = done(f"{learn} {BRIEF} --push-to-hub me/mine")
-    assert "accelerate launch --quiet --num_processes 1 " in said
+    assert "python -m spcxr_hf.training_scripts.finetune_classification small_224 " in said
     final = world.folder / "runs" / "finetune_classification" / "final"
     assert (final / "model.safetensors").is_file()
     pushed = world.hub.repositories["me/mine"]
