@@ -265,7 +265,7 @@ def quantize_int8(
 
     Dynamic quantisation: the weights of linear layers are stored in 8 bits, one scale per output channel, and their
     inputs quantised as they come, one scale per tensor. The inputs of each MLP's second layer are centred first
-    (`centre_hidden_units`), and a classifier's bias is corrected by the mean of what is left (`correct_bias`).
+    (`centre_hidden_units`), and a classifier's bias is corrected by the mean remaining error (`correct_bias`).
     Attention, norms, convolutions and the classifier stay in float32: in 8 bits the latter cost most of the accuracy.
 
     Args:
