@@ -530,7 +530,7 @@ def test_every_command_shows_an_example(command):
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        ("spcxr pre", ["predict"]),
+        ("spcxr pre", ["predict", "pretrain"]),
         ("spcxr predict --model spcxr/s", ["spcxr/screening"]),
         ("spcxr reconstruct --fill ", ["noise", "zeros", "block", "replace"]),
         ("spcxr segment --mask-format s", ["seg"]),
