@@ -241,7 +241,8 @@ class SpcxrEncoder(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, need_weights: bool = False
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        all_hidden_states, attentions = [hidden_states], []
+        all_hidden_states: list[torch.Tensor] = [hidden_states]
+        attentions: list[torch.Tensor] = []
         for layer in self.layers:
             hidden_states = layer(hidden_states, attentions if need_weights else None)
             all_hidden_states.append(hidden_states)
@@ -308,7 +309,7 @@ def check_stored_weights(model: PreTrainedModel, files: list[str], is_quantized:
         ValueError: weights are stored as whole numbers without being quantised, are position embeddings of another
             image size, or are few beside the parameters that would be newly initialised.
     """
-    stored = {}
+    stored: dict[str, dict] = {}
     for file in files:
         with open(file, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")

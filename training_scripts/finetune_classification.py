@@ -212,7 +212,9 @@ def load_sets(arguments: Arguments, run: Run) -> tuple[list[str], RadiographSet,
         table, arguments.split_column, arguments.allow_leaks, processes=run.accelerator, cache=arguments.cache_folder
     )
     segmenter = load_segmenter(arguments.lungs, run.accelerator.device) if arguments.lungs else None
-    sets, skipped, prints = [], {}, {"classes": str(classes)}
+    sets: list[RadiographSet] = []
+    skipped: dict[str, str] = {}
+    prints = {"classes": str(classes)}
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
         for name, split in zip(("train", "val"), splits, strict=True):
             images, lost, prints[name] = load_set(arguments, split, classes, segmenter)

@@ -113,7 +113,9 @@ def load_sets(arguments: Arguments, run: Run) -> tuple[RadiographSet, Radiograph
     else:
         note(f"{table.name}: no row has {column} = 'val'; the last model is the result")
     check_split(table, column, arguments.allow_leaks, processes=run.accelerator, cache=arguments.cache_folder)
-    sets, skipped, prints = [], {}, {}
+    sets: list[RadiographSet] = []
+    skipped: dict[str, str] = {}
+    prints: dict[str, str] = {}
     with run.accelerator.main_process_first():  # the first writes the cache, the others read it
         for name, split in splits.items():
             decoded = decode_set(

@@ -340,11 +340,11 @@ def _members(file: BinaryIO, path: Path, offset: int) -> Iterator[tarfile.TarInf
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or all are kept
-                if member.size < 0 or tar.offset <= at:  # type: ignore[attr-defined]
+                if member.size < 0 or tar.offset <= at:
                     raise SpcxrError(f"{path}: not a tar, or damaged: no header at byte {at}")
                 if member.offset_data + member.size > end:
                     raise SpcxrError(f"{path}: the tar is cut short, within the member at byte {at}")
-                at = tar.offset  # type: ignore[attr-defined]
+                at = tar.offset
                 if member.type in REGULAR_FILES:
                     yield member
     except SpcxrError:

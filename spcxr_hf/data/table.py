@@ -558,7 +558,7 @@ def write_cache(file: Path, pixels: np.ndarray, **kept: Any) -> None:
     """Keep pixels (uint8) and, as JSON, their checksum and other metadata."""
     with atomic_file(file) as partial, partial.open("wb") as stream:
         np.save(stream, pixels)
-    write_json(file.with_suffix(".json"), {"crc32": zlib.crc32(np.ascontiguousarray(pixels)), **kept})
+    write_json(file.with_suffix(".json"), {"crc32": zlib.crc32(np.ascontiguousarray(pixels).data), **kept})
 
 
 def cache_key(table: RadiographTable) -> str:

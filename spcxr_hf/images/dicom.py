@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -255,7 +255,7 @@ def _values(dataset: "Dataset", keyword: str, little_endian: bool = True) -> lis
             value = value.strip(" \0").split("\\") if value.strip(" \0") else None
         if value is None:
             return []
-        values = value if hasattr(value, "__len__") else [value]
+        values: Any = value if hasattr(value, "__len__") else [value]
         return [one if isinstance(one, int) else float(one) for one in values]
     except Exception:
         pass

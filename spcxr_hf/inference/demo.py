@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,8 +84,9 @@ def run_demo(
 
     pixel_values = to_pixel_values(base.processor, [radiograph])
     relevance = explain(base.model, pixel_values)[0]
+    encoder: Any = base.model.base_model
     with torch.inference_mode():
-        embedding = forward(base.model.base_model, pixel_values).pooler_output
+        embedding = forward(encoder, pixel_values).pooler_output
     # "replace", the other fill of the pretraining, takes pixels from a second image.
     (reconstructed,) = reconstruct(base, pixel_values[0], ["noise"])
     mask = segment_lungs(lungs, to_pixel_values(lungs.processor, [radiograph]), [radiograph.size[::-1]])[0]

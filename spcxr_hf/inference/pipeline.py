@@ -82,7 +82,7 @@ def find_sources(words: Sequence[str | os.PathLike], left_out: list[Path] | None
         left_out: Extended by the entries of folders that are left out, as in `pictures_below`.
     """
     found: dict[Path, Source] = {}
-    for word in map(os.fspath, words):
+    for word in [os.fspath(one) for one in words]:
         path = Path(word)
         base, files = path.parent, [path]
         if path.is_dir():

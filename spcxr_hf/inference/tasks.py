@@ -24,7 +24,7 @@ from spcxr_hf.inference.dicom_seg import SourceError, check_highdicom, write_seg
 from spcxr_hf.inference.explain import draw_explanation, explain, share_inside, target_matrix
 from spcxr_hf.inference.pipeline import Batch, Failed, Prepared, Source, prepare
 from spcxr_hf.modeling.image_processing_spcxr import SpcxrImageProcessorPil
-from spcxr_hf.modeling.modeling_spcxr import FEATURE_STATISTICS
+from spcxr_hf.modeling.modeling_spcxr import FEATURE_STATISTICS, SpcxrForImageClassification
 from spcxr_hf.models.loading import Loaded, forward, is_multi_label, label_names, probabilities
 from spcxr_hf.models.lungs import check_lungs, lungs_of, measure_lungs, segment_lungs, segment_structures
 from spcxr_hf.models.typicality import UNLIKE, embed_and_classify
@@ -100,7 +100,7 @@ class Predictor:
         rows = _finite_rows(loaded, probabilities(loaded.model.config, logits).cpu())
         unlike: list[float | None] = [None] * len(rows)
         if loaded.statistics is not None:
-            unlike = loaded.model.unlike_training(embeddings, loaded.statistics).tolist()
+            unlike = SpcxrForImageClassification.unlike_training(embeddings, loaded.statistics).tolist()
         records = []
         for image, row, share in zip(batch.images, rows, unlike, strict=True):
             found = self.decide(row)

@@ -117,7 +117,7 @@ def load_config(source: str, any_family: bool = True, **values: Any) -> Any:
 
 def load_network(
     model_class: Any, source: str, new: Literal["nothing", "head", "pooler"] = "nothing", **options: Any
-) -> tuple[PreTrainedModel, list[str]]:
+) -> tuple[Any, list[str]]:
     """A model with the weights of a checkpoint, and the names of the parameters that are newly initialised.
 
     Args:

@@ -6,8 +6,9 @@ all classes (arXiv 1807.03888). It is reported as `unlike_training`, its rank am
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import PreTrainedModel
 
 from spcxr_hf.errors import SpcxrError
 from spcxr_hf.modeling.modeling_spcxr import SpcxrForImageClassification
@@ -43,7 +44,7 @@ def fit_statistics(embeddings: torch.Tensor, targets: torch.Tensor, validation: 
     return found | {"distances": distances.sort().values.float()}
 
 
-def embed_and_classify(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_and_classify(model: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings (B, D) and logits (B, labels) of one forward pass; pixel values (B, C, H, W)."""
     embeddings = forward(model.spcxr, pixel_values).pooler_output
     return embeddings, model.classifier(embeddings)

@@ -184,7 +184,7 @@ class Pixels:
     def of(cls, arguments: ClassifierArguments, model: PreTrainedModel) -> Pixels:
         """Those of the image processor in the checkpoint; SPCXR's if there is none, or it does not normalise."""
         source = arguments.init_from
-        processor = load_processor(source, required=False) if source is not None else None
+        processor: Any = load_processor(source, required=False) if source is not None else None
         if getattr(processor, "image_mean", None) is None:
             processor = SpcxrImageProcessor()
         channels = getattr(model.config, "num_channels", 3)

@@ -121,7 +121,7 @@ class SpcxrForDistillation(SpcxrForPreTraining):
         self.pooled_head = nn.Linear(config.hidden_size, config.teacher_components)
         self.post_init()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         pixel_values: torch.Tensor,
         bool_masked_pos: torch.Tensor | None = None,
@@ -152,7 +152,7 @@ class SpcxrForDistillation(SpcxrForPreTraining):
 
     def without_heads(self) -> SpcxrForPreTraining:
         """The model that is kept: the encoder and the reconstruction's head, without the teacher's."""
-        config = type(self.config).from_dict(self.config.to_dict())
+        config: Any = type(self.config).from_dict(self.config.to_dict())
         del config.teacher_components
         plain = SpcxrForPreTraining(config)
         kept = {name: value for name, value in self.state_dict().items() if name in plain.state_dict()}

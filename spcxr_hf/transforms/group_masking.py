@@ -152,12 +152,12 @@ class GroupMasking:
         drawn = torch.randint(len(self.fill_modes), (count,), generator=generator, device=device)
         start = torch.randint(count, (1,), generator=generator, device=device)
         counts = drawn.bincount(minlength=len(self.fill_modes))
-        *counts, start = torch.cat((counts, start)).tolist()  # one wait for a GPU
+        *lengths, begin = torch.cat((counts, start)).tolist()  # one wait for a GPU
         runs = []
-        for mode, length in zip(self.fill_modes, counts, strict=True):
-            stop = start + length
-            runs += [_Run(mode, start, min(stop, count)), _Run(mode, 0, stop - count)]  # it may wrap around
-            start = stop % count
+        for mode, length in zip(self.fill_modes, lengths, strict=True):
+            stop = begin + length
+            runs += [_Run(mode, begin, min(stop, count)), _Run(mode, 0, stop - count)]  # it may wrap around
+            begin = stop % count
         return [run for run in runs if run.start < run.stop]
 
     def _content(
@@ -268,18 +268,19 @@ def _draw_groups(
             length = torch.randint(1, longest + 1, count, generator=generator, device=device)
             length = torch.minimum(length, size - start)
             spans.append(_Spans(start, length, _inside(start, length, torch.arange(size, device=device)[chosen])))
-        first = _first_group(spans[0].inside, spans[1].inside)
+        vertical, horizontal = spans
+        first = _first_group(vertical.inside, horizontal.inside)
         before = None if unfinished is None else mask.index_select(0, images)
         if before is not None:
             first -= (first + 1) * before[:, lattice[0], lattice[1]]  # -1 where it is covered already
         kept, done = _groups_to_keep(first, target[images])
-        after = _union(*spans, kept, mask if before is None else torch.empty_like(before))
+        after = _union(vertical, horizontal, kept, mask if before is None else torch.empty_like(before))
         if before is not None:
             after |= before
             mask.index_copy_(0, images, after)
         if source is not None:
             new = after if before is None else after - before
-            shift = _shift_to_blocks(*spans, grid, generator) * new
+            shift = _shift_to_blocks(vertical, horizontal, grid, generator) * new
             source.index_add_(0, images, shift.flatten(1))
         unfinished = images[~done]
     return source if source is None else source.view(len(target), rows, columns)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -186,7 +187,7 @@ def add_marker(images: torch.Tensor, generator: torch.Generator | None = None) -
 
 def _letters(text: str, size: int) -> torch.Tensor:
     """(h, w) in 0 .. 1: a text in Pillow's own font."""
-    mask: object = ImageFont.load_default(size).getmask(text, mode="L")
+    mask: Any = ImageFont.load_default(size).getmask(text, mode="L")
     return torch.from_numpy(np.array(mask, dtype=np.float32).reshape(mask.size[::-1]) / 255)
 
 

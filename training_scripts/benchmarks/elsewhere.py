@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
 
 from spcxr_hf import SpcxrError
 from spcxr_hf.data.table import RadiographTable, decode_images, decode_masks, join_tables, read_table
@@ -221,9 +220,7 @@ def photographs(count: int = 200, side: int = 256) -> Iterator[Image.Image]:
         yield scene.crop((left, top, left + side, top + side))
 
 
-def unlike_scores(
-    model: PreTrainedModel, embeddings: torch.Tensor, statistics: Statistics, values: np.ndarray
-) -> np.ndarray:
+def unlike_scores(model: Any, embeddings: torch.Tensor, statistics: Statistics, values: np.ndarray) -> np.ndarray:
     """(3, n): distance to the training images, `unlike_training`, and the baseline, 1 - the largest probability.
 
     Of labels that may hold together, the probability of the more likely side, in the mean.
@@ -258,7 +255,7 @@ def is_called(labels: dict[str, np.ndarray], head: Head, points: Mapping[str, fl
     """
     if head.point is None:
         return labels[head.target] >= np.max(list(labels.values()), axis=0)
-    if head.point not in (points or {}):
+    if points is None or head.point not in points:
         raise SpcxrError(f"the checkpoint has no operating point {head.point!r} for {head.target!r}")
     return head.score(labels) >= points[head.point]
 
@@ -328,7 +325,7 @@ def measure_anatomy(folder: Path, table: RadiographTable, rows: Sequence[dict]) 
             pictures = [Image.fromarray(image[0].numpy()) for image in images]
             values = to_pixel_values(segmenter.loaded.processor, pictures)
             found += segment_structures(segmenter.loaded, values, [(SIDE, SIDE)] * len(images))
-        groups = patient_groups([rows[row].get("patient") for row in those], len(those))
+        groups = patient_groups([rows[row].get("patient") for row in those.tolist()], len(those))
         report[name] = {"images": len(those)}
         for meaning in ANATOMY:
             masks = [lungs_of(one) | one["heart"] if "heart" in meaning else lungs_of(one) for one in found]
@@ -341,18 +338,19 @@ def measure_anatomy(folder: Path, table: RadiographTable, rows: Sequence[dict]) 
 def measure_encoder(folder: Path, table: RadiographTable, rows: Sequence[dict]) -> dict:
     """Logistic regression on frozen features, abnormal against normal: from RSNA thorax, on it and on RSNA 1024."""
     encoder = load_encoder(str(folder))
-    features, targets = {}, {}
+    features: dict[str, Any] = {}
+    targets: dict[str, np.ndarray] = {}
     for split in ("train", "val", "test", "shift"):
         those = np.flatnonzero([row.get("rsna_split") == split for row in rows])
         part = RadiographTable(table.rows.take(pa.array(those)), f"RSNA, {split}")
         images = decode_images(part, encoder.image_size)
         features[split] = torch.cat([encoder.embed(some) for some in images.split(64)]).numpy().astype(np.float64)
-        targets[split] = np.array([[float(rows[row]["rsna_label"] != "normal")] for row in those])
-    probe = choose_probe(lambda found: found, features, targets, multi_label=True)
-    report = {
-        name: auroc_with_interval(probe(features[split])[:, 0], targets[split][:, 0], [None] * len(targets[split]))
-        for name, split in (("RSNA thorax, test", "test"), ("RSNA 1024", "shift"))
-    }
+        targets[split] = np.array([[float(rows[row]["rsna_label"] != "normal")] for row in those.tolist()])
+    probe: Any = choose_probe(lambda found: found.numpy(), features, targets, multi_label=True)
+    report = {}
+    for name, split in (("RSNA thorax, test", "test"), ("RSNA 1024", "shift")):
+        scores = probe(torch.from_numpy(features[split]))[:, 0]
+        report[name] = auroc_with_interval(scores, targets[split][:, 0], [None] * len(scores))
     return {"linear_probe": report}
 
 

@@ -167,7 +167,7 @@ def prepare(rows: LabelledRows, processor: Any, segmenter: Segmenter | None) -> 
         pixels.append(processor(image, return_tensors="pt").pixel_values)
         if segmenter is not None:
             values = to_pixel_values(segmenter.loaded.processor, [image])
-            masks += segment_lungs(segmenter.loaded, values, [tuple(values.shape[-2:])])
+            masks += segment_lungs(segmenter.loaded, values, [(values.shape[-2], values.shape[-1])])
     return torch.cat(pixels), masks
 
 

@@ -69,8 +69,9 @@ def write_shards(folder: Path, samples: int, side: int) -> None:
         for number in range(samples):
             buffer = io.BytesIO()
             Image.fromarray(generator.integers(0, 256, (side, side), dtype=np.uint8)).save(buffer, "JPEG", quality=30)
-            rows.append({"bytes": buffer.getvalue(), "path": None})
-            for suffix, content in (("jpg", rows[-1]["bytes"]), ("json", b'{"label": "normal"}')):
+            picture = buffer.getvalue()
+            rows.append({"bytes": picture, "path": None})
+            for suffix, content in (("jpg", picture), ("json", b'{"label": "normal"}')):
                 member = tarfile.TarInfo(f"{number:07d}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
