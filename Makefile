@@ -52,6 +52,7 @@ tables: $(VENV)/.has-test  ## Render the tables of the pages from the results fi
 	$(BIN)/python -m training_scripts.benchmarks.evidence \
 		--results training_scripts/benchmarks/results/evidence_cpu_112.json --render training_scripts/benchmarks/README.md
 	$(BIN)/python -m training_scripts.benchmarks.compat --render CONTRIBUTING.md
+	$(BIN)/python -m training_scripts.benchmarks.probes --render training_scripts/benchmarks/README.md
 	for script in speed_cli speed_onnx explanations; do \
 		$(BIN)/python -m training_scripts.benchmarks.$$script --render training_scripts/GUIDES.md || exit 1; done
 

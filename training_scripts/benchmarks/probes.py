@@ -2,11 +2,12 @@
 
     python -m training_scripts.benchmarks.probes --data ../shared/data --rsna ../shared/rsna_jsrt \
         --models model_cards/base efficientnet-lite0 --exclude training_scripts/recipes/near_copies.txt
+    python -m training_scripts.benchmarks.probes --render training_scripts/benchmarks/README.md
 
 Every encoder sees whole films at its own size. Logistic regression on standardised features and k-NN on their cosine;
 lungs and heart by a ridge regression from each patch's token to its 16 x 16 pixels. Each setting is chosen on `val`
 (lungs and heart of JSRT: on 25 of the training images). AUROC, balanced accuracy (COVID-19, three classes), Dice.
-Models that are not named keep their columns in the results file. The table is printed.
+Models that are not named keep their columns in the results file. The table is printed; `--render` writes a page's.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from spcxr_hf.files import read_json, write_json
 from spcxr_hf.models.encoders import load_encoder
 from spcxr_hf.training.arguments import parse_arguments, run_script
 from spcxr_hf.transforms.augment import resize
+from training_scripts.benchmarks.lib.timing import replace_block
 
 RESULTS = Path(__file__).resolve().parent / "results" / "probes.json"
 COLUMNS = (
@@ -50,13 +52,19 @@ MASK_SIZE = 112
 class Arguments:
     """Measure frozen encoders by a fixed list of probes."""
 
-    data: str = field(metadata={"help": "Parquet shards with the columns of children, NIH, COVID-19 and lung masks"})
-    rsna: str = field(metadata={"help": "Parquet shards with the columns of RSNA and JSRT"})
-    models: list[str] = field(metadata={"help": "folders, Hub ids, or efficientnet-lite0"})
+    data: str = field(
+        default="../shared/data",
+        metadata={"help": "Parquet shards with the columns of children, NIH, COVID-19 and lung masks"},
+    )
+    rsna: str = field(
+        default="../shared/rsna_jsrt", metadata={"help": "Parquet shards with the columns of RSNA and JSRT"}
+    )
+    models: list[str] = field(default_factory=list, metadata={"help": "folders, Hub ids, or efficientnet-lite0"})
     exclude: str | None = field(default=None, metadata={"help": "text file of ids to leave out of the training rows"})
     cache: str | None = field(default=None, metadata={"help": "folder that keeps the decoded images between starts"})
     image_size: int | None = field(default=None, metadata={"help": "side of the input; by default each model's own"})
     results: str = field(default=str(RESULTS), metadata={"help": "JSON file to write"})
+    render: str | None = field(default=None, metadata={"help": "measure nothing; write the table into this page"})
 
 
 @dataclass
@@ -76,9 +84,12 @@ class Films:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     arguments = parse_arguments(Arguments, argv)
-    films = load_films(arguments)
     path = Path(arguments.results)
     results = read_json(path) if path.is_file() else {"models": {}}
+    if arguments.render is not None:
+        replace_block(Path(arguments.render), "probes", table(results))
+        return results
+    films = load_films(arguments)
     for model in arguments.models:
         name = model if model == "efficientnet-lite0" else Path(model).resolve().name
         size, pooled, tokens = embed(films, model, arguments.image_size)
