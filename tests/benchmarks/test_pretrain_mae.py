@@ -18,6 +18,8 @@ from tests.made_up import SMALL_PRESET, write_set
 from training_scripts import finetune_classification, linear_probe
 from training_scripts.benchmarks import pretrain_mae
 
+pytestmark = pytest.mark.slow  # many starts of a second each
+
 RECIPES = Path(pretrain_mae.__file__).parents[1] / "recipes"
 BRIEF = ["--size", "tiny", "--image_size", "32", "--stored_size", "40", "--batch_size", "4", "--warmup_steps", "1"]
 BRIEF += ["--steps", "4", "--save_every", "2", "--log_every", "1", "--micro_batch_size", "2"]

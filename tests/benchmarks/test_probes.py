@@ -16,6 +16,8 @@ from spcxr_hf import SpcxrForPreTraining, SpcxrImageProcessor
 from tests.common import tiny_config
 from training_scripts.benchmarks import probes
 
+pytestmark = pytest.mark.slow  # many starts of a second each
+
 PNG = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 

@@ -31,6 +31,8 @@ from spcxr_hf.hub.publish import SECRETS, find_unwanted, in_namespace, publish
 from tests.common import TINY
 from tests.hub_server import Fault, HubServer
 
+pytestmark = pytest.mark.slow  # many starts of a second each
+
 ROOT = Path(__file__).resolve().parents[2]
 CARD = """---
 library_name: transformers

@@ -46,6 +46,8 @@ from tests.processes import finish, start_group
 from training_scripts import evaluate, finetune_classification
 from training_scripts.finetune_classification import Arguments
 
+pytestmark = pytest.mark.slow  # many starts of a second each
+
 SCRIPTS = Path(finetune_classification.__file__).parent
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SPLITS = ["train"] * 13 + ["val"] * 6 + ["test"] * 8

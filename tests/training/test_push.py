@@ -15,6 +15,8 @@ from spcxr_hf.training import push
 from spcxr_hf.training.push import HubPusher
 from tests.hub_server import Fault, HubServer
 
+pytestmark = pytest.mark.slow  # many starts of a second each
+
 QUICK = 2.0  # seconds: much less than these Hubs take, and enough on a busy machine
 
 
