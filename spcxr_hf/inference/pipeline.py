@@ -396,7 +396,8 @@ class Job:
                     outcome.interrupted = True
                     break
         outcome.seconds = time.perf_counter() - started
-        print(f"{outcome}. {RESEARCH_NOTICE.capitalize()}.", file=sys.stderr)
+        notice = "" if self.kind == "table" else f" {RESEARCH_NOTICE.capitalize()}."  # a table's caption has it
+        print(f"{outcome}.{notice}", file=sys.stderr)
         return outcome
 
     def _is_finished(self, source: Source, known: set[str]) -> bool:

@@ -213,6 +213,15 @@ def test_labels_that_may_hold_together_have_a_probability_each(tmp_path, problem
         assert list(record["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_notice_is_printed_once(tmp_path, classifier, capsys):
+    save_pictures(tmp_path / "images", 1)
+    loaded = load_model("classification", classifier, "cpu")
+    for name, printed in (("answers.txt", 0), ("answers.jsonl", 1)):
+        pipeline.Job(find_sources([tmp_path / "images"]), tmp_path / name).run(loaded, tasks.Predictor(loaded))
+        assert capsys.readouterr().err.count("Research use only") == printed
+        assert (tmp_path / name).read_text().count("research use only") == 1
+
+
 def test_operating_points(classifier):
     loaded = load_model("classification", classifier, "cpu")
     assert tasks.Predictor(loaded, "strict").thresholds == {"bacterial + viral": 1.0, "viral": 1.0}
