@@ -21,6 +21,8 @@ from spcxr_hf.training import engine as run_module
 from tests.made_up import SMALL_PRESET, encoded, picture, write_set
 from training_scripts import evaluate, finetune_segmentation, linear_probe
 
+pytestmark = pytest.mark.slow  # many starts of a second each
+
 SCRIPTS = Path(finetune_segmentation.__file__).parent
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 48}
 SPLITS = ["train"] * 12 + ["val"] * 6 + ["test"] * 6

@@ -23,6 +23,8 @@ from tests.made_up import SMALL_PRESET, picture, write_set
 from tests.processes import free_port
 from training_scripts import pretrain
 
+pytestmark = pytest.mark.slow  # many starts of a second each
+
 SCRIPT = Path(pretrain.__file__)
 SMOKE = str(SCRIPT.parent / "recipes" / "pretrain_smoke.yaml")
 BRIEF = ["--size", "tiny", "--image_size", "32", "--stored_size", "40", "--batch_size", "4", "--warmup_steps", "1"]
