@@ -193,7 +193,8 @@ def segment(loaded: Loaded, batch: Batch, place: Place, drawings: Path | None = 
             found.append(Failed(image.source, str(error)))
             continue
         if drawings is not None:
-            picture = drawings / Path(image.source.name).with_suffix(".png")
+            name = image.source.name  # the whole of it: DICOM files are often named 1.2.3.4 and 1.2.3.5
+            picture = drawings / (name if name.lower().endswith(".png") else f"{name}.png")
             widths = SpcxrImageProcessorPil.cardiothoracic_widths(masks)
             write_png(draw_structures(_shown(image.source.path), shown, widths), picture)
             record["picture"] = str(picture)
