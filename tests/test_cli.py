@@ -347,6 +347,12 @@ def test_segment_structures(tmp_path, anatomy, monkeypatch, capsys):
         assert record["cardiothoracic_ratio"] == SpcxrImageProcessorPil.cardiothoracic_ratio(by_name)
         drawing = np.asarray(Image.open(record["picture"])).astype(int)
         assert drawing.shape == (448, 448, 3) and np.ptp(drawing, axis=2).max() > 50  # there is colour
+    dotted = [paths[0].rename(paths[0].with_name("1.2.3")), paths[1].rename(paths[1].with_name("1.2.4"))]
+    others = ["segment", *dotted, "--model", anatomy, "--masks", tmp_path / "more", "--drawings", tmp_path / "others"]
+    assert run_main(monkeypatch, *others) == 0
+    drawn = [Path(record["picture"]).name for record in lines(capsys.readouterr().out)]
+    assert drawn == ["1.2.3.png", "1.2.4.png"]
+    dotted[0].rename(paths[0])
     assert run_main(monkeypatch, *words, "--overwrite", "--output", tmp_path / "a.csv") == 0
     header = (tmp_path / "a.csv").read_text().splitlines()[0].split(",")
     assert {"cardiothoracic_ratio", "area.heart", "lung_area.total"} <= set(header) and "picture" not in header
